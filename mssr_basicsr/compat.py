@@ -1,0 +1,150 @@
+"""BasicSR on current software: one function per defect, each of which acts only where the defect is present.
+
+:func:`before_import` and :func:`after_import` apply them all; :mod:`mssr_basicsr.discovery` calls both around the
+import of BasicSR. Wherever CUDA is in use, BasicSR does exactly what it did.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from types import FrameType, ModuleType
+from typing import Any, Callable
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+_FUNCTIONAL_TENSOR = 'torchvision.transforms.functional_tensor'
+
+
+def before_import() -> None:
+    """Apply what ``import basicsr`` itself needs. Safe to call again."""
+    provide_functional_tensor()
+
+
+def after_import() -> None:
+    """Apply, in place, what BasicSR needs once it has been imported. Safe to call again."""
+    import basicsr.models.base_model
+    import basicsr.test
+    import basicsr.train
+    import basicsr.utils.dist_util
+    import basicsr.utils.options
+
+    # All of these have bound the function by its name; a script that runs later takes it from basicsr.utils.options.
+    for module in (basicsr, basicsr.train, basicsr.test, basicsr.utils.options):
+        _patch(module, 'parse_options', accept_local_rank)
+        _patch(module, 'parse_options', resume_on_cpu)
+    _patch(basicsr.utils.dist_util, '_init_dist_pytorch', launch_on_cpu)
+    _patch(basicsr.models.base_model.BaseModel, 'model_to_device', parallel_on_cpu)
+
+
+def provide_functional_tensor() -> None:
+    """Where torchvision (>= 0.17) lacks ``transforms.functional_tensor``, which BasicSR 1.4.2 imports: the successor.
+
+    An import of that name finds what torchvision has renamed it to, when nothing else finds it.
+    """
+    if not any(isinstance(finder, _FunctionalTensorFinder) for finder in sys.meta_path):
+        sys.meta_path.append(_FunctionalTensorFinder())
+
+
+def accept_local_rank(parse_options: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Wraps ``parse_options``: ``--local-rank``, as ``torch.distributed.launch`` writes it since torch 2, is accepted.
+
+    BasicSR's parser knows ``--local_rank`` only. ``sys.argv`` is as before afterwards.
+    """
+    if '--local-rank' in inspect.unwrap(parse_options).__code__.co_consts:
+        return parse_options(*args, **kwargs)
+    argv = [re.sub(r'^--local-rank(?==|$)', '--local_rank', arg) for arg in sys.argv]
+    with _replaced(sys, 'argv', argv):
+        return parse_options(*args, **kwargs)
+
+
+def resume_on_cpu(parse_options: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Wraps ``parse_options``: the training script that calls it gets a ``load_resume_state`` that needs no CUDA.
+
+    ``basicsr/train.py`` mostly runs as ``__main__``, where no import hook sees that function. But it parses its options
+    before it looks for a state to resume from.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and 'load_resume_state' not in frame.f_globals:
+        frame = frame.f_back
+    if frame is not None:
+        _patch(sys.modules[frame.f_globals['__name__']], 'load_resume_state', load_resume_state_on_cpu)
+    return parse_options(*args, **kwargs)
+
+
+def load_resume_state_on_cpu(load_resume_state: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Wraps ``load_resume_state``: without CUDA the state is loaded to the CPU. BasicSR asks for a CUDA device."""
+    if torch.cuda.is_available():
+        return load_resume_state(*args, **kwargs)
+    load = torch.load
+
+    def load_to_cpu(f: Any, map_location: Any = None, **kwargs: Any) -> Any:
+        return load(f, map_location='cpu', **kwargs)
+
+    with _replaced(torch.cuda, 'current_device', lambda: 0), _replaced(torch, 'load', load_to_cpu):
+        return load_resume_state(*args, **kwargs)
+
+
+def launch_on_cpu(init_dist_pytorch: Callable[..., Any], backend: str, **kwargs: Any) -> None:
+    """Wraps ``_init_dist_pytorch``: without CUDA there is no device to choose, and gloo stands in for nccl."""
+    if torch.cuda.is_available():
+        init_dist_pytorch(backend, **kwargs)
+    else:
+        torch.distributed.init_process_group('gloo' if backend == 'nccl' else backend, **kwargs)
+
+
+def parallel_on_cpu(model_to_device: Callable[..., Any], model: Any, net: torch.nn.Module) -> Any:
+    """Wraps ``BaseModel.model_to_device``: a network on the CPU is distributed without CUDA's device ids."""
+    if model.device.type != 'cpu' or not model.opt['dist']:
+        return model_to_device(model, net)
+    find_unused_parameters = model.opt.get('find_unused_parameters', False)
+    return DistributedDataParallel(net.to(model.device), find_unused_parameters=find_unused_parameters)
+
+
+class _FunctionalTensorFinder:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(name, _FunctionalTensorLoader()) if name == _FUNCTIONAL_TENSOR else None
+
+
+class _FunctionalTensorLoader(Loader):
+    def exec_module(self, module: ModuleType) -> None:
+        try:
+            successor = importlib.import_module('torchvision.transforms._functional_tensor')
+        except ModuleNotFoundError:
+            successor = importlib.import_module('torchvision.transforms.functional')
+        sys.modules[module.__name__] = successor  # `import` returns what is found here
+
+
+def _patch(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Let ``owner.name(...)`` call ``wrapper(<what it was>, ...)``, once however often this is called."""
+    original = getattr(owner, name)
+    applied: tuple[Callable[..., Any], ...] = getattr(original, 'mssr_basicsr_wrappers', ())
+    if wrapper in applied:
+        return
+
+    @functools.wraps(original)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    patched.__dict__['mssr_basicsr_wrappers'] = (*applied, wrapper)
+    setattr(owner, name, patched)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)

@@ -1,0 +1,107 @@
+"""How BasicSR finds this plugin: ``import basicsr`` also registers it.
+
+BasicSR imports nothing of a third party, and its stock ``basicsr/train.py`` is the script that users run. So
+``mssr_basicsr.pth`` in site-packages puts a hook in front of ``sys.meta_path`` at every start of Python. Only when
+something imports ``basicsr`` does the hook import this module, and hand over to :func:`find_basicsr`. The hook is spelt
+out in the ``.pth``, because to import it from here would cost every start of Python ten times as much.
+
+``MSSR_BASICSR_DISCOVERY=0`` in the environment switches the hook off. Importing any package of the plugin, such as
+``mssr_basicsr.archs``, registers it either way, by :func:`load_basicsr`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, Callable
+
+#: The modules whose import registers the plugin's classes with BasicSR's registries.
+REGISTERING = (
+    'mssr_basicsr.archs.mssr_arch',
+    'mssr_basicsr.losses.ssd_loss',
+    'mssr_basicsr.models.mssr_model',
+    'mssr_basicsr.models.mssr_forward_model',
+    'mssr_basicsr.models.mssr_backward_model',
+)
+
+_registered = False
+
+
+def load_basicsr() -> None:
+    """Import BasicSR, made to work on current software, with the whole plugin registered.
+
+    It makes no difference whether BasicSR has been imported before, or is being imported right now. Raises what
+    ``import basicsr`` raises; a fault of the plugin's own is a warning.
+    """
+    _attempt(_prepare)
+    import basicsr
+
+    # A BasicSR that is still being imported is completed first; the hook registers the plugin then.
+    if not getattr(basicsr.__spec__, '_initializing', False):
+        _register()
+
+
+def find_basicsr(hook: Any, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    """The spec of ``basicsr`` that Python would have found without ``hook``, or None.
+
+    To import it also registers the plugin, and then takes ``hook`` out of ``sys.meta_path``.
+    """
+    finders = [finder for finder in sys.meta_path if finder is not hook and hasattr(finder, 'find_spec')]
+    specs = (finder.find_spec('basicsr', path, target) for finder in finders)
+    spec = next((spec for spec in specs if spec is not None), None)
+    if spec is not None and spec.loader is not None:  # without: a mere folder called basicsr, somewhere on sys.path
+        _attempt(functools.partial(_surround, spec.loader, hook))
+    return spec
+
+
+def _surround(loader: Any, hook: Any) -> None:
+    execute = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        _attempt(_prepare)
+        execute(module)
+        # Only now: a spec may be looked up without being imported, and an import may fail and be tried again.
+        if hook in sys.meta_path:
+            sys.meta_path.remove(hook)
+        _register()
+
+    loader.exec_module = exec_module
+
+
+def _prepare() -> None:
+    from mssr_basicsr import compat
+
+    compat.before_import()
+
+
+def _register() -> None:
+    global _registered
+    if not _registered:
+        _registered = True  # first, because the modules call load_basicsr() themselves
+        _attempt(_repair)
+        _attempt(_import_plugin)
+
+
+def _repair() -> None:
+    from mssr_basicsr import compat
+
+    compat.after_import()
+
+
+def _import_plugin() -> None:
+    for name in REGISTERING:
+        importlib.import_module(name)
+
+
+def _attempt(step: Callable[[], None]) -> None:
+    """Whatever is wrong with the plugin, BasicSR goes on without it, and the user is told why."""
+    try:
+        step()
+    except Exception as error:
+        message = f'BasicSR goes on without the mssr_basicsr plugin: {type(error).__name__}: {error}'
+        warnings.warn(message, RuntimeWarning, stacklevel=1)  # one place, so that Python says the same thing once

@@ -1,0 +1,3 @@
+from mssr_basicsr.discovery import load_basicsr
+
+load_basicsr()

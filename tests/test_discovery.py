@@ -1,0 +1,159 @@
+"""The start hook: what a start of Python pays for it, and that every way to BasicSR finds the plugin."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+PTH = Path(__file__).resolve().parent.parent / 'mssr_basicsr.pth'
+
+REGISTERED = """
+from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY
+assert 'MSSR' in ARCH_REGISTRY and 'SSDLoss' in LOSS_REGISTRY and 'MSSRForwardModel' in MODEL_REGISTRY
+"""
+# Lets stock BasicSR be imported without the hook.
+IMPORTABLE = 'from mssr_basicsr import compat; compat.before_import()\n'
+# A `basicsr` and a plugin that cost nothing to import, to try the finder on.
+TOY = """
+import sys
+from mssr_basicsr import discovery
+discovery._prepare = discovery._repair = lambda: None
+discovery.REGISTERING = ('toy_plugin',)
+"""
+
+
+def python(code: str, *, hook: bool = True, path: Path | None = None, options: tuple[str, ...] = ()) -> str:
+    """What a new Python that runs ``code`` prints on both channels; it must succeed."""
+    env = {**os.environ, 'MSSR_BASICSR_DISCOVERY': '1' if hook else '0'}
+    if path is not None:
+        env['PYTHONPATH'] = str(path)
+    done = subprocess.run(
+        [sys.executable, *options, '-c', code],
+        cwd=path or tempfile.gettempdir(),  # not the project's folder, which would be importable
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture
+def toys(tmp_path: Path) -> Path:
+    (tmp_path / 'basicsr').mkdir()
+    (tmp_path / 'basicsr' / '__init__.py').write_text('import os\nassert "FAULT" not in os.environ\ndone = True\n')
+    (tmp_path / 'toy_plugin.py').write_text('import basicsr\nassert basicsr.done\nprint("registered")\n')
+    return tmp_path
+
+
+def test_start_imports_nothing() -> None:
+    code = 'import sys; loaded = list(sys.modules); import json; print(json.dumps(loaded))'
+    on, off = (set(json.loads(python(code, hook=hook))) for hook in (True, False))
+    assert on == off
+
+
+@pytest.mark.parametrize('hook', [True, False])
+def test_environment_variable_switches_the_hook_off(hook: bool) -> None:
+    code = 'import sys; print([getattr(finder, "__name__", "") for finder in sys.meta_path].count("BasicSRHook"))'
+    assert python(code, hook=hook).strip() == str(int(hook))
+
+
+@pytest.mark.parametrize('fault', [None, 'no python', 'raise RuntimeError', 'import no_such_module', '\0', ''])
+def test_broken_plugin_breaks_neither_python_nor_basicsr(toys: Path, fault: str | None) -> None:
+    (toys / PTH.name).write_text(PTH.read_text())
+    if fault is not None:
+        (toys / 'mssr_basicsr').mkdir()
+        (toys / 'mssr_basicsr' / '__init__.py').touch()
+        (toys / 'mssr_basicsr' / 'discovery.py').write_text(fault)
+    # -S: without the site-packages that the plugin is really installed in.
+    start = f'import site; site.addsitedir({str(toys)!r})'
+    assert python(start, path=toys, options=('-S',)) == ''
+    said = python(start + '\nimport basicsr; assert basicsr.done', path=toys, options=('-S',))
+    assert said.count('RuntimeWarning: BasicSR goes on without the mssr_basicsr plugin: ') == 1
+
+
+@pytest.mark.parametrize(
+    ('first', 'hook'),
+    [('basicsr', True), ('mssr_basicsr.archs.mssr_arch', True), ('mssr_basicsr.models.mssr_backward_model', False)],
+)
+def test_import_registers_the_plugin(first: str, hook: bool) -> None:
+    python(f'import {first}' + REGISTERED, hook=hook)
+
+
+def test_plugin_joins_a_basicsr_that_came_in_without_the_hook() -> None:
+    code = IMPORTABLE + 'from basicsr.utils.registry import ARCH_REGISTRY\nassert "MSSR" not in ARCH_REGISTRY'
+    python(code + '\nimport mssr_basicsr.losses' + REGISTERED, hook=False)
+
+
+def test_basicsr_goes_on_without_a_plugin_that_fails_and_says_why() -> None:
+    code = """
+from mssr_basicsr import discovery
+discovery.REGISTERING = ('no_such_module',)
+import basicsr
+from basicsr.utils.registry import ARCH_REGISTRY
+assert 'EDSR' in ARCH_REGISTRY
+"""
+    said = python(code)
+    assert said.count('RuntimeWarning: ') == 1
+    assert "ModuleNotFoundError: No module named 'no_such_module'" in said
+
+
+def test_looking_basicsr_up_does_not_use_the_hook_up(toys: Path) -> None:
+    code = TOY + 'import importlib.util\nassert importlib.util.find_spec("basicsr")\nimport basicsr'
+    assert python(code, path=toys) == 'registered\n'
+
+
+def test_import_that_failed_can_be_tried_again(toys: Path) -> None:
+    code = (
+        TOY
+        + """
+import os
+os.environ['FAULT'] = ''
+try:
+    import basicsr
+except AssertionError:
+    del os.environ['FAULT']
+import basicsr
+assert not any(getattr(finder, '__name__', '') == 'BasicSRHook' for finder in sys.meta_path)
+"""
+    )
+    assert python(code, path=toys) == 'registered\n'
+
+
+def test_registering_happens_once(toys: Path) -> None:
+    code = TOY + 'import basicsr, importlib\nimportlib.reload(basicsr)\ndiscovery.load_basicsr()'
+    assert python(code, path=toys) == 'registered\n'
+
+
+def test_load_basicsr_from_within_basicsr(toys: Path) -> None:
+    # BasicSR imports a module of ours before it is complete: the plugin waits until it is.
+    circle = 'from mssr_basicsr.discovery import load_basicsr\nload_basicsr()\ndone = True'
+    (toys / 'basicsr' / '__init__.py').write_text(circle)
+    assert python(TOY + 'import basicsr', path=toys) == 'registered\n'
+
+
+def test_mere_folder_and_missing_basicsr_are_as_ever(tmp_path: Path) -> None:
+    code = f"""
+import site, sys
+site.addsitedir({str(PTH.parent)!r})
+try:
+    import basicsr
+except ModuleNotFoundError as error:
+    assert error.name == 'basicsr'
+else:
+    raise AssertionError
+sys.path.append({str(tmp_path)!r})
+import basicsr
+assert basicsr.__file__ is None
+"""
+    (tmp_path / 'basicsr').mkdir()
+    # -S: without the site-packages that hold the real one.
+    assert python(code, options=('-S',)) == ''

@@ -1,0 +1,76 @@
+"""Both ways of installing bring the start hook along, and uninstalling takes it away."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PTH = 'mssr_basicsr.pth'
+HOOKED = 'import sys; print("BasicSRHook" in str(sys.meta_path))'
+BUILD = 'import sys; from setuptools.build_meta import __legacy__; getattr(__legacy__, sys.argv[1])(sys.argv[2])'
+
+pytest.importorskip('setuptools', minversion='64')
+
+
+def call(*command: str | Path, cwd: Path | None = None) -> str:
+    """What the command prints. It must succeed, and sees this project through an installation only."""
+    env = {key: value for key, value in os.environ.items() if key not in ('PYTHONPATH', 'MSSR_BASICSR_DISCOVERY')}
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope='module', params=['build_wheel', 'build_editable'])
+def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # From a copy, so that no build leavings come into the working tree.
+    source = tmp_path_factory.mktemp('source')
+    for name in ('setup.py', 'pyproject.toml', 'README.md', PTH):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / 'mssr_basicsr', source / 'mssr_basicsr', ignore=shutil.ignore_patterns('__pycache__'))
+    target = tmp_path_factory.mktemp('wheel')
+    call(sys.executable, '-c', BUILD, request.param, target, cwd=source)
+    (built,) = target.glob('*.whl')
+    return built
+
+
+def test_wheel_has_the_pth_at_its_root(wheel: Path) -> None:
+    with ZipFile(wheel) as archive:
+        assert archive.read(PTH) == (ROOT / PTH).read_bytes()
+        (record,) = (name for name in archive.namelist() if name.endswith('/RECORD'))
+        assert f'{PTH},sha256=' in archive.read(record).decode()
+        assert not [name for name in archive.namelist() if name.startswith(('tests/', 'scripts/'))]
+        assert '.data/' not in ' '.join(archive.namelist())
+
+
+def test_install_arms_the_hook_and_uninstall_leaves_nothing(wheel: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path, symlinks=os.name != 'nt')
+    python = tmp_path / ('Scripts/python.exe' if os.name == 'nt' else 'bin/python')
+    pip = (sys.executable, '-m', 'pip', '--python', python)
+    assert call(python, '-c', HOOKED) == 'False\n'
+    call(*pip, 'install', '--no-deps', '--no-index', wheel)
+    assert call(python, '-c', HOOKED) == 'True\n'
+    call(*pip, 'uninstall', '--yes', 'mssr-basicsr')
+    assert call(python, '-c', HOOKED) == 'False\n'
+    assert not list(tmp_path.rglob('*mssr*'))
+
+
+def test_pth_is_one_line_that_python_executes() -> None:
+    # Python takes every other line for a folder, and decodes the file as the locale says.
+    lines = (ROOT / PTH).read_bytes().decode('ascii').splitlines()
+    assert [line[0:7] for line in lines if not line.startswith('#')] == ['import ']
