@@ -1,0 +1,129 @@
+"""Feature taps: the depths of a network at which self-distillation hands features over.
+
+A tap is a module whose output is the trunk's feature map at one depth. Of two networks of one architecture, the
+features that the first has at a tap can go into the second, which finishes the image from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from mssr_basicsr.options import match_names
+
+
+def find_feature_taps(network: nn.Module, patterns: Sequence[str] | None = None) -> list[str]:
+    """The names of the taps, shallowest first.
+
+    Args:
+        network: the backbone.
+        patterns: shell-style patterns of module names (option ``network_g.feature_taps``). Without them the trunk is
+            looked for among the network's own containers (``nn.Sequential``, ``nn.ModuleList``): a row of blocks
+            of one class, each block a tap (EDSR, MSRResNet, RCAN, RRDBNet, SwinIR), or else a row of
+            convolutions and activations, each activation a tap (SRVGGNetCompact). Of several, the longest.
+
+    Returns:
+        The names; an empty list when no patterns are given and no trunk is found.
+    """
+    if patterns is not None:
+        return match_names('network_g.feature_taps', patterns, [name for name, _ in network.named_modules() if name])
+
+    rows_of_blocks, rows_of_layers = [], []
+    for name, child in network.named_children():
+        if not isinstance(child, (nn.Sequential, nn.ModuleList)):
+            continue
+        layers = [layer for _, layer in child.named_children()]
+        if len({type(layer) for layer in layers}) == 1 and not isinstance(layers[0], (_ConvNd, nn.Linear)):
+            rows_of_blocks.append([f'{name}.{i}' for i in range(len(layers))])
+        elif all(isinstance(layer, _ConvNd) or _is_activation(layer) for layer in layers):
+            rows_of_layers.append([f'{name}.{i}' for i, layer in enumerate(layers) if _is_activation(layer)])
+    return max(rows_of_blocks or rows_of_layers, key=len, default=[])
+
+
+def _is_activation(layer: nn.Module) -> bool:
+    return type(layer).__module__ == nn.ReLU.__module__
+
+
+@contextmanager
+def record_features(network: nn.Module, taps: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """While the context is open, keep what the ``taps`` give in the network's last forward, by tap name.
+
+    The tensors are part of the autograd graph: a loss on them reaches the weights before the tap.
+    """
+    features: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f'network_g.feature_taps: {name} gives a {type(output).__name__}, a tap gives one tensor'
+                )
+            features[name] = output
+
+        return hook
+
+    handles = [network.get_submodule(name).register_forward_hook(keep(name)) for name in taps]
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class ImageFinisher:
+    """Finishes images from another network's features: the larger network's part in self-distillation.
+
+    Args:
+        network: the frozen larger network, in eval mode, its weights without gradient: then a finished image costs
+            gradient memory for activations after the tap alone.
+        taps: its taps, shallowest first.
+
+    What the handed-over features replace is not computed where the trunk's structure allows it: where the taps lie
+    in one row of modules and the image depends on the row's earlier modules only through the tap. That is tried out
+    on the first image (the network's own features must give the network's own image), not assumed.
+    """
+
+    def __init__(self, network: nn.Module, taps: Sequence[str]) -> None:
+        self.network = network
+        self.taps = taps
+        self._replaced: dict[str, list[nn.Module]] | None = None
+
+    def finish(self, x: Tensor, tap: str, features: Tensor) -> Tensor:
+        """The image, (N, C, H, W), that the network makes of ``x`` when ``tap`` gives ``features``.
+
+        Gradients flow to ``features``.
+        """
+        if self._replaced is None:
+            self._replaced = self._find_replaced(x[:1])
+        return self._run(x, tap, features, self._replaced[tap])
+
+    def _run(self, x: Tensor, tap: str, features: Tensor, replaced: Sequence[nn.Module]) -> Tensor:
+        with ExitStack() as stack:
+            for module in replaced:
+                stack.enter_context(mock.patch.object(module, 'forward', lambda features, *args, **kwargs: features))
+            module = self.network.get_submodule(tap)
+            stack.enter_context(mock.patch.object(module, 'forward', lambda *args, **kwargs: features))
+            return self.network(x)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _find_replaced(self, x: Tensor) -> dict[str, list[nn.Module]]:
+        """For each tap the modules that need not run, because the features at the tap are given."""
+        with record_features(self.network, self.taps) as features:
+            image = self.network(x)
+        replaced = {}
+        for tap in self.taps:
+            row, _, index = tap.rpartition('.')
+            siblings = list(self.network.get_submodule(row).named_children())
+            before = [module for _, module in siblings[: [name for name, _ in siblings].index(index)]]
+            try:
+                same = torch.allclose(self._run(x, tap, features[tap], before), image, rtol=1e-4, atol=1e-5)
+            except (RuntimeError, TypeError):  # a module that does more than to pass its features on
+                same = False
+            replaced[tap] = before if same else []
+        return replaced

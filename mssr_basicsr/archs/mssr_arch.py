@@ -1,0 +1,230 @@
+"""The MSSR architecture: any registered SR network as a family of nested sub-networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from basicsr.archs import build_network
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from mssr_basicsr.archs.feature_taps import find_feature_taps
+from mssr_basicsr.options import OptionError, match_names, require_int
+from mssr_basicsr.pruning.level_map import LevelMap, buffer_tree, count, mask_of, num_kept
+
+
+def check_sparsity(sparsity: Any) -> list[float]:
+    """``network_g.sparsity`` as floats: 0 for the dense level, then rising, all below 1; else OptionError."""
+    if not isinstance(sparsity, (list, tuple)) or len(sparsity) < 2:
+        raise OptionError('network_g.sparsity', sparsity, 'a list of two or more, such as [0, 0.5, 0.75]')
+    if len(sparsity) > 256:
+        raise OptionError('network_g.sparsity', f'{len(sparsity)} levels', 'at most 256 levels')
+    for k, share in enumerate(sparsity):
+        low = -1 if k == 0 else sparsity[k - 1]
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not low < share < 1 or (k == 0 and share):
+            allowed = '0 (level 0 is the dense network)' if k == 0 else f'a share above {low} and below 1'
+            raise OptionError(f'network_g.sparsity[{k}]', share, allowed)
+    return [float(share) for share in sparsity]
+
+
+def find_prunable(backbone: nn.Module, prunable: Sequence[str], unprunable: Sequence[str]) -> list[str]:
+    """The names of the weights that pruning may remove.
+
+    These are the weights of convolutions and linear layers (never biases, norms or attention tables: our choice, as
+    they are under 1 % of the parameters) that match a pattern of ``prunable`` and none of ``unprunable``.
+    """
+    layers = [(name, layer) for name, layer in backbone.named_modules() if isinstance(layer, (_ConvNd, nn.Linear))]
+    # A layer that occurs under two names is listed once by named_modules; a weight that two layers share is not.
+    weights = {id(layer.weight): f'{name}.weight' for name, layer in reversed(layers)}
+    names = list(reversed(weights.values()))
+    if not names:
+        raise OptionError('network_g.backbone', type(backbone).__name__, 'a network with convolutions or linear layers')
+    removed = set(match_names('network_g.unprunable', unprunable, names))
+    kept = [name for name in match_names('network_g.prunable', prunable, names) if name not in removed]
+    if not kept:
+        raise OptionError('network_g.unprunable', list(unprunable), 'patterns that leave one of ' + ', '.join(names))
+    return kept
+
+
+def is_plain(state_dict: Mapping[str, Any]) -> bool:
+    """Whether a state dict is one of a backbone by itself, as stock BasicSR saves it."""
+    return not any(key.startswith('level_map.') for key in state_dict)
+
+
+@ARCH_REGISTRY.register()
+class MSSR(nn.Module):
+    """An SR network that holds nested sub-networks of itself, its levels (Lin et al., CVPR 2023).
+
+    At each level it is the backbone with the weights outside the level's mask at zero. The backbone's code and its
+    parameters' names stay as they are; a masked weight keeps its value and gets a gradient of exactly zero. In
+    eval mode without gradients masking is done once, at the first forward, and again only after the weights, the
+    level map or the level have changed.
+
+    Args:
+        backbone: options of any architecture that is registered with BasicSR, with its ``type``.
+        sparsity: for each level, from 0 (dense) to K (smallest), the removed share of the prunable weights.
+        level: the level to be at. MSSR's own models set it themselves; fix it here for a stock ``SRModel`` or
+            ``basicsr/test.py``. Above 0 this needs a checkpoint whose level map has that level.
+        prunable: patterns of the names of weights that pruning may remove. Default: all of them, which are the weights
+            of convolutions and linear layers.
+        unprunable: patterns of names to take out of these again.
+        feature_taps: patterns of the names of modules between which self-distillation hands features over. Default:
+            the trunk's blocks, found by :func:`find_feature_taps`.
+
+    The state dict has the backbone's entries under ``backbone.`` and the level map's, uint8, under ``level_map.``.
+    ``load_state_dict`` also takes a plain state dict of the backbone: all of it is then in every level, as before
+    the first pruning.
+    """
+
+    def __init__(
+        self,
+        backbone: Mapping[str, Any],
+        sparsity: Sequence[float],
+        level: int = 0,
+        prunable: Sequence[str] = ('*',),
+        unprunable: Sequence[str] = (),
+        feature_taps: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.sparsity = check_sparsity(sparsity)
+        self._level = require_int('network_g.level', level, 0, self.smallest_level)
+        if not isinstance(backbone, Mapping) or 'type' not in backbone:
+            raise OptionError('network_g.backbone', backbone, 'the options of an architecture, with its type')
+        if backbone['type'] not in ARCH_REGISTRY and f'{backbone["type"]}_basicsr' not in ARCH_REGISTRY:
+            raise OptionError('network_g.backbone.type', backbone['type'], ', '.join(sorted(ARCH_REGISTRY.keys())))
+        try:
+            self.backbone: nn.Module = build_network(backbone)
+        except TypeError as error:  # an option that the architecture does not know, or lacks
+            raise OptionError(
+                'network_g.backbone', dict(backbone), f'the arguments of the architecture ({error})'
+            ) from error
+
+        self.prunable_names = find_prunable(self.backbone, prunable, unprunable)
+        self.feature_taps = find_feature_taps(self.backbone, feature_taps)
+        weights = self.prunable_weights()
+        self.level_map = buffer_tree(
+            {name: torch.full_like(w, self.smallest_level, dtype=torch.uint8) for name, w in weights.items()}
+        )
+        self.mask = buffer_tree(
+            {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}, persistent=False
+        )
+        self._mask_is_current = False
+        self._masked_weights: list[Tensor] | None = None
+        self._masked_from: list[tuple[int, int]] | None = None
+        # Level maps and masks change with the level only, on all ranks at once: DDP need not send them each forward.
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, _ in self.named_buffers() if not name.startswith('backbone.')
+        ]
+
+    @property
+    def smallest_level(self) -> int:
+        """K, the number of the smallest sub-network."""
+        return len(self.sparsity) - 1
+
+    @property
+    def level(self) -> int:
+        """The level that the network is at: 0 is dense. Setting it takes effect with the next forward."""
+        return self._level
+
+    @level.setter
+    def level(self, level: int) -> None:
+        self._level = require_int('level', level, 0, self.smallest_level)
+        self._mask_is_current = False
+
+    def prunable_weights(self) -> dict[str, Tensor]:
+        """The backbone's prunable weights by name, unmasked: the parameters themselves."""
+        return dict(zip(self.prunable_names, self._weights()))
+
+    def get_level_map(self) -> dict[str, Tensor]:
+        """The level map by weight name: uint8, each of its weight's shape; the buffers themselves."""
+        return dict(self.level_map.named_buffers())
+
+    def set_level_map(self, level_map: LevelMap) -> None:
+        """Copy ``level_map`` (a tensor for each prunable weight) into the network's."""
+        for name, levels in self.get_level_map().items():
+            levels.copy_(level_map[name])
+        self._mask_is_current = False
+
+    @torch.no_grad()
+    def export(self, level: int) -> dict[str, Tensor]:
+        """Level ``level`` as a plain state dict (copies) that the unmodified backbone loads with ``strict=True``."""
+        state = {name: tensor.clone() for name, tensor in self.backbone.state_dict().items()}
+        for name, mask in mask_of(self.get_level_map(), level).items():
+            state[name][~mask] = 0
+        return state
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Upscale ``x`` (N, C, H, W) with the sub-network at the current level."""
+        if self._level == 0:
+            return self.backbone(x)  # type: ignore[no-any-return]
+        masked = self._mask_weights()
+        return torch.func.functional_call(  # type: ignore[no-any-return]
+            self.backbone, dict(zip(self.prunable_names, masked)), (x,), tie_weights=False
+        )
+
+    def _weights(self) -> list[Tensor]:
+        # By attribute, since the copies that DataParallel makes of a module have no named_parameters.
+        return [attrgetter(name)(self.backbone) for name in self.prunable_names]
+
+    def _mask_weights(self) -> list[Tensor]:
+        self.update_mask()
+        weights = self._weights()
+        if self.training or torch.is_grad_enabled():
+            return list(torch._foreach_mul(weights, list(self.mask.buffers())))
+        # BasicSR's EMA changes .data, which no version counter sees, but calls eval() before each image: see train().
+        source = [(weight.data_ptr(), weight._version) for weight in weights]
+        if self._masked_weights is None or self._masked_from != source:
+            self._masked_weights = list(torch._foreach_mul(weights, list(self.mask.buffers())))
+            self._masked_from = source
+        return self._masked_weights
+
+    def update_mask(self) -> None:
+        """Bring the mask to the current level; the forward does this too.
+
+        Raises:
+            OptionError: the level map does not have this level, which would silently be a larger network.
+        """
+        if self._mask_is_current:
+            return
+        masks = mask_of(self.get_level_map(), self._level)
+        total = sum(mask.numel() for mask in masks.values())
+        kept, expected = count(masks), num_kept(total, self.sparsity[self._level])
+        if abs(kept - expected) > max(1, 1e-3 * total):
+            raise OptionError(
+                'network_g.level',
+                self._level,
+                f'a level that the loaded level map has; there this one keeps {kept} of {total} prunable weights, and '
+                f'sparsity[{self._level}] = {self.sparsity[self._level]} asks for {expected} (was an MSSR checkpoint '
+                'loaded, was its forward stage trained up to this level, and with this sparsity?)',
+            )
+        for name, buffer in self.mask.named_buffers():
+            buffer.copy_(masks[name])
+        self._masked_weights = None
+        self._mask_is_current = True
+
+    def train(self, mode: bool = True) -> MSSR:
+        """As of ``nn.Module``; also forgets the masked weights that are kept for eval mode."""
+        self._masked_weights = None
+        return super().train(mode)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of ``nn.Module``, for a state dict of this class or a plain one of the backbone.
+
+        Raises:
+            OptionError: ``level`` is above 0 and the loaded level map does not have that level.
+        """
+        if is_plain(state_dict):
+            whole = {name: torch.full_like(m, self.smallest_level) for name, m in self.level_map.named_buffers()}
+            state_dict = {
+                **{f'backbone.{key}': value for key, value in state_dict.items()},
+                **{f'level_map.{key}': value for key, value in whole.items()},
+            }
+        result = super().load_state_dict(state_dict, strict, assign)
+        self._mask_is_current = False
+        self._masked_weights = None
+        self.update_mask()
+        return result

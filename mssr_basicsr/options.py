@@ -1,0 +1,44 @@
+"""Refusing wrong options: one clear error that names the option, what was found and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+
+class OptionError(ValueError):
+    """A wrong value in the YAML. The text is ``<option>: found <value>; allowed: <what is>.``"""
+
+    def __init__(self, option: str, found: object, allowed: str) -> None:
+        super().__init__(f'{option}: found {found!r}; allowed: {allowed}.')
+
+
+def require_one_of(option: str, found: object, allowed: Iterable[str]) -> None:
+    """Raise :class:`OptionError` unless ``found`` is one of the names ``allowed``."""
+    names = sorted(allowed)
+    if found not in names:
+        raise OptionError(option, found, ', '.join(names))
+
+
+def require_int(option: str, found: Any, low: int, high: float = float('inf'), note: str = '') -> int:
+    """``found`` as an int; :class:`OptionError` unless it is a whole number (5e3 is one) in [low, high]."""
+    whole = isinstance(found, (int, float)) and not isinstance(found, bool) and found == int(found)
+    if not whole or not low <= found <= high:
+        bounds = f'a whole number of at least {low}' if high == float('inf') else f'a whole number from {low} to {high}'
+        raise OptionError(option, found, bounds + note)
+    return int(found)
+
+
+def match_names(option: str, patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The ``names`` (in their order) that match one of the shell-style ``patterns``.
+
+    Raises:
+        OptionError: ``patterns`` is no list of strings, or one of them matches nothing; the text lists the names.
+    """
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise OptionError(option, patterns, 'a list of patterns such as ["body.*"]')
+    for i, pattern in enumerate(patterns):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise OptionError(f'{option}[{i}]', pattern, 'a pattern that matches one of ' + ', '.join(names))
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

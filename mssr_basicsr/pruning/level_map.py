@@ -1,0 +1,86 @@
+"""The level map: which nested sub-network each prunable weight belongs to.
+
+A level map gives every prunable weight one small integer, the highest level that still contains it. Level k's
+mask is ``level_map >= k``, so the masks are nested by construction: no level map can say otherwise.
+
+In this package a level map is a mapping from a weight's name to a uint8 tensor of the weight's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+LevelMap = Mapping[str, Tensor]
+
+
+class BufferTree(nn.Module):
+    """The root of a :func:`buffer_tree`, which says in a line what would be a long list of empty modules."""
+
+    def __repr__(self) -> str:
+        return f'BufferTree of {sum(buffer.numel() for buffer in self.buffers()):,} elements'
+
+
+def buffer_tree(tensors: Mapping[str, Tensor], persistent: bool = True) -> BufferTree:
+    """A module whose buffers are ``tensors``, under the dotted names that they have as keys.
+
+    This is how tensors that belong to weights travel with a network: to a device, into a state dict
+    (``level_map.body.0.conv1.weight``) and back.
+    """
+    root = BufferTree()
+    for name, tensor in tensors.items():
+        *path, leaf = name.split('.')
+        node: nn.Module = root
+        for part in path:
+            if part not in node._modules:
+                node.add_module(part, nn.Module())
+            node = node.get_submodule(part)
+        node.register_buffer(leaf, tensor, persistent)
+    return root
+
+
+def num_kept(total: int, sparsity: float) -> int:
+    """The number of weights that a level of this sparsity keeps of ``total`` prunable weights."""
+    return round(total * (1 - sparsity))
+
+
+def mask_of(level_map: LevelMap, level: int) -> dict[str, Tensor]:
+    """Level ``level``'s mask: bool tensors, True where the weight is in the sub-network."""
+    return {name: levels >= level for name, levels in level_map.items()}
+
+
+def delta_of(level_map: LevelMap, level: int, smaller: int | None = None) -> dict[str, Tensor]:
+    """The weights that ``level`` has and the sub-network ``smaller`` (default: the next one, ``level + 1``) lacks."""
+    upper = level + 1 if smaller is None else smaller
+    return {name: (levels >= level) & (levels < upper) for name, levels in level_map.items()}
+
+
+def count(masks: Mapping[str, Tensor]) -> int:
+    """The number of True elements in all masks together."""
+    return sum(int(mask.sum()) for mask in masks.values())
+
+
+def prune(level_map: LevelMap, scores: Mapping[str, Tensor], level: int, keep: int) -> dict[str, Tensor]:
+    """Make sub-network ``level`` out of ``level - 1``: the iterative pruning step of the forward stage.
+
+    Args:
+        level_map: where levels up to ``level - 1`` are decided, and all their weights carry a number >= ``level``.
+        scores: a float tensor for each weight, the higher the more worth keeping.
+        level: the level to make.
+        keep: how many weights of all layers together it keeps, exactly; ties go to the weight that comes first.
+
+    Returns:
+        The new level map. Weights that were in level ``level - 1`` and did not survive get the number ``level - 1``;
+        all others keep theirs.
+    """
+    flat_map = torch.cat([levels.flatten() for levels in level_map.values()])
+    flat_scores = torch.cat([scores[name].flatten().double() for name in level_map])
+    flat_scores[flat_map < level] = -torch.inf
+    ranking = torch.sort(flat_scores, descending=True, stable=True).indices
+    pruned = torch.ones_like(flat_map, dtype=torch.bool)
+    pruned[ranking[:keep]] = False
+    flat_map = torch.where(pruned & (flat_map >= level), flat_map.new_tensor(level - 1), flat_map)
+    sizes = [levels.numel() for levels in level_map.values()]
+    return {name: flat.view_as(level_map[name]) for name, flat in zip(level_map, flat_map.split(sizes))}

@@ -1,0 +1,24 @@
+"""Weight rewinding: the weights that survived pruning go back to their values from early in training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def rewind_weights(network: nn.Module, rewind_point: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set the backbone's surviving weights, and all that is never pruned, to the rewind point's.
+
+    A pruned weight keeps the value it was pruned with: that is where the backward stage can recover it from.
+
+    Args:
+        network: the backbone.
+        rewind_point: the same architecture with the weights at ``rewind_iter`` of level 0's training.
+        masks: bool tensors by prunable weight's name, True for the survivors.
+    """
+    early = rewind_point.state_dict()
+    for name, tensor in network.state_dict().items():
+        tensor.copy_(torch.where(masks[name], early[name], tensor) if name in masks else early[name])

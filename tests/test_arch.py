@@ -1,0 +1,166 @@
+"""The MSSR architecture on every backbone that it is shown to work on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from basicsr.archs import build_network
+from conftest import BACKBONES, SPARSITY, TOY_EDSR
+from torch import Tensor
+
+from mssr_basicsr.archs.mssr_arch import MSSR
+from mssr_basicsr.options import OptionError
+from mssr_basicsr.pruning.level_map import mask_of, num_kept, prune
+
+
+def pruned_mssr(backbone: dict[str, Any], **options: Any) -> MSSR:
+    """An MSSR network with all its levels, pruned by magnitude without training."""
+    torch.manual_seed(0)
+    network = MSSR(backbone, SPARSITY, **options)
+    weights = network.prunable_weights()
+    total = sum(weight.numel() for weight in weights.values())
+    for level in range(1, len(SPARSITY)):
+        scores = {name: weight.detach().abs() for name, weight in weights.items()}
+        network.set_level_map(prune(network.get_level_map(), scores, level, num_kept(total, SPARSITY[level])))
+    return network
+
+
+backbones = pytest.mark.parametrize('backbone', BACKBONES.values(), ids=BACKBONES.keys())
+
+
+@backbones
+def test_a_training_step_at_each_level(backbone: dict[str, Any]) -> None:
+    """Weights in the level move; weights outside get a gradient of exactly zero, and Adam leaves every bit of them."""
+    network = pruned_mssr(backbone)
+    x, gt = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 32, 32)
+    for level in range(len(SPARSITY)):
+        network.level = level
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+        before = {name: weight.detach().clone() for name, weight in network.prunable_weights().items()}
+        optimizer.zero_grad()
+        (network(x) - gt).abs().mean().backward()
+        optimizer.step()
+        masks = mask_of(network.get_level_map(), level)
+        moved = 0
+        for name, weight in network.prunable_weights().items():
+            assert weight.grad is not None
+            assert (weight.grad[~masks[name]] == 0).all()
+            assert torch.equal(weight[~masks[name]], before[name][~masks[name]])
+            moved += int((weight[masks[name]] != before[name][masks[name]]).sum())
+        assert moved > 0.5 * sum(int(mask.sum()) for mask in masks.values())
+
+
+@backbones
+def test_an_exported_level_loads_into_the_stock_backbone_and_gives_the_same_image(backbone: dict[str, Any]) -> None:
+    network = pruned_mssr(backbone).eval()
+    x = torch.rand(1, 3, 16, 16)
+    outputs = []
+    for level in range(len(SPARSITY)):
+        network.level = level
+        stock = build_network(backbone).eval()
+        stock.load_state_dict(network.export(level), strict=True)
+        with torch.no_grad():
+            outputs.append(network(x))
+            assert (stock(x) - outputs[-1]).abs().max() <= 1e-6
+        kept = sum(int((weight != 0).sum()) for name, weight in network.export(level).items() if name in set(
+            network.prunable_names
+        ))  # fmt: skip
+        total = sum(weight.numel() for weight in network.prunable_weights().values())
+        assert kept == pytest.approx(num_kept(total, SPARSITY[level]), abs=total * 0.001)
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
+
+
+def test_attention_tables_norms_and_biases_are_never_prunable() -> None:
+    network = MSSR(BACKBONES['SwinIR'], SPARSITY)
+    assert {name.rpartition('.')[2] for name in network.prunable_names} == {'weight'}
+    assert not any('norm' in name or 'table' in name for name in network.prunable_names)
+    assert 'layers.0.residual_group.blocks.0.attn.qkv.weight' in network.prunable_names
+
+
+def test_patterns_choose_what_is_prunable() -> None:
+    network = MSSR(TOY_EDSR, SPARSITY, prunable=['body.*', 'conv_*'], unprunable=['conv_first.*'])
+    assert 'body.0.conv1.weight' in network.prunable_names
+    assert 'conv_last.weight' in network.prunable_names
+    assert 'conv_first.weight' not in network.prunable_names
+    assert 'upsample.0.weight' not in network.prunable_names
+
+
+def test_in_eval_mode_masking_is_done_once_until_something_changes() -> None:
+    network = pruned_mssr(TOY_EDSR).eval()
+    network.level = 2
+    x = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        first = network(x)
+        masked = network._masked_weights
+        network(x)
+        assert network._masked_weights is masked
+
+        weight = network.prunable_weights()['conv_first.weight']
+        weight.mul_(2)  # an optimizer's way of changing a weight
+        second = network(x)
+        assert not torch.equal(first, second)
+
+        weight.data.mul_(0.5)  # BasicSR's EMA's way; its validation calls eval() before each image
+        network.eval()
+        assert torch.equal(network(x), first)
+
+        network.level = 1
+        assert not torch.equal(network(x), first)
+
+
+def test_eval_mode_with_gradients_still_has_them() -> None:
+    network = pruned_mssr(TOY_EDSR).eval()
+    network.level = 1
+    network(torch.rand(1, 3, 16, 16)).sum().backward()
+    assert network.prunable_weights()['conv_first.weight'].grad is not None
+
+
+def test_its_checkpoint_and_a_stock_one_both_load() -> None:
+    network = pruned_mssr(TOY_EDSR)
+    other = MSSR(TOY_EDSR, SPARSITY, level=2)
+    other.load_state_dict(network.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), network.state_dict().values()))
+
+    stock = build_network(TOY_EDSR)
+    dense = MSSR(TOY_EDSR, SPARSITY)
+    dense.load_state_dict(stock.state_dict())
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(dense(x), stock(x))
+
+
+def test_a_level_that_the_checkpoint_lacks_is_refused() -> None:
+    """Or a small network would be asked for, and the dense one silently given."""
+    stock = build_network(TOY_EDSR).state_dict()
+    network = MSSR(TOY_EDSR, SPARSITY, level=2)
+    with pytest.raises(OptionError, match=r'network_g\.level: found 2; .* keeps 6768 of 6768 .* asks for 1692'):
+        network.load_state_dict(stock)
+    with pytest.raises(OptionError, match=r'network_g\.level: found 2'):
+        MSSR(TOY_EDSR, SPARSITY, level=2)(torch.rand(1, 3, 16, 16))
+
+
+def test_the_state_dict_holds_the_level_map_and_the_backbones_names() -> None:
+    network = pruned_mssr(TOY_EDSR)
+    stock = build_network(TOY_EDSR).state_dict()
+    state: dict[str, Tensor] = network.state_dict()
+    assert {name[len('backbone.') :] for name in state if name.startswith('backbone.')} == stock.keys()
+    maps = {name: tensor for name, tensor in state.items() if name.startswith('level_map.')}
+    assert {tensor.dtype for tensor in maps.values()} == {torch.uint8}
+    assert len(maps) + len(stock) == len(state)
+
+
+def test_a_copy_for_data_parallel_masks_too() -> None:
+    """DataParallel's copies have plain tensors where the network has parameters."""
+    network = pruned_mssr(TOY_EDSR)
+    network.level = 2
+    x = torch.rand(1, 3, 16, 16)
+    expected = network(x)
+    replicas = {module: module._replicate_for_data_parallel() for module in network.modules()}
+    for module, replica in replicas.items():
+        for name, child in module.named_children():
+            setattr(replica, name, replicas[child])
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(replica, name, parameter * 1)
+    assert torch.equal(replicas[network](x), expected)
