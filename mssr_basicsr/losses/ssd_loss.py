@@ -1,0 +1,74 @@
+"""Stochastic self-distillation (SSD): the larger network says how good the small one's features are."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Callable
+
+import torch
+from basicsr.losses import build_loss
+from basicsr.utils.registry import LOSS_REGISTRY
+from torch import Tensor, nn
+
+from mssr_basicsr.options import OptionError, require_int, require_one_of
+
+
+@LOSS_REGISTRY.register()
+class SSDLoss(nn.Module):
+    """How far the images are off that the larger network finishes from the small network's features.
+
+    In each iteration a few depths are drawn at random; the small network's features at each of them go into the
+    larger network, which finishes the image from there (:class:`ImageFinisher`). This is the loss of these images.
+
+    Args:
+        num_depths: how many different depths each iteration draws, or ``'all'``.
+        criterion: options of the loss that compares two images. Default: ``{type: L1Loss}``.
+        loss_weight: the weight of the whole term.
+        target: what the finished images should be: ``gt`` the ground truth, ``teacher`` the larger network's own
+            image, ``both`` the mean of the two losses. The abstract leaves this open; the default is our choice.
+    """
+
+    def __init__(
+        self,
+        num_depths: int | str = 2,
+        criterion: Mapping[str, Any] | None = None,
+        loss_weight: float = 1.0,
+        target: str = 'gt',
+    ) -> None:
+        super().__init__()
+        if num_depths != 'all':
+            num_depths = require_int('train.ssd_opt.num_depths', num_depths, 1, note=", or 'all'")
+        require_one_of('train.ssd_opt.target', target, ('gt', 'teacher', 'both'))
+        self.num_depths = num_depths
+        self.criterion: nn.Module = build_loss(criterion or {'type': 'L1Loss'})
+        self.loss_weight = loss_weight
+        self.target = target
+
+    def check_depths(self, taps: Sequence[str]) -> None:
+        """Raise OptionError if the network has no taps, or fewer than ``num_depths``."""
+        if not taps:
+            raise OptionError('network_g.feature_taps', None, "patterns of the backbone's blocks: no trunk was found")
+        if self.num_depths != 'all':
+            require_int('train.ssd_opt.num_depths', self.num_depths, 1, len(taps), f' (the feature taps), or {"all"!r}')
+
+    def sample_taps(self, taps: Sequence[str], seed: str) -> list[str]:
+        """The taps for one iteration, shallowest first. The same seed gives the same taps on every rank."""
+        if self.num_depths == 'all':
+            return list(taps)
+        return [taps[i] for i in sorted(random.Random(seed).sample(range(len(taps)), int(self.num_depths)))]
+
+    def forward(self, images: Sequence[Tensor], gt: Tensor, teacher: Callable[[], Tensor]) -> Tensor:
+        """The weighted mean over the depths.
+
+        Args:
+            images: the finished images, one for each depth, each (N, C, H, W).
+            gt: the ground truth, (N, C, H, W).
+            teacher: gives the larger network's own image, (N, C, H, W); called only where ``target`` needs it.
+        """
+        targets = [] if self.target == 'teacher' else [gt]
+        if self.target != 'gt':
+            with torch.no_grad():
+                targets.append(teacher())
+        losses = [self.criterion(image, target) for image in images for target in targets]
+        return self.loss_weight * torch.stack(losses).mean()
