@@ -1,0 +1,83 @@
+"""Stages of training, and expansion schedules: in which stages the backward stage grows the network back.
+
+A schedule is a class that is built from the options under ``train.expansion`` and whose ``stages(delta_sizes)`` lists
+the stages. Users add theirs with ``@EXPANSION_REGISTRY.register()``, for example one that jumps over levels or one
+whose iterations follow the size of each delta::
+
+    @EXPANSION_REGISTRY.register()
+    class ProportionalExpansion:
+        def __init__(self, total_iter: int) -> None:
+            self.total_iter = total_iter
+
+        def stages(self, delta_sizes: Sequence[int]) -> list[Stage]:
+            levels = range(len(delta_sizes) - 2, -1, -1)
+            total = sum(delta_sizes[:-1])
+            return [Stage(level, round(self.total_iter * delta_sizes[level] / total)) for level in levels]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from basicsr.utils.registry import Registry
+
+from mssr_basicsr.options import OptionError, require_int, require_one_of
+
+EXPANSION_REGISTRY = Registry('expansion')
+
+
+class Stage(NamedTuple):
+    """Training at ``level`` for ``num_iter`` iterations."""
+
+    level: int
+    num_iter: int
+
+
+class ExpansionSchedule(Protocol):
+    """What a schedule must offer."""
+
+    def stages(self, delta_sizes: Sequence[int]) -> list[Stage]:
+        """The stages in order, their levels falling from below K down to 0.
+
+        Each stage recovers and trains what its level has and the level of the stage before lacks.
+
+        Args:
+            delta_sizes: for each level from 0 to K, how many weights it has that the next smaller one lacks; the last
+                is the size of the smallest level.
+        """
+
+
+@EXPANSION_REGISTRY.register()
+class SequentialExpansion:
+    """The paper's: one level after the other, from K - 1 to 0, each for ``level_iter`` iterations."""
+
+    def __init__(self, level_iter: int) -> None:
+        self.level_iter = require_int('train.expansion.level_iter', level_iter, 1)
+
+    def stages(self, delta_sizes: Sequence[int]) -> list[Stage]:
+        return [Stage(level, self.level_iter) for level in range(len(delta_sizes) - 2, -1, -1)]
+
+
+def build_expansion(options: Any, delta_sizes: Sequence[int]) -> list[Stage]:
+    """The stages of the schedule that ``options`` (``train.expansion``) name.
+
+    Raises:
+        OptionError: no such schedule, wrong arguments, or stages whose levels do not fall from below K to 0.
+    """
+    if not isinstance(options, Mapping) or 'type' not in options:
+        raise OptionError('train.expansion', options, 'the options of a schedule, such as {type: SequentialExpansion}')
+    arguments = dict(options)
+    require_one_of('train.expansion.type', arguments['type'], EXPANSION_REGISTRY.keys())
+    schedule_class = EXPANSION_REGISTRY.get(arguments.pop('type'))
+    try:
+        schedule: ExpansionSchedule = schedule_class(**arguments)
+    except TypeError as error:
+        raise OptionError('train.expansion', dict(options), f'the arguments of the schedule ({error})') from error
+    stages = schedule.stages(delta_sizes)
+    levels = [len(delta_sizes) - 1] + [stage.level for stage in stages]
+    if levels[-1] != 0 or any(nxt >= level for level, nxt in zip(levels, levels[1:])):
+        raise OptionError('train.expansion', levels[1:], f'stages whose levels fall from below {levels[0]} down to 0')
+    for i, stage in enumerate(stages):
+        require_int(f'train.expansion: stage {i}', stage.num_iter, 1)
+    return stages

@@ -1,0 +1,97 @@
+"""The backward stage: recovering and fine-tuning just the pruned weights, from the smallest level to the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from basicsr.utils import get_root_logger
+from basicsr.utils.registry import MODEL_REGISTRY
+from torch import nn
+
+from mssr_basicsr.expansion.recovery import RECOVERY_STARTS, recover_weights
+from mssr_basicsr.expansion.schedules import Stage, build_expansion
+from mssr_basicsr.models.mssr_model import MSSRModel
+from mssr_basicsr.options import OptionError, require_one_of
+from mssr_basicsr.pruning.frozen_weights import FrozenWeights
+from mssr_basicsr.pruning.level_map import count, delta_of
+from mssr_basicsr.ranks import digest
+
+
+@MODEL_REGISTRY.register()
+class MSSRBackwardModel(MSSRModel):
+    """Grows the smallest level back: recovers the weights that the last pruning step took, trains those alone; again.
+
+    It starts from the forward stage's last checkpoint (``path.pretrain_network_g``, read from ``params_ema`` if there
+    is one). All that a smaller level has, biases and norms included, stays bit-identical, so that the one set of
+    weights in the result is every level. That is checked when each stage ends.
+
+    Options under ``train``:
+        expansion: options of the expansion schedule, with its type, a name in ``EXPANSION_REGISTRY``.
+        recover: what recovered weights start from, ``ticket`` (default), ``rewind`` or ``zero``; see
+            :func:`recover_weights`.
+    """
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        if opt['path'].get('pretrain_network_g') is None:
+            raise OptionError('path.pretrain_network_g', None, "the forward stage's last checkpoint")
+        if not opt['path'].get('resume_state'):
+            opt['path'].setdefault('param_key_g', 'params_ema')  # BasicSR takes params where there is no params_ema
+        super().__init__(opt)
+
+    def plan_stages(self) -> list[Stage]:
+        self.recover = self._train_opt.get('recover', 'ticket')
+        require_one_of('train.recover', self.recover, RECOVERY_STARTS)
+        network = self.network
+        for name, module in network.backbone.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                allowed = f'one without running statistics, which change smaller levels ({name} has them)'
+                raise OptionError('network_g.backbone', type(network.backbone).__name__, allowed)
+        for level in range(1, network.smallest_level + 1):  # raises unless the checkpoint's level map has them all
+            network.level = level
+            network.update_mask()
+        network.level = 0
+        delta_sizes = [count(delta_of(network.get_level_map(), k)) for k in range(network.smallest_level + 1)]
+        return build_expansion(self._train_opt.get('expansion'), delta_sizes)
+
+    def levels_to_validate(self) -> Sequence[int]:
+        return range(self.network.level, self.network.smallest_level + 1)
+
+    def _smaller(self, stage: Stage) -> int:
+        """The level that is there already when ``stage`` begins."""
+        index = self.stages.index(stage)
+        return self.stages[index - 1].level if index > 0 else self.network.smallest_level
+
+    def begin_stage(self, stage: Stage) -> None:
+        if stage == self.stages[0]:
+            self._recover()
+            self.export_level(self.network.smallest_level)
+
+    def _recover(self) -> None:
+        network, rewind_point = self.network, {}
+        if self.recover == 'rewind':
+            path = self.opt['path']['pretrain_network_g']
+            checkpoint = torch.load(path, map_location=self.device, weights_only=True)
+            if 'rewind' not in checkpoint:
+                raise OptionError('train.recover', 'rewind', f'ticket, zero ({path} has no rewind point)')
+            rewind_point = checkpoint['rewind']
+        pruned = delta_of(network.get_level_map(), 0, network.smallest_level)
+        recover_weights(network.prunable_weights(), pruned, self.recover, rewind_point)
+
+    def freeze_weights(self, stage: Stage) -> FrozenWeights:
+        """Only the delta trains."""
+        smaller = self._smaller(stage)
+        self._digests = {level: self._digest(level) for level in range(smaller, self.network.smallest_level + 1)}
+        delta = delta_of(self.network.get_level_map(), stage.level, smaller)
+        return FrozenWeights(self.network.backbone, delta, others_train=False)
+
+    def _digest(self, level: int) -> str:
+        return digest(self.network.export(level))
+
+    def check_result(self, stage: Stage) -> None:
+        """Raise RuntimeError unless every smaller level is, bit for bit, what it was before the stage."""
+        changed = [level for level, before in self._digests.items() if self._digest(level) != before]
+        if changed:
+            raise RuntimeError(f'End of level {stage.level}: smaller levels {changed} are not what they were')
+        get_root_logger().info(f'Levels {sorted(self._digests)} are bit-identical to before level {stage.level}.')

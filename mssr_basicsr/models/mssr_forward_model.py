@@ -1,0 +1,182 @@
+"""The forward stage: iterative magnitude pruning with rewinding and stochastic self-distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from basicsr.data import build_dataloader, build_dataset
+from basicsr.losses import build_loss
+from basicsr.utils.registry import MODEL_REGISTRY
+from torch import Tensor, nn
+
+from mssr_basicsr.archs.feature_taps import ImageFinisher, record_features
+from mssr_basicsr.expansion.schedules import Stage
+from mssr_basicsr.losses.ssd_loss import SSDLoss
+from mssr_basicsr.models.mssr_model import MSSRModel
+from mssr_basicsr.options import OptionError, require_int, require_one_of
+from mssr_basicsr.pruning.criteria import CRITERION_REGISTRY
+from mssr_basicsr.pruning.frozen_weights import FrozenWeights
+from mssr_basicsr.pruning.level_map import mask_of, num_kept, prune
+from mssr_basicsr.pruning.rewinding import rewind_weights
+from mssr_basicsr.ranks import broadcast_from_rank_0
+
+
+@MODEL_REGISTRY.register()
+class MSSRForwardModel(MSSRModel):
+    """Trains the dense network, prunes its smallest weights, rewinds the survivors, trains again; level by level.
+
+    Options under ``train``:
+        level_iter: iterations of each level; ``total_iter`` is this times the number of levels that are trained.
+        first_level: 0 (default), or 1 to take ``path.pretrain_network_g``, a stock checkpoint of the backbone, as
+            level 0 and start by pruning it. The rewind point is then this checkpoint.
+        criterion: which weights to prune, a name in ``CRITERION_REGISTRY``. Default: ``global_magnitude``.
+        rewind: what happens to the survivors: ``weights`` (default, the paper) sets them to the rewind point; ``lr``
+            keeps them and restarts the LR schedule (Renda et al. 2020); ``none`` keeps them and goes on with the last
+            learning rate of level 0 (fine-tuning).
+        rewind_iter: the iteration of level 0 whose weights are the rewind point. Default: 10 % of ``level_iter``.
+        ssd_opt: options of :class:`SSDLoss`; without them there is no self-distillation. The teacher of level k is
+            level k - 1's ticket; level 0 has none.
+
+    The checkpoint holds, beside BasicSR's ``params`` and ``params_ema``, the rewind point (``rewind``) and, with SSD,
+    the teacher (``ticket``), plain state dicts of the backbone. A pruned weight in it has the value it was pruned with.
+    """
+
+    def plan_stages(self) -> list[Stage]:
+        train_opt = self._train_opt
+        level_iter = require_int('train.level_iter', train_opt.get('level_iter'), 1)
+        first_level = require_int('train.first_level', train_opt.get('first_level', 0), 0, 1)
+        if first_level == 1 and self.opt['path'].get('pretrain_network_g') is None:
+            raise OptionError(
+                'path.pretrain_network_g', None, 'a checkpoint of the backbone, with train.first_level: 1'
+            )
+        self.criterion_name = train_opt.get('criterion', 'global_magnitude')
+        require_one_of('train.criterion', self.criterion_name, CRITERION_REGISTRY.keys())
+        self.rewind = train_opt.get('rewind', 'weights')
+        require_one_of('train.rewind', self.rewind, ('weights', 'lr', 'none'))
+        last = level_iter if first_level == 0 else 0
+        default = level_iter // 10 if first_level == 0 else 0
+        self.rewind_iter = require_int('train.rewind_iter', train_opt.get('rewind_iter', default), 0, last)
+        return [Stage(level, level_iter) for level in range(first_level, self.network.smallest_level + 1)]
+
+    def init_training_settings(self) -> None:
+        ssd_opt, pixel_opt = (self.opt['train'].get(key) for key in ('ssd_opt', 'pixel_opt'))
+        if ssd_opt and not pixel_opt:
+            raise OptionError('train.pixel_opt', pixel_opt, 'the options of a loss, with train.ssd_opt')
+        super().init_training_settings()
+        self.rewind_point = _frozen_copy(self.network.backbone)
+        self.teacher = _frozen_copy(self.network.backbone)
+        self.finisher = ImageFinisher(self.teacher, self.network.feature_taps)
+        self.loss_terms: dict[str, Tensor] = {}
+        self.cri_ssd: Any = None
+        if ssd_opt:
+            self.cri_ssd = self._build_ssd_loss(ssd_opt)
+            self.cri_pixel_alone, self.cri_pix = self.cri_pix, self._pixel_and_ssd_loss
+
+    def _build_ssd_loss(self, options: dict[str, Any]) -> SSDLoss:
+        try:
+            loss: SSDLoss = build_loss(options).to(self.device)
+        except TypeError as error:
+            raise OptionError('train.ssd_opt', dict(options), f'the arguments of the loss ({error})') from error
+        loss.check_depths(self.network.feature_taps)
+        return loss
+
+    def levels_to_validate(self) -> Sequence[int]:
+        return [self.network.level]
+
+    # ------------------------------ from level to level ------------------------------ #
+
+    def begin_stage(self, stage: Stage) -> None:
+        if stage == self.stages[0]:
+            self._mark_rewind_point()
+            if stage.level == 1:
+                self._validate_pretrained()
+        if stage.level > 0:
+            self.teacher.load_state_dict(self.network.export(stage.level - 1))
+            self._prune_to(stage.level)
+            if self.rewind == 'weights':
+                masks = mask_of(self.network.get_level_map(), stage.level)
+                rewind_weights(self.network.backbone, self.rewind_point, masks)
+
+    def _prune_to(self, level: int) -> None:
+        """Remove the weights with the lowest scores; rank 0 decides which."""
+        network = self.network
+        level_map, weights = network.get_level_map(), network.prunable_weights()
+        if self.opt['rank'] == 0:
+            generator = torch.Generator().manual_seed(self.seed + level)
+            scores = CRITERION_REGISTRY.get(self.criterion_name)(
+                {name: weight.detach() for name, weight in weights.items()}, mask_of(level_map, level), generator
+            )
+            total = sum(weight.numel() for weight in weights.values())
+            network.set_level_map(prune(level_map, scores, level, num_kept(total, network.sparsity[level])))
+        broadcast_from_rank_0(network.get_level_map())
+        network.level = level
+
+    def _mark_rewind_point(self) -> None:
+        self.rewind_point.load_state_dict(self.network.backbone.state_dict())
+
+    def _validate_pretrained(self) -> None:
+        """Level 0's metrics, where it comes as a checkpoint and no training of it is there to be validated."""
+        for phase, dataset_opt in self.opt['datasets'].items():
+            if phase.split('_')[0] == 'val' and self.opt.get('val') is not None:
+                self.validation(build_dataloader(build_dataset(dataset_opt), dataset_opt), 0, None, False)
+
+    def freeze_weights(self, stage: Stage) -> FrozenWeights:
+        """Pruned weights stay what they were when they were pruned, whatever the weight decay."""
+        masks = mask_of(self.network.get_level_map(), stage.level)
+        return FrozenWeights(self.network.backbone, masks, others_train=True)
+
+    def _restart_optimizer(self, stage: Stage) -> None:
+        last_rates = self.get_current_learning_rate()
+        super()._restart_optimizer(stage)
+        if self.rewind == 'none' and stage != self.stages[0]:
+            self.schedulers.clear()
+            for group, rate in zip(self.optimizer_g.param_groups, last_rates):
+                group['lr'] = group['initial_lr'] = rate
+
+    # ------------------------------ one iteration ------------------------------ #
+
+    def optimize_parameters(self, current_iter: int) -> None:  # type: ignore[override]  # as SRModel's
+        if self.cri_ssd is not None and self.network.level > 0:
+            self.taps = self.cri_ssd.sample_taps(self.network.feature_taps, f'{self.seed}, iteration {current_iter}')
+            with record_features(self.network.backbone, self.taps) as self.features:
+                super().optimize_parameters(current_iter)
+        else:
+            super().optimize_parameters(current_iter)
+        if current_iter == self.rewind_iter and self.network.level == 0:
+            self._mark_rewind_point()
+
+    def _pixel_and_ssd_loss(self, output: Tensor, gt: Tensor) -> Tensor:
+        """Stands in for the pixel loss in BasicSR's iteration, which has no other place for a further term."""
+        self.loss_terms = {'l_pix': self.cri_pixel_alone(output, gt)}
+        if self.network.level > 0:
+            self.loss_terms['l_ssd'] = self._ssd_loss(gt)
+        return torch.stack(list(self.loss_terms.values())).sum()
+
+    def _ssd_loss(self, gt: Tensor) -> Tensor:
+        images = [self.finisher.finish(self.lq, tap, self.features[tap]) for tap in self.taps]
+        loss: Tensor = self.cri_ssd(images, gt, lambda: self.teacher(self.lq))
+        return loss
+
+    def reduce_loss_dict(self, loss_dict: dict[str, Tensor]) -> dict[str, float]:
+        """As in BasicSR, with the pixel loss and self-distillation apart."""
+        reduced: dict[str, float] = super().reduce_loss_dict({**loss_dict, **self.loss_terms})
+        return reduced
+
+    # ------------------------------ saving and resuming ------------------------------ #
+
+    def extra_networks(self) -> dict[str, nn.Module]:
+        networks = {'rewind': self.rewind_point}
+        if self.cri_ssd is not None:
+            networks['ticket'] = self.teacher
+        return networks
+
+    def resume_extra_networks(self, checkpoint: dict[str, Any]) -> None:
+        for key, network in self.extra_networks().items():
+            network.load_state_dict(checkpoint[key])
+
+
+def _frozen_copy(network: nn.Module) -> nn.Module:
+    return deepcopy(network).eval().requires_grad_(False)

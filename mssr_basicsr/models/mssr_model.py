@@ -1,0 +1,289 @@
+"""What the forward and the backward stage share: stages of iterations, levels, records. By itself: testing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from basicsr.models.sr_model import SRModel
+from basicsr.utils import get_root_logger
+from basicsr.utils.registry import MODEL_REGISTRY
+from torch import Tensor, nn
+
+from mssr_basicsr.archs.mssr_arch import MSSR, is_plain
+from mssr_basicsr.expansion.schedules import Stage
+from mssr_basicsr.options import OptionError, require_int
+from mssr_basicsr.pruning.frozen_weights import FrozenWeights
+from mssr_basicsr.ranks import broadcast_from_rank_0, require_agreement
+from mssr_basicsr.report import Record, describe_level, level_table
+from mssr_basicsr.saving import saved_whole
+
+
+@MODEL_REGISTRY.register()
+class MSSRModel(SRModel):
+    """An SR model of nested levels. With ``basicsr/test.py`` it tests every level of one checkpoint.
+
+    The two stages extend it. Each is a list of :class:`Stage`, training at one level; optimizer, EMA and LR schedule
+    start anew with each stage, so that the schedule in the YAML is for one stage. What a stage ended with, the EMA's
+    weights if there is one, is its result.
+
+    Beside the models it writes ``net_g_level{k}.pth``, each level as a plain checkpoint of the unmodified backbone, and
+    ``levels.json``, a list of what :func:`describe_level` says of each level, with its ``iterations`` and ``metrics``
+    (by validation set and metric).
+    """
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        if opt['network_g'].get('type') != 'MSSR':
+            raise OptionError('network_g.type', opt['network_g'].get('type'), f'MSSR, with {opt["model_type"]}')
+        if 'level' in opt['network_g']:
+            allowed = f'nothing, {opt["model_type"]} sets the level (SRModel takes a fixed one)'
+            raise OptionError('network_g.level', opt['network_g']['level'], allowed)
+        if opt['num_gpu'] > 1 and not opt['dist']:
+            logger = get_root_logger()
+            logger.warning(f'{opt["num_gpu"]} GPUs but no launcher: one is used; to use all, start with torchrun.')
+            opt['num_gpu'] = 1
+        self.records: dict[int, Record] = {}
+        super().__init__(opt)
+
+    # ------------------------------ levels ------------------------------ #
+
+    @property
+    def network(self) -> MSSR:
+        """The network in training, without a DDP wrapper."""
+        return self.get_bare_model(self.net_g)  # type: ignore[no-any-return]
+
+    @property
+    def result(self) -> MSSR:
+        """The network whose weights count, are validated and exported: the EMA if there is one."""
+        return getattr(self, 'net_g_ema', self.network)
+
+    def set_level(self, level: int) -> None:
+        """Put the network and its EMA at ``level``."""
+        self.network.level = self.result.level = level
+
+    def levels_to_validate(self) -> Sequence[int]:
+        """The levels that exist, which one validation goes through."""
+        return range(self.network.smallest_level + 1)
+
+    # ------------------------------ stages ------------------------------ #
+
+    def plan_stages(self) -> list[Stage]:
+        """The stages in order."""
+        raise OptionError('model_type', type(self).__name__, 'MSSRForwardModel, MSSRBackwardModel (it only tests)')
+
+    def begin_stage(self, stage: Stage) -> None:
+        """Make the network ready to train ``stage``, all but its level, frozen weights and optimizer."""
+
+    def freeze_weights(self, stage: Stage) -> FrozenWeights:
+        """The weights that do not train in ``stage``."""
+        raise NotImplementedError
+
+    def check_result(self, stage: Stage) -> None:
+        """Raise unless the weights that ``stage`` ended with are what it promises."""
+
+    def extra_networks(self) -> dict[str, nn.Module]:
+        """Networks without which a resumed run could not go on, by the key they have in a checkpoint."""
+        return {}
+
+    def init_training_settings(self) -> None:
+        # BasicSR takes the types out of these options when it builds an optimizer, which here happens at each stage.
+        self._train_opt = deepcopy(self.opt['train'])
+        seed = torch.tensor([self.opt['manual_seed']], device=self.device)
+        broadcast_from_rank_0({'manual_seed': seed})  # without one in the YAML each rank has drawn its own
+        self.seed = int(seed.item())
+        super().init_training_settings()
+        self.stages = self.plan_stages()
+        self._check_iterations()
+
+    def _check_iterations(self) -> None:
+        train_opt = self._train_opt
+        total = sum(stage.num_iter for stage in self.stages)
+        sizes = ' + '.join(f'{stage.num_iter} at level {stage.level}' for stage in self.stages)
+        if train_opt.get('total_iter') != total:
+            raise OptionError('train.total_iter', train_opt.get('total_iter'), f'{total} ({sizes})')
+        shortest, longest = min(self.stages, key=_num_iter).num_iter, max(self.stages, key=_num_iter).num_iter
+        if self.opt.get('val') is not None and 'debug' not in self.opt['name']:  # --debug sets a val_freq of its own
+            val_freq = require_int('val.val_freq', self.opt['val'].get('val_freq'), 1)
+            if any(stage.num_iter % val_freq for stage in self.stages):
+                allowed = f"a divisor of each level's iterations, such as {shortest}, so that each level ends validated"
+                raise OptionError('val.val_freq', val_freq, allowed)
+        periods = train_opt['scheduler'].get('periods')
+        if periods is not None and sum(periods) < longest:
+            allowed = f'periods of {longest} or more in all (the schedule is for one level)'
+            raise OptionError('train.scheduler.periods', periods, allowed)
+
+    def _locate(self, current_iter: int) -> tuple[int, int]:
+        """The stage's index that iteration ``current_iter`` (from 1) is in, and the iteration within it (from 1)."""
+        step = current_iter
+        for index, stage in enumerate(self.stages):
+            if step <= stage.num_iter:
+                return index, step
+            step -= stage.num_iter
+        return len(self.stages) - 1, self.stages[-1].num_iter
+
+    def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
+        """As in BasicSR, within the stage. BasicSR calls it first in each iteration: here a new stage begins."""
+        index, step = self._locate(current_iter)
+        if step == 1:
+            if index > 0:
+                self.finish_stage(self.stages[index - 1])
+            self._start(self.stages[index])
+        super().update_learning_rate(step, warmup_iter)
+
+    def _start(self, stage: Stage) -> None:
+        self.begin_stage(stage)
+        get_root_logger().info(f'Level {stage.level}: {stage.num_iter} iterations begin.')
+        self._restart_optimizer(stage)
+        if self.ema_decay > 0:
+            self.net_g_ema.load_state_dict(self.network.state_dict())
+        self.best_metric_results: dict[str, Any] = {}  # BasicSR's log line of the best so far: the best of this level
+        require_agreement(self.network.state_dict(), f'Start of level {stage.level}')
+
+    def _restart_optimizer(self, stage: Stage) -> None:
+        self.set_level(stage.level)
+        self.frozen = self.freeze_weights(stage)
+        self.opt['train'] = deepcopy(self._train_opt)
+        self.optimizers.clear()
+        self.schedulers.clear()
+        self.setup_optimizers()
+        self.setup_schedulers()
+
+    def optimize_parameters(self, current_iter: int) -> None:  # type: ignore[override]  # as SRModel's
+        super().optimize_parameters(current_iter)
+        self.frozen.put_back(self.network.backbone)
+        if self.ema_decay > 0:
+            self.frozen.put_back(self.net_g_ema.backbone)
+
+    def finish_stage(self, stage: Stage) -> None:
+        """Take the stage's result over into the network, export it as a plain checkpoint and record it.
+
+        Raises:
+            FloatingPointError: a parameter is not finite; the text names it.
+        """
+        if self.ema_decay > 0:
+            self.network.load_state_dict(self.net_g_ema.state_dict())
+        for name, parameter in self.network.backbone.named_parameters():
+            if not parameter.isfinite().all():
+                raise FloatingPointError(f'End of level {stage.level}: {name} is not finite; the training has diverged')
+        require_agreement(self.network.state_dict(), f'End of level {stage.level}')
+        self.check_result(stage)
+        self.export_level(stage.level)
+        self._record(stage.level).update(describe_level(self.network, stage.level), iterations=stage.num_iter)
+        self.write_records()
+        table = level_table(self.records.values())
+        get_root_logger().info(f'Level {stage.level} is done.\n{table}')
+
+    # ------------------------------ validation and records ------------------------------ #
+
+    def test(self) -> None:
+        # Rank 0 validates alone: through a DDP wrapper it would wait for the others.
+        wrapped, self.net_g = self.net_g, self.network
+        super().test()
+        self.net_g = wrapped
+
+    def nondist_validation(self, dataloader: Any, current_iter: int | str, tb_logger: Any, save_img: bool) -> None:
+        """BasicSR's validation for each of :meth:`levels_to_validate`, then one row for each in a table."""
+        name, levels, level_before = dataloader.dataset.opt['name'], self.levels_to_validate(), self.network.level
+        for level in levels:
+            self.set_level(level)
+            with self._reported_apart(dataloader.dataset.opt, level, len(levels) > 1):
+                super().nondist_validation(dataloader, current_iter, tb_logger, save_img)
+            record = self._record(level)
+            record.update(describe_level(self.result, level))
+            if self.opt['val'].get('metrics') is not None:
+                record['metrics'][name] = {metric: float(value) for metric, value in self.metric_results.items()}
+            if tb_logger:
+                for metric, value in record['metrics'].get(name, {}).items():
+                    tb_logger.add_scalar(f'levels/{name}/{metric}', value, level)
+                for layer, density in record['density'].items():
+                    tb_logger.add_scalar(f'density/{layer}', density, level)
+        self.set_level(level_before)
+        self.write_records()
+        if len(levels) > 1:
+            get_root_logger().info(f'Validation {name}\n{level_table(self.records[level] for level in levels)}')
+
+    @contextmanager
+    def _reported_apart(self, dataset_opt: dict[str, Any], level: int, apart: bool) -> Iterator[None]:
+        """While the context is open, log lines, TensorBoard tags and images of a validation carry the level."""
+        name, folder = dataset_opt['name'], self.opt['path']['visualization']
+        if apart:
+            dataset_opt['name'] = f'{name}_level{level}'
+            self.opt['path']['visualization'] = os.path.join(folder, f'level{level}')
+        try:
+            yield
+        finally:
+            dataset_opt['name'], self.opt['path']['visualization'] = name, folder
+
+    def _record(self, level: int) -> Record:
+        return self.records.setdefault(level, {'level': level, 'metrics': {}})
+
+    def _results_key(self) -> str:
+        return 'models' if self.is_train else 'results_root'
+
+    def write_records(self) -> None:
+        """Write ``levels.json`` beside the models, in a test among the results. Rank 0 does."""
+        if self.opt['rank'] == 0:
+            with saved_whole(self.opt['path'], self._results_key()):
+                file = Path(self.opt['path'][self._results_key()], 'levels.json')
+                file.write_text(json.dumps([self.records[level] for level in sorted(self.records)], indent=2))
+
+    def export_level(self, level: int) -> None:
+        """Write ``net_g_level{level}.pth``, ``{'params': ...}`` of the plain backbone. Rank 0 does."""
+        if self.opt['rank'] == 0:
+            with saved_whole(self.opt['path'], 'models'):
+                state: dict[str, Tensor] = self.network.export(level)
+                torch.save({'params': state}, Path(self.opt['path']['models'], f'net_g_level{level}.pth'))
+
+    def _print_different_keys_loading(
+        self, crt_net: nn.Module, load_net: dict[str, Tensor], strict: bool = True
+    ) -> None:
+        bare = self.get_bare_model(crt_net)
+        super()._print_different_keys_loading(bare.backbone if is_plain(load_net) else bare, load_net, strict)
+
+    # ------------------------------ saving and resuming ------------------------------ #
+
+    def save(self, epoch: int, current_iter: int) -> None:
+        if current_iter == -1:  # BasicSR's call after the last iteration
+            self.finish_stage(self.stages[-1])
+        super().save(epoch, current_iter)
+
+    def save_network(self, net: Any, net_label: str, current_iter: int, param_key: str | list[str] = 'params') -> None:
+        """As in BasicSR, with :meth:`extra_networks` in the same file; whole or absent, and never passed over."""
+        if self.opt['rank'] != 0:
+            return
+        extra = self.extra_networks()
+        nets = (net if isinstance(net, list) else [net]) + list(extra.values())
+        keys = (param_key if isinstance(param_key, list) else [param_key]) + list(extra)
+        with saved_whole(self.opt['path'], 'models'):
+            super().save_network(nets, net_label, current_iter, keys)
+
+    def save_training_state(self, epoch: int, current_iter: int) -> None:
+        """As in BasicSR; whole or absent, and never passed over."""
+        if self.opt['rank'] == 0 and current_iter != -1:
+            with saved_whole(self.opt['path'], 'training_states'):
+                super().save_training_state(epoch, current_iter)
+
+    def resume_training(self, resume_state: dict[str, Any]) -> None:
+        """Go on where ``resume_state`` was saved: the level, its frozen weights, its optimizer, what was recorded."""
+        index, _ = self._locate(resume_state['iter'])
+        checkpoint = torch.load(self.opt['path']['pretrain_network_g'], map_location=self.device, weights_only=True)
+        self.resume_extra_networks(checkpoint)
+        self._restart_optimizer(self.stages[index])
+        records = Path(self.opt['path']['models'], 'levels.json')
+        if records.is_file():
+            self.records = {record['level']: record for record in json.loads(records.read_text())}
+        super().resume_training(resume_state)
+        require_agreement(self.network.state_dict(), f'Resuming at iteration {resume_state["iter"]}')
+
+    def resume_extra_networks(self, checkpoint: dict[str, Any]) -> None:
+        """Take :meth:`extra_networks` out of a checkpoint."""
+
+
+def _num_iter(stage: Stage) -> int:
+    return stage.num_iter

@@ -1,0 +1,259 @@
+"""Wrong options: each gives one clear error, which names the option, before any training starts."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import pytest
+import torch
+from basicsr.archs import build_network
+from basicsr.models.sr_model import SRModel
+from conftest import TOY_EDSR, Run
+
+from mssr_basicsr.options import OptionError
+
+NETWORK = 'network_g'
+TRAIN = 'train'
+
+# (where in the YAML, the wrong value or DELETE, the error's text)
+DELETE = object()
+WRONG_FORWARD: list[tuple[str, Any, str]] = [
+    (
+        'network_g.type',
+        'EDSR',
+        "network_g.type: found 'EDSR'; allowed: MSSR, with MSSRForwardModel.",
+    ),
+    (
+        'network_g.backbone',
+        None,
+        'network_g.backbone: found None; allowed: the options of an architecture, with its type.',
+    ),
+    (
+        'network_g.backbone.type',
+        'EDSRR',
+        "network_g.backbone.type: found 'EDSRR'; allowed: BasicVSR, ",
+    ),
+    (
+        'network_g.backbone.num_feats',
+        8,
+        "allowed: the arguments of the architecture (EDSR.__init__() got an unexpected keyword argument 'num_feats').",
+    ),
+    (
+        'network_g.sparsity',
+        0.5,
+        'network_g.sparsity: found 0.5; allowed: a list of two or more, such as [0, 0.5, 0.75].',
+    ),
+    (
+        'network_g.sparsity',
+        [0.1, 0.5],
+        'network_g.sparsity[0]: found 0.1; allowed: 0 (level 0 is the dense network).',
+    ),
+    (
+        'network_g.sparsity',
+        [0, 0.75, 0.5],
+        'network_g.sparsity[2]: found 0.5; allowed: a share above 0.75 and below 1.',
+    ),
+    (
+        'network_g.sparsity',
+        [0, 0.5, 93.75],
+        'network_g.sparsity[2]: found 93.75; allowed: a share above 0.5 and below 1.',
+    ),
+    (
+        'network_g.level',
+        1,
+        'network_g.level: found 1; allowed: nothing, MSSRForwardModel sets the level (SRModel takes a fixed one).',
+    ),
+    (
+        'network_g.prunable',
+        ['body.*', 'tail.*'],
+        "network_g.prunable[1]: found 'tail.*'; allowed: a pattern that matches one of conv_first.weight, body.0.conv1",
+    ),
+    (
+        'network_g.prunable',
+        'body.*',
+        'network_g.prunable: found \'body.*\'; allowed: a list of patterns such as ["body.*"].',
+    ),
+    (
+        'network_g.unprunable',
+        ['*'],
+        "network_g.unprunable: found ['*']; allowed: patterns that leave one of conv_first.weight, ",
+    ),
+    (
+        'network_g.feature_taps',
+        ['blocks.*'],
+        "network_g.feature_taps[0]: found 'blocks.*'; allowed: a pattern that matches one of conv_first, body, body.0",
+    ),
+    (
+        'train.total_iter',
+        10,
+        'train.total_iter: found 10; allowed: 12 (4 at level 0 + 4 at level 1 + 4 at level 2).',
+    ),
+    (
+        'train.level_iter',
+        DELETE,
+        'train.level_iter: found None; allowed: a whole number of at least 1.',
+    ),
+    (
+        'train.first_level',
+        1,
+        'path.pretrain_network_g: found None; allowed: a checkpoint of the backbone, with train.first_level: 1.',
+    ),
+    (
+        'train.criterion',
+        'magnitude',
+        "train.criterion: found 'magnitude'; allowed: global_magnitude, lamp, layer_magnitude, random.",
+    ),
+    (
+        'train.rewind',
+        'weight',
+        "train.rewind: found 'weight'; allowed: lr, none, weights.",
+    ),
+    (
+        'train.rewind_iter',
+        5,
+        'train.rewind_iter: found 5; allowed: a whole number from 0 to 4.',
+    ),
+    (
+        'train.pixel_opt',
+        DELETE,
+        'train.pixel_opt: found None; allowed: the options of a loss, with train.ssd_opt.',
+    ),
+    (
+        'train.ssd_opt.num_depths',
+        4,
+        "train.ssd_opt.num_depths: found 4; allowed: a whole number from 1 to 3 (the feature taps), or 'all'.",
+    ),
+    (
+        'train.ssd_opt.target',
+        'ground_truth',
+        "train.ssd_opt.target: found 'ground_truth'; allowed: both, gt, teacher.",
+    ),
+    (
+        'train.ssd_opt.depths',
+        2,
+        "allowed: the arguments of the loss (SSDLoss.__init__() got an unexpected keyword argument 'depths').",
+    ),
+    (
+        'train.scheduler.periods',
+        [3],
+        'train.scheduler.periods: found [3]; allowed: periods of 4 or more in all (the schedule is for one level).',
+    ),
+    (
+        'val.val_freq',
+        3,
+        "val.val_freq: found 3; allowed: a divisor of each level's iterations, such as 4, so that each level ends",
+    ),
+]
+WRONG_BACKWARD: list[tuple[str, Any, str]] = [
+    (
+        'path.pretrain_network_g',
+        None,
+        "path.pretrain_network_g: found None; allowed: the forward stage's last checkpoint.",
+    ),
+    (
+        'path.pretrain_network_g',
+        'stock.pth',
+        'network_g.level: found 1; allowed: a level that the loaded level map has; there this one keeps 6768 of 6768 ',
+    ),
+    (
+        'network_g.sparsity',
+        [0, 0.5, 0.9],
+        'network_g.level: found 2; allowed: a level that the loaded level map has; there this one keeps 1692 of 6768 ',
+    ),
+    (
+        'train.recover',
+        'tickets',
+        "train.recover: found 'tickets'; allowed: rewind, ticket, zero.",
+    ),
+    (
+        'train.expansion',
+        DELETE,
+        'train.expansion: found None; allowed: the options of a schedule, such as {type: SequentialExpansion}.',
+    ),
+    (
+        'train.expansion.type',
+        'Sequential',
+        "train.expansion.type: found 'Sequential'; allowed: SequentialExpansion.",
+    ),
+    (
+        'train.expansion.iters',
+        3,
+        'allowed: the arguments of the schedule (SequentialExpansion.__init__() got an unexpected keyword argument',
+    ),
+    (
+        'train.total_iter',
+        9,
+        'train.total_iter: found 9; allowed: 6 (3 at level 1 + 3 at level 0).',
+    ),
+]
+
+
+def ids(wrong: list[tuple[str, Any, str]]) -> list[str]:
+    return [f'{option}={"-" if value is DELETE else value}' for option, value, _ in wrong]
+
+
+def change(opt: dict[str, Any], option: str, value: Any) -> None:
+    *path, key = option.split('.')
+    node = reduce(dict.__getitem__, path, opt)
+    if value is DELETE:
+        del node[key]
+    else:
+        node[key] = value
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def optimize_parameters(model: Any, current_iter: int) -> None:
+        raise AssertionError('the training has started')
+
+    monkeypatch.setattr(SRModel, 'optimize_parameters', optimize_parameters)
+
+
+@pytest.mark.usefixtures('no_training')
+@pytest.mark.parametrize(('option', 'value', 'text'), WRONG_FORWARD, ids=ids(WRONG_FORWARD))
+def test_wrong_options_of_the_forward_stage(
+    option: str, value: Any, text: str, forward_opt: dict[str, Any], run: Run
+) -> None:
+    change(forward_opt, option, value)
+    with pytest.raises(OptionError) as error:
+        run(forward_opt)
+    assert text in str(error.value)
+
+
+@pytest.fixture(scope='module')
+def forward_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint with levels of the toy network, made without training."""
+    from test_arch import pruned_mssr
+
+    path = tmp_path_factory.mktemp('checkpoint') / 'net_g_latest.pth'
+    torch.save({'params': pruned_mssr(TOY_EDSR).state_dict()}, path)
+    return str(path)
+
+
+@pytest.mark.usefixtures('no_training')
+@pytest.mark.parametrize(('option', 'value', 'text'), WRONG_BACKWARD, ids=ids(WRONG_BACKWARD))
+def test_wrong_options_of_the_backward_stage(
+    option: str, value: Any, text: str, backward_opt: dict[str, Any], run: Run, forward_checkpoint: str
+) -> None:
+    torch.save({'params': build_network(TOY_EDSR).state_dict()}, 'stock.pth')
+    backward_opt['path']['pretrain_network_g'] = forward_checkpoint
+    change(backward_opt, option, value)
+    with pytest.raises(OptionError) as error:
+        run(backward_opt)
+    assert text in str(error.value)
+
+
+@pytest.mark.usefixtures('no_training')
+def test_no_rewind_point_to_recover_from(backward_opt: dict[str, Any], run: Run, forward_checkpoint: str) -> None:
+    backward_opt['path']['pretrain_network_g'] = forward_checkpoint
+    backward_opt['train']['recover'] = 'rewind'
+    with pytest.raises(OptionError, match=r"train\.recover: found 'rewind'; allowed: ticket, zero \(.* has no rewind"):
+        run(backward_opt)
+
+
+@pytest.mark.usefixtures('no_training')
+def test_the_testing_model_does_not_train(forward_opt: dict[str, Any], run: Run) -> None:
+    forward_opt['model_type'] = 'MSSRModel'
+    with pytest.raises(OptionError, match=r"model_type: found 'MSSRModel'; allowed: MSSRForwardModel, MSSRBackward"):
+        run(forward_opt)

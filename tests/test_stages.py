@@ -1,0 +1,372 @@
+"""Both stages, end to end, through BasicSR's own pipeline."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from basicsr.archs import build_network
+from conftest import SPARSITY, TOY_EDSR, Run
+from torch import Tensor
+
+from mssr_basicsr.archs.mssr_arch import MSSR
+from mssr_basicsr.expansion.schedules import EXPANSION_REGISTRY, Stage
+from mssr_basicsr.models.mssr_backward_model import MSSRBackwardModel
+from mssr_basicsr.models.mssr_forward_model import MSSRForwardModel
+from mssr_basicsr.models.mssr_model import MSSRModel
+from mssr_basicsr.pruning.criteria import CRITERION_REGISTRY
+from mssr_basicsr.pruning.level_map import num_kept
+
+TOTAL = sum(weight.numel() for weight in MSSR(TOY_EDSR, SPARSITY).prunable_weights().values())
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
+
+
+def load_network(path: Path, key: str = 'params') -> MSSR:
+    network = MSSR(TOY_EDSR, SPARSITY)
+    network.load_state_dict(load(path)[key])
+    return network
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Starts(list):  # type: ignore[type-arg]
+    """What a model looked like at the start of each of its stages."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        start = MSSRModel._start
+
+        def spy(model: Any, stage: Stage) -> None:
+            start(model, stage)
+            self.append(
+                {
+                    'level': stage.level,
+                    'weights': deepcopy(model.network.backbone.state_dict()),
+                    'ema': deepcopy(model.net_g_ema.state_dict()),
+                    'network': deepcopy(model.network.state_dict()),
+                    'rewind': deepcopy(model.rewind_point.state_dict()) if hasattr(model, 'rewind_point') else None,
+                    'momenta': len(model.optimizer_g.state),
+                    'lr': model.get_current_learning_rate()[0],
+                    'schedulers': len(model.schedulers),
+                }
+            )
+
+        monkeypatch.setattr(MSSRModel, '_start', spy)
+
+
+# ------------------------------ forward ------------------------------ #
+
+
+def test_the_forward_stage(forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Levels of the asked sizes, nested; survivors rewound; optimizer, EMA and schedule anew; everything recorded."""
+    starts = Starts(monkeypatch)
+    forward_opt['train']['optim_g']['weight_decay'] = 0.1  # pruned weights must stay what they were all the same
+    forward_opt['logger']['use_tb_logger'] = True
+    models = run(forward_opt) / 'models'
+
+    final = load(models / 'net_g_latest.pth')
+    assert final.keys() == {'params', 'params_ema', 'rewind', 'ticket'}
+    level_map = load_network(models / 'net_g_latest.pth').get_level_map()
+    tickets = [load(models / f'net_g_level{level}.pth') for level in range(3)]
+    for level, ticket in enumerate(tickets):
+        assert ticket.keys() == {'params'}
+        build_network(TOY_EDSR).load_state_dict(ticket['params'], strict=True)
+        kept = sum(int((ticket['params'][name] != 0).sum()) for name in level_map)
+        assert kept == num_kept(TOTAL, SPARSITY[level]) == sum(int((m >= level).sum()) for m in level_map.values())
+
+    for k, start in enumerate(starts):
+        assert (start['level'], start['momenta'], start['lr'], start['schedulers']) == (k, 0, 1e-3, 1)
+        assert equal(start['ema'], start['network'])
+        if k > 0:
+            for name, weight in start['weights'].items():
+                alive = level_map[name] >= k if name in level_map else torch.ones_like(weight, dtype=torch.bool)
+                assert torch.equal(weight[alive], start['rewind'][name][alive])
+    assert len(starts) == 3
+
+    # A pruned weight has, to the end, the value it had when the last level that contains it was done.
+    for key in ('params', 'params_ema'):
+        for name, levels in level_map.items():
+            for level in range(3):
+                parked = levels == level
+                assert torch.equal(final[key][f'backbone.{name}'][parked], tickets[level]['params'][name][parked])
+
+    records = json.loads((models / 'levels.json').read_text())
+    assert [record['level'] for record in records] == [0, 1, 2]
+    for record, sparsity in zip(records, SPARSITY):
+        assert record['iterations'] == 4
+        assert record['prunable_total'] == TOTAL
+        assert record['sparsity'] == pytest.approx(sparsity, abs=1e-3)
+        assert record['parameters_total'] - record['parameters_kept'] == TOTAL - record['prunable_kept']
+        assert record['metrics']['toyval']['psnr'] > 5
+        assert record['density'].keys() == level_map.keys()
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(models.parents[2] / 'tb_logger' / 'forward')).Reload()
+    assert {'levels/toyval/psnr', 'density/conv_first.weight', 'losses/l_pix', 'losses/l_ssd'} <= set(
+        events.Tags()['scalars']
+    )
+    assert [event.step for event in events.Scalars('levels/toyval/psnr')][:3] == [0, 1, 2]
+
+
+def test_the_rewind_point_is_the_weights_at_rewind_iter(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+    optimize = MSSRForwardModel.optimize_parameters
+
+    def spy(model: Any, current_iter: int) -> None:
+        optimize(model, current_iter)
+        seen[current_iter] = deepcopy(model.network.backbone.state_dict())
+
+    monkeypatch.setattr(MSSRForwardModel, 'optimize_parameters', spy)
+    models = run(forward_opt) / 'models'
+    assert equal(load(models / 'net_g_latest.pth')['rewind'], seen[2])
+    assert not equal(seen[2], seen[3])
+
+
+@pytest.mark.parametrize('rewind', ['lr', 'none'])
+def test_the_survivors_may_keep_their_weights(
+    rewind: str, forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = Starts(monkeypatch)
+    forward_opt['train']['rewind'] = rewind
+    models = run(forward_opt) / 'models'
+    assert equal(starts[1]['weights'], load(models / 'net_g_level0.pth')['params'])
+    if rewind == 'lr':
+        assert [start['lr'] for start in starts] == [1e-3] * 3
+    else:
+        assert starts[1]['lr'] == starts[2]['lr'] < 5e-4
+        assert [start['schedulers'] for start in starts] == [1, 0, 0]
+
+
+@pytest.mark.parametrize('target', ['gt', 'teacher', 'both'])
+@pytest.mark.parametrize('ema_decay', [0, 0.9])
+def test_ssd_with_each_target_with_and_without_ema(
+    target: str, ema_decay: float, forward_opt: dict[str, Any], run: Run
+) -> None:
+    forward_opt['train'].update(ema_decay=ema_decay, ssd_opt={'type': 'SSDLoss', 'num_depths': 'all', 'target': target})
+    models = run(forward_opt) / 'models'
+    teacher = load(models / 'net_g_latest.pth')['ticket']
+    assert equal(teacher, load(models / 'net_g_level1.pth')['params'])
+
+
+def test_a_stock_checkpoint_as_level_0(forward_opt: dict[str, Any], run: Run) -> None:
+    torch.manual_seed(1)
+    stock = build_network(TOY_EDSR).state_dict()
+    torch.save({'params': stock}, 'stock.pth')
+    forward_opt['path']['pretrain_network_g'] = 'stock.pth'
+    forward_opt['train'].update(first_level=1, total_iter=8)
+    del forward_opt['train']['rewind_iter']
+    models = run(forward_opt) / 'models'
+    assert equal(load(models / 'net_g_latest.pth')['rewind'], stock)
+    records = json.loads((models / 'levels.json').read_text())
+    assert [record.get('iterations') for record in records] == [None, 4, 4]
+    assert all(record['metrics']['toyval']['psnr'] > 0 for record in records)
+
+
+def test_users_criteria_are_used(forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_weights_first(weights: Any, masks: Any, generator: Any) -> dict[str, Tensor]:
+        return {name: -torch.arange(weight.numel()).view_as(weight) for name, weight in weights.items()}
+
+    monkeypatch.setattr(CRITERION_REGISTRY, '_obj_map', dict(iter(CRITERION_REGISTRY)))
+    CRITERION_REGISTRY.register(first_weights_first)
+    forward_opt['train']['criterion'] = 'first_weights_first'
+    level_map = load_network(run(forward_opt) / 'models' / 'net_g_latest.pth').get_level_map()
+    assert all((levels.flatten().int().diff() <= 0).all() for levels in level_map.values())
+
+
+def test_a_diverged_training_stops_and_names_the_weight(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimize = MSSRForwardModel.optimize_parameters
+
+    def diverge(model: Any, current_iter: int) -> None:
+        optimize(model, current_iter)
+        model.net_g_ema.backbone.body[1].conv1.weight.data[0, 0, 0, 0] = float('nan')
+
+    monkeypatch.setattr(MSSRForwardModel, 'optimize_parameters', diverge)
+    with pytest.raises(FloatingPointError, match=r'End of level 0: body\.1\.conv1\.weight is not finite'):
+        run(forward_opt)
+
+
+# ------------------------------ backward ------------------------------ #
+
+
+def test_the_backward_stage(forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run) -> None:
+    """Every level, extracted from the result, is bit for bit what it was before each expansion.
+
+    With everything in play that could move frozen weights: Adam's momentum, weight decay, EMA.
+    """
+    forward = run(forward_opt) / 'models'
+    backward_opt['train']['optim_g']['weight_decay'] = 0.1
+    models = run(backward_opt) / 'models'
+    smallest = load_network(forward / 'net_g_latest.pth', 'params_ema').export(2)
+    for key in ('params', 'params_ema'):
+        result = load_network(models / 'net_g_latest.pth', key)
+        assert equal(result.export(2), smallest)
+        for level in range(3):  # net_g_level{k}.pth is written when level k is done, before the next expansion
+            assert equal(result.export(level), load(models / f'net_g_level{level}.pth')['params'])
+    dense = load_network(models / 'net_g_latest.pth').export(0)
+    before = load_network(forward / 'net_g_latest.pth', 'params_ema').export(0)
+    moved = {name for name in dense if not torch.equal(dense[name], before[name])}
+    assert moved == {name for name in dense if name.endswith('weight')}
+
+    records = json.loads((models / 'levels.json').read_text())
+    assert [record['level'] for record in records] == [0, 1, 2]
+    assert all(record['metrics']['toyval']['psnr'] > 5 for record in records)
+
+
+@pytest.mark.parametrize('recover', ['ticket', 'rewind', 'zero'])
+def test_what_recovered_weights_start_from(
+    recover: str, forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = run(forward_opt) / 'models'
+    starts = Starts(monkeypatch)
+    backward_opt['train']['recover'] = recover
+    run(backward_opt)
+    level_map = load_network(forward / 'net_g_latest.pth').get_level_map()
+    tickets = [load(forward / f'net_g_level{level}.pth')['params'] for level in range(3)]
+    rewind = load(forward / 'net_g_latest.pth')['rewind']
+    for start in starts:
+        for name, levels in level_map.items():
+            expected = {
+                'ticket': tickets[start['level']][name],
+                'rewind': rewind[name],
+                'zero': torch.zeros_like(rewind[name]),
+            }[recover]
+            delta = levels == start['level']
+            assert torch.equal(start['weights'][name][delta], expected[delta])
+
+
+def test_users_schedules_may_jump_over_levels(
+    forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AtOnce:
+        def __init__(self, num_iter: int) -> None:
+            self.num_iter = num_iter
+
+        def stages(self, delta_sizes: list[int]) -> list[Stage]:
+            assert sum(delta_sizes) == TOTAL
+            return [Stage(0, self.num_iter)]
+
+    monkeypatch.setattr(EXPANSION_REGISTRY, '_obj_map', dict(iter(EXPANSION_REGISTRY)))
+    EXPANSION_REGISTRY.register(AtOnce)
+    run(forward_opt)
+    backward_opt['train'].update(expansion={'type': 'AtOnce', 'num_iter': 6})
+    backward_opt['train']['scheduler']['periods'] = [6]
+    models = run(backward_opt) / 'models'
+    result = load_network(models / 'net_g_latest.pth')
+    assert equal(result.export(2), load(models / 'net_g_level2.pth')['params'])
+
+
+def test_a_frozen_weight_that_moved_is_noticed(
+    forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(forward_opt)
+    optimize = MSSRBackwardModel.optimize_parameters
+
+    def meddle(model: Any, current_iter: int) -> None:
+        optimize(model, current_iter)
+        model.net_g_ema.backbone.conv_last.bias.data[0] += 1e-7
+
+    monkeypatch.setattr(MSSRBackwardModel, 'optimize_parameters', meddle)
+    with pytest.raises(RuntimeError, match=r'End of level 1: smaller levels \[2\] are not what they were'):
+        run(backward_opt)
+
+
+# ------------------------------ testing, resuming, stock models ------------------------------ #
+
+
+def test_testing_every_level_and_one_level_with_the_stock_model(forward_opt: dict[str, Any], run: Run) -> None:
+    models = run(forward_opt) / 'models'
+    trained = json.loads((models / 'levels.json').read_text())
+    test_opt = {key: forward_opt[key] for key in ('scale', 'num_gpu', 'manual_seed', 'network_g', 'val')}
+    test_opt['datasets'] = {'test_1': deepcopy(forward_opt['datasets']['val'])}
+    test_opt['path'] = {'pretrain_network_g': str(models / 'net_g_latest.pth'), 'param_key_g': 'params_ema'}
+    test_opt['val'].update(save_img=True, suffix=None)
+
+    results = run({**deepcopy(test_opt), 'name': 'all', 'model_type': 'MSSRModel'})
+    records = json.loads((results / 'levels.json').read_text())
+    assert [record['level'] for record in records] == [0, 1, 2]
+    assert records[2]['metrics'] == trained[2]['metrics']
+    assert (results / 'visualization' / 'level1' / 'toyval_level1' / '0_all.png').is_file()
+
+    test_opt['network_g']['level'] = 2
+    results = run({**test_opt, 'name': 'stock', 'model_type': 'SRModel'})
+    log = next(results.glob('*.log')).read_text()
+    assert f'psnr: {records[2]["metrics"]["toyval"]["psnr"]:.4f}' in log
+
+
+def test_the_stock_model_trains_a_fixed_level(forward_opt: dict[str, Any], run: Run) -> None:
+    first = load_network(run(forward_opt) / 'models' / 'net_g_latest.pth')
+    forward_opt.update(name='stock', model_type='SRModel')
+    forward_opt['network_g']['level'] = 1
+    forward_opt['path']['pretrain_network_g'] = 'experiments/forward/models/net_g_latest.pth'
+    for key in ('level_iter', 'rewind_iter', 'ssd_opt'):
+        del forward_opt['train'][key]
+    forward_opt['train']['scheduler']['periods'] = [12]
+    second = load_network(run(forward_opt) / 'models' / 'net_g_latest.pth')
+    for name, levels in first.get_level_map().items():
+        one, other = first.prunable_weights()[name], second.prunable_weights()[name]
+        assert torch.equal(one[levels < 1], other[levels < 1])
+        assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize('iteration', [4, 8])
+def test_resuming_decides_what_was_decided(iteration: int, forward_opt: dict[str, Any], run: Run) -> None:
+    """Resumed at a level's end, the next level is pruned alike; resumed anywhere, earlier levels are what they were."""
+    experiment = run(forward_opt)
+    uninterrupted = load_network(experiment / 'models' / 'net_g_latest.pth').get_level_map()
+    for file in [*experiment.glob('training_states/*'), *experiment.glob('models/*')]:
+        number = file.stem.rpartition('_')[2]
+        if (number.isdigit() and int(number) > iteration) or number == 'latest':
+            file.unlink()
+    run(forward_opt, '--auto_resume')
+    resumed = load_network(experiment / 'models' / 'net_g_latest.pth').get_level_map()
+    level = iteration // 4  # that begins with the first resumed iteration
+    for name, levels in uninterrupted.items():
+        assert torch.equal(levels.clamp(max=level), resumed[name].clamp(max=level))
+    records = json.loads((experiment / 'models' / 'levels.json').read_text())
+    assert [record['level'] for record in records] == [0, 1, 2]
+
+
+def test_resuming_the_backward_stage(forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run) -> None:
+    run(forward_opt)
+    experiment = run(backward_opt)
+    level1 = load(experiment / 'models' / 'net_g_level1.pth')['params']
+    for name in ('training_states/6.state', 'models/net_g_6.pth', 'models/net_g_latest.pth', 'models/net_g_level0.pth'):
+        (experiment / name).unlink()
+    run(backward_opt, '--auto_resume')
+    result = load_network(experiment / 'models' / 'net_g_latest.pth')
+    assert equal(result.export(1), level1)
+    assert equal(result.export(0), load(experiment / 'models' / 'net_g_level0.pth')['params'])
+
+
+def test_a_save_that_failed_is_an_error(forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BasicSR warns after three tries and goes on."""
+    save = torch.save
+
+    def full_disk(thing: Any, path: Any) -> None:
+        if 'net_g_8' in str(path):
+            Path(path).write_bytes(b'PK\x03\x04 cut short')
+            raise OSError(28, 'No space left on device')
+        save(thing, path)
+
+    monkeypatch.setattr(torch, 'save', full_disk)
+    monkeypatch.setattr('time.sleep', lambda seconds: None)
+    with pytest.raises(OSError, match=r'net_g_8\.pth: could not be saved whole; is the disk full\?'):
+        run(forward_opt)
+    models = Path('experiments/forward/models')
+    assert not (models / 'net_g_8.pth').exists()
+    assert load(models / 'net_g_4.pth')
+    assert not list(models.glob('.saving-*'))
