@@ -1,0 +1,214 @@
+"""Turn a folder of HR images into the HR/LR pair of LMDBs that BasicSR's PairedImageDataset reads.
+
+    python scripts/prepare_data.py --input DIV2K_train_HR --output data/DIV2K_x2 --scale 2 --sub-image 480 --step 240
+
+writes, by BasicSR's own LmdbMaker,
+
+    OUTPUT/gt.lmdb          dataroot_gt: the images, cropped at the right and bottom to a multiple of the scale
+    OUTPUT/lq_x2.lmdb       dataroot_lq: BasicSR's imresize of them (MATLAB bicubic), rounded to 8 bits
+    OUTPUT/prepared.json    what it was made with
+
+OUTPUT is whole or absent. Asking again for what is there does nothing; asking for something else there is refused.
+Grey images get three equal channels, alpha is dropped, a JPEG's EXIF rotation is applied. Images of more than 8 bits
+are refused. Only files directly in the input folder are read; those that do not end like an image are passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from basicsr.utils.lmdb_util import LmdbMaker
+from basicsr.utils.matlab_functions import imresize
+from PIL import Image
+from tqdm import tqdm
+
+EXTENSIONS = {'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp', '.ppm'}
+PNG_LEVEL = 1  # BasicSR's default: higher ones decode no faster
+
+
+class DataError(ValueError):
+    """The data or what was asked of it is wrong: the text names each thing that is."""
+
+
+def prepare(
+    input_dir: str | Path, output_dir: str | Path, scale: int, sub_image: int | None = None, step: int | None = None
+) -> bool:
+    """Write the HR/LR LMDBs of the images in `input_dir`; return False if `output_dir` holds exactly these already.
+
+    With `sub_image`, what is stored are squares of that many HR pixels a side, every `step` (default: `sub_image`) and
+    once more flush with the right and bottom border, so nothing is left out. They are cut from the whole image and its
+    whole LR, so no LR pixel has seen a border that the image does not have.
+
+    Raises DataError, naming every bad file, before anything is written.
+    """
+    source, output = Path(input_dir), Path(output_dir)
+    step = sub_image if step is None else step
+    for name, value in (('scale', scale), ('sub-image', sub_image), ('step', step)):
+        if value is not None and value < (2 if name == 'scale' else 1):
+            raise DataError(f'--{name} {value} is too small')
+        if value is not None and value % scale:
+            raise DataError(f'--{name} {value} is not a multiple of the scale, {scale}')
+    if step and (not sub_image or step > sub_image):
+        raise DataError(f'--step {step} needs a --sub-image of at least that size: pixels would be left out')
+
+    paths = _list_images(source)
+    settings = {'scale': scale, 'sub_image': sub_image, 'step': step, 'images': len(paths), 'sha256': _digest(paths)}
+    databases = ('gt.lmdb', f'lq_x{scale}.lmdb')
+    if output.exists():
+        _check_prepared(output, databases, settings)
+        return False
+
+    smallest = max(sub_image or 0, 4 * scale)  # 4 * scale: the bicubic kernel's width
+    map_size = _check_images(paths, smallest, sub_image, step)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{output.name}.', dir=output.parent) as temporary:
+        new = Path(temporary) / 'new'  # a folder inside: the temporary one itself is closed to other users
+        new.mkdir()
+        # Until a commit, what was put is held in memory: BasicSR's default of 5000 whole images may not fit there.
+        hr, lr = (LmdbMaker(str(new / name), map_size, batch=100, compress_level=PNG_LEVEL) for name in databases)
+        with closing(hr), closing(lr):
+            for path in tqdm(paths, desc='Write', unit='image'):
+                for key, gt, lq in _pairs(path, scale, sub_image, step):
+                    hr.put(_png(gt), key, gt.shape)
+                    lr.put(_png(lq), key, lq.shape)
+        (new / 'prepared.json').write_text(json.dumps(settings, indent=2) + '\n')
+        for file in new.rglob('*'):
+            if file.is_file():
+                with file.open('rb+') as handle:
+                    os.fsync(handle.fileno())
+        new.rename(output)
+    return True
+
+
+def _list_images(source: Path) -> list[Path]:
+    """The folder's images, sorted; DataError if there are none or their names cannot be BasicSR's LMDB keys."""
+    if not source.is_dir():
+        raise DataError(f'{source} is not a folder')
+    paths = sorted(p for p in source.iterdir() if p.suffix.lower() in EXTENSIONS and not p.name.startswith('.'))
+    if not paths:
+        raise DataError(f'no images in {source}: no file there ends in {", ".join(sorted(EXTENSIONS))}')
+    bad = []
+    count = Counter(p.stem for p in paths)
+    for path in paths:
+        if count[path.stem] > 1:
+            bad.append(f'{path.name}: another image has the same name but for the extension')
+        elif not re.fullmatch(r'[ -~]+', path.stem) or '.' in path.stem:
+            bad.append(f"{path.name}: BasicSR's LMDB keys are ASCII and end at the first dot; rename it")
+    _refuse(source, bad)
+    return paths
+
+
+def _digest(paths: list[Path]) -> str:
+    """A hash of the files' names and bytes, so that a fresh copy of the same images counts as the same."""
+    total = hashlib.sha256()
+    for path in paths:
+        total.update(path.name.encode() + b'\0' + hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def _check_prepared(output: Path, databases: tuple[str, str], settings: dict[str, Any]) -> None:
+    """Return if `output` is what `settings` would make; otherwise DataError, saying how it differs."""
+    try:
+        found = json.loads((output / 'prepared.json').read_text())
+    except (OSError, ValueError):
+        raise DataError(f'{output} exists and was not made by this script: choose another folder') from None
+    differs = [f'{k} {found.get(k)} there, {v} asked for' for k, v in settings.items() if found.get(k) != v]
+    differs = differs or [f'{d} is missing there' for d in databases if not (output / d / 'data.mdb').is_file()]
+    if differs:
+        raise DataError(f'{output} holds something else ({"; ".join(differs)}): remove it or choose another folder')
+
+
+def _check_images(paths: list[Path], smallest: int, sub_image: int | None, step: int | None) -> int:
+    """Decode every image; DataError naming all that are bad, else a bound on the HR LMDB's size in bytes."""
+    bad, map_size = [], 1 << 20
+    for path in tqdm(paths, desc='Check', unit='image'):
+        try:
+            with Image.open(io.BytesIO(path.read_bytes())) as image:
+                image.load()  # Pillow refuses a truncated file, of which OpenCV may return the upper part
+            image_as_stored = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+            if image_as_stored is None:
+                raise OSError('OpenCV cannot decode it')
+        except Exception as error:  # a damaged file makes Pillow raise nearly anything
+            bad.append(f'{path.name}: unreadable ({error})')
+            continue
+        height, width = image_as_stored.shape[:2]
+        if image_as_stored.dtype != np.uint8:
+            bad.append(f'{path.name}: {image_as_stored.dtype} pixels; convert it to 8 bits')
+        elif min(height, width) < smallest:
+            bad.append(f'{path.name}: {width}x{height} is too small, it must be at least {smallest}x{smallest}')
+        elif sub_image and step:
+            squares = len(_starts(height, sub_image, step)) * len(_starts(width, sub_image, step))
+            map_size += squares * _entry_bound(sub_image, sub_image)
+        else:
+            map_size += _entry_bound(height, width)
+    _refuse(paths[0].parent, bad)
+    return map_size
+
+
+def _entry_bound(height: int, width: int) -> int:
+    """More bytes than a PNG of that size can take in an LMDB: noise compresses to slightly more than its raw size."""
+    return int(3.3 * height * width) + 16 * height + 32768
+
+
+def _refuse(folder: Path, bad: list[str]) -> None:
+    if bad:
+        raise DataError('\n  '.join([f'{len(bad)} bad image(s) in {folder}, nothing was written:', *bad]))
+
+
+def _pairs(path: Path, scale: int, sub_image: int | None, step: int | None) -> Iterator[tuple[str, Any, Any]]:
+    """Each (key, HR, LR) of one image, HR exactly `scale` times as large as LR."""
+    gt: Any = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    height, width = (side - side % scale for side in gt.shape[:2])
+    gt = gt[:height, :width]
+    lq = (imresize(gt / 255.0, 1 / scale) * 255.0).round().clip(0, 255).astype(np.uint8)
+    if not (sub_image and step):
+        yield path.stem, gt, lq
+        return
+    corners = ((top, left) for top in _starts(height, sub_image, step) for left in _starts(width, sub_image, step))
+    for index, (top, left) in enumerate(corners, 1):
+        y, x, size = top // scale, left // scale, sub_image // scale
+        hr_square = gt[top : top + sub_image, left : left + sub_image]
+        yield f'{path.stem}_s{index:03d}', hr_square, lq[y : y + size, x : x + size]
+
+
+def _starts(length: int, size: int, step: int) -> list[int]:
+    """Where squares start along one side: every `step`, and flush with the far border."""
+    return sorted({*range(0, length - size + 1, step), length - size})
+
+
+def _png(image: Any) -> bytes:
+    return cv2.imencode('.png', image, [cv2.IMWRITE_PNG_COMPRESSION, PNG_LEVEL])[1].tobytes()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--input', required=True, help='folder of HR images')
+    parser.add_argument('--output', required=True, help='folder to make')
+    parser.add_argument('--scale', type=int, required=True, help='upscaling factor, for instance 2')
+    parser.add_argument('--sub-image', type=int, metavar='SIZE', help='cut into squares of SIZE HR pixels (training)')
+    parser.add_argument('--step', type=int, help='HR pixels from one square to the next (default: SIZE)')
+    args = parser.parse_args(argv)
+    try:
+        made = prepare(args.input, args.output, args.scale, args.sub_image, args.step)
+    except DataError as error:
+        sys.exit(f'prepare_data: {error}')
+    print(f'{args.output}: {"prepared" if made else "already prepared"}')
+
+
+if __name__ == '__main__':
+    main()
