@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# One super-resolution network becomes five nested ones, on real photographs, through BasicSR's own training program:
+# environment, data, forward stage, backward stage, test, a table and a plot. What is done already is not done again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+step() { echo; echo "=== $(date +%T) $* (after $((SECONDS / 60)) min $((SECONDS % 60)) s)"; }
+
+step "Environment"
+. scripts/environment.sh quickstart
+
+step "Data"
+python scripts/quickstart_data.py
+
+for stage in forward backward; do
+    step "The $stage stage: options/mssr_$stage.yml"
+    if [ -e "experiments/mssr_$stage/models/net_g_latest.pth" ]; then
+        echo "Done before; to do it again, remove experiments/mssr_$stage."
+    else
+        python -m mssr_basicsr.train -opt "options/mssr_$stage.yml" --auto_resume
+    fi
+done
+
+step "Test: options/mssr_test.yml"
+if [ results/mssr_test/levels.json -nt experiments/mssr_backward/models/net_g_latest.pth ]; then
+    echo "Done before; to do it again, remove results/mssr_test."
+else
+    python -m mssr_basicsr.test -opt options/mssr_test.yml
+fi
+
+step "Result"
+python scripts/quickstart_report.py
+step "Done"

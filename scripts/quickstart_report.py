@@ -1,0 +1,82 @@
+"""The quickstart's result: each level's quality over its size, beside bicubic, as a table and a plot.
+
+    python scripts/quickstart_report.py
+
+Run it where the quickstart ran. It reads the levels.json of the forward stage (each level's own ticket) and of the test
+(all levels out of the one set of weights) and writes quickstart.png.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+import yaml
+from basicsr.data import build_dataset
+from basicsr.metrics import calculate_metric
+from basicsr.utils import tensor2img
+from basicsr.utils.matlab_functions import imresize
+from basicsr.utils.options import ordered_yaml
+
+TICKETS = Path('experiments/mssr_forward/models/levels.json')
+NESTED = Path('results/mssr_test/levels.json')
+PLOT = Path('quickstart.png')
+
+
+def bicubic(opt: dict[str, Any]) -> dict[str, float]:
+    """The metrics of MATLAB's bicubic upscaling on the test set of ``opt``, by BasicSR's own protocol."""
+    dataset_opt = {**opt['datasets']['test_1'], 'phase': 'test', 'scale': opt['scale']}
+    for key in ('dataroot_gt', 'dataroot_lq'):
+        dataset_opt[key] = str(Path(dataset_opt[key]).expanduser())
+    sums = dict.fromkeys(opt['val']['metrics'], 0.0)
+    dataset = build_dataset(dataset_opt)
+    for i in range(len(dataset)):
+        pair = dataset[i]
+        upscaled = imresize(pair['lq'], opt['scale'])
+        images = {'img': tensor2img(upscaled), 'img2': tensor2img(pair['gt'])}
+        for name, metric in opt['val']['metrics'].items():
+            sums[name] += calculate_metric(images, metric)
+    return {name: value / len(dataset) for name, value in sums.items()}
+
+
+def main() -> None:
+    with open('options/mssr_test.yml') as file:
+        opt = yaml.load(file, Loader=ordered_yaml()[0])
+    dataset = opt['datasets']['test_1']['name']
+    tickets = {record['level']: record for record in json.loads(TICKETS.read_text())}
+    nested = json.loads(NESTED.read_text())
+    base = bicubic(opt)
+
+    print(f'PSNR (dB) and SSIM on Y of {dataset}, x{opt["scale"]}; "nested": every level out of one set of weights')
+    head = ('level', 'sparsity asked', 'measured', 'parameters', 'ticket', 'nested', 'over bicubic')
+    print('  '.join(f'{cell:>15}' for cell in head))
+    bicubic_cells = ('bicubic', '', '', '', '', f'{base["psnr"]:.2f} / {base["ssim"]:.4f}', '')
+    print('  '.join(f'{cell:>15}' for cell in bicubic_cells))
+    for record in nested:
+        level, metrics = record['level'], record['metrics'][dataset]
+        ticket = tickets[level]['metrics'][dataset]
+        cells = [str(level), f'{opt["network_g"]["sparsity"][level]:.2%}', f'{record["sparsity"]:.3%}']
+        cells += [f'{record["parameters_kept"]:,}', f'{ticket["psnr"]:.2f} / {ticket["ssim"]:.4f}']
+        cells += [f'{metrics["psnr"]:.2f} / {metrics["ssim"]:.4f}', f'{metrics["psnr"] - base["psnr"]:+.2f} dB']
+        print('  '.join(f'{cell:>15}' for cell in cells))
+
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout='constrained')
+    for label, marker, records in (('tickets (one network each)', 'o--', tickets.values()), ('nested', 's-', nested)):
+        sizes = [record['parameters_kept'] for record in records]
+        axes.plot(sizes, [record['metrics'][dataset]['psnr'] for record in records], marker, label=label)
+    axes.axhline(base['psnr'], color='grey', linestyle=':', label='bicubic')
+    axes.set(xscale='log', xlabel='parameters kept', ylabel=f'PSNR on Y of {dataset} (dB)')
+    axes.set_title(f'{opt["network_g"]["backbone"]["type"]} x{opt["scale"]}: five networks in one')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(PLOT, dpi=150)
+    print(f'Plot: {PLOT}')
+
+
+if __name__ == '__main__':
+    main()
