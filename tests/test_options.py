@@ -142,7 +142,7 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'val.val_freq',
         3,
-        "val.val_freq: found 3; allowed: a divisor of each level's iterations, such as 4, so that each level ends",
+        "val.val_freq: found 3; allowed: a divisor of each level's iterations, [4, 4, 4], so that each level ends",
     ),
 ]
 WRONG_BACKWARD: list[tuple[str, Any, str]] = [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from basicsr.archs import build_network
-from conftest import SPARSITY, TOY_EDSR, Run
+from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run
 from torch import Tensor
 
 from mssr_basicsr.archs.mssr_arch import MSSR
@@ -224,6 +224,27 @@ def test_the_backward_stage(forward_opt: dict[str, Any], backward_opt: dict[str,
     records = json.loads((models / 'levels.json').read_text())
     assert [record['level'] for record in records] == [0, 1, 2]
     assert all(record['metrics']['toyval']['psnr'] > 5 for record in records)
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_every_backbone_goes_through_both_stages(
+    name: str, forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run
+) -> None:
+    """Two iterations a level, with SSD and EMA; each level is then a checkpoint of the stock architecture."""
+    for opt, total_iter in ((forward_opt, 6), (backward_opt, 4)):
+        opt['network_g']['backbone'] = deepcopy(BACKBONES[name])
+        opt['train']['total_iter'] = total_iter
+        opt['val']['val_freq'] = 2
+    forward_opt['train']['level_iter'] = 2
+    backward_opt['train']['expansion']['level_iter'] = 2
+    run(forward_opt)
+    models = run(backward_opt) / 'models'
+    network = MSSR(BACKBONES[name], SPARSITY)
+    network.load_state_dict(load(models / 'net_g_latest.pth')['params'])
+    for level in range(3):
+        plain = load(models / f'net_g_level{level}.pth')['params']
+        build_network(BACKBONES[name]).load_state_dict(plain, strict=True)
+        assert equal(plain, network.export(level))
 
 
 @pytest.mark.parametrize('recover', ['ticket', 'rewind', 'zero'])

@@ -103,19 +103,18 @@ class MSSRModel(SRModel):
 
     def _check_iterations(self) -> None:
         train_opt = self._train_opt
-        total = sum(stage.num_iter for stage in self.stages)
-        sizes = ' + '.join(f'{stage.num_iter} at level {stage.level}' for stage in self.stages)
-        if train_opt.get('total_iter') != total:
-            raise OptionError('train.total_iter', train_opt.get('total_iter'), f'{total} ({sizes})')
-        shortest, longest = min(self.stages, key=_num_iter).num_iter, max(self.stages, key=_num_iter).num_iter
+        iterations = [stage.num_iter for stage in self.stages]
+        if train_opt.get('total_iter') != sum(iterations):
+            parts = ' + '.join(f'{stage.num_iter} at level {stage.level}' for stage in self.stages)
+            raise OptionError('train.total_iter', train_opt.get('total_iter'), f'{sum(iterations)} ({parts})')
         if self.opt.get('val') is not None and 'debug' not in self.opt['name']:  # --debug sets a val_freq of its own
             val_freq = require_int('val.val_freq', self.opt['val'].get('val_freq'), 1)
-            if any(stage.num_iter % val_freq for stage in self.stages):
-                allowed = f"a divisor of each level's iterations, such as {shortest}, so that each level ends validated"
+            if any(num_iter % val_freq for num_iter in iterations):
+                allowed = f"a divisor of each level's iterations, {iterations}, so that each level ends validated"
                 raise OptionError('val.val_freq', val_freq, allowed)
         periods = train_opt['scheduler'].get('periods')
-        if periods is not None and sum(periods) < longest:
-            allowed = f'periods of {longest} or more in all (the schedule is for one level)'
+        if periods is not None and sum(periods) < max(iterations):
+            allowed = f'periods of {max(iterations)} or more in all (the schedule is for one level)'
             raise OptionError('train.scheduler.periods', periods, allowed)
 
     def _locate(self, current_iter: int) -> tuple[int, int]:
@@ -283,7 +282,3 @@ class MSSRModel(SRModel):
 
     def resume_extra_networks(self, checkpoint: dict[str, Any]) -> None:
         """Take :meth:`extra_networks` out of a checkpoint."""
-
-
-def _num_iter(stage: Stage) -> int:
-    return stage.num_iter
