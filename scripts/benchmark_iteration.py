@@ -1,16 +1,17 @@
 """Time per training iteration: MSSR's forward stage against BasicSR's SRModel, same network, same batch, one run.
 
-    python scripts/benchmark_iteration.py [--rounds 40] [--num-feat 64 --num-block 16]
+    python scripts/benchmark_iteration.py [--rounds 60] [--num-feat 64 --num-block 16]
 
-The contenders take turns, an iteration each, so that a busy machine slows all of them alike; the medians count. Beside
-each measured ratio stands the ratio of floating point operations (counted by torch, forward and backward), for
-self-distillation the median over the pairs of depths that the measured iterations drew.
+The contenders take turns, an iteration each and each round in another order, so that a busy machine slows all of them
+alike. A ratio is the median over the rounds of the ratios within a round. Beside it stands the ratio of floating point
+operations (counted by torch, forward and backward), for self-distillation the median over the pairs of depths drawn.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import random
 import tempfile
 import time
 from statistics import median
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 from basicsr.models import build_model
 from torch.utils.flop_counter import FlopCounterMode
+
+WARM_UP = 3  # rounds that do not count
 
 
 def options(folder: str, backbone: dict[str, Any], model_type: str, ssd: bool) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def options(folder: str, backbone: dict[str, Any], model_type: str, ssd: bool) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=40, help='iterations of each contender (default: 40)')
+    parser.add_argument('--rounds', type=int, default=60, help='iterations of each contender (default: 60)')
     parser.add_argument('--num-feat', type=int, default=32, help='features of the EDSR (default: 32)')
     parser.add_argument('--num-block', type=int, default=8, help='blocks of the EDSR (default: 8)')
     parser.add_argument('--patch', type=int, default=24, help='side of an LR patch (default: 24)')
@@ -72,19 +75,18 @@ def main() -> None:
                 model.update_learning_rate(2)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     operations: dict[str, list[int]] = {name: [] for name in models}
-    for i in range(args.rounds + 3):
-        for name, model in models.items():
-            if i < 3:
-                model.optimize_parameters(2)
-                continue
+    for i in range(WARM_UP + args.rounds):
+        for name in sorted(models, key=lambda name: random.random()):
+            model = models[name]
             synchronize()
             start = time.perf_counter()
             model.optimize_parameters(i)
             synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    for i in range(3, args.rounds + 3):  # the depths that iteration i draws are drawn again
+            if i >= WARM_UP:
+                seconds[name].append(time.perf_counter() - start)
+    for i in range(WARM_UP, WARM_UP + args.rounds):  # the depths that iteration i draws are drawn again
         for name, model in models.items():
-            if 'SSD' in name or i == 3:
+            if 'SSD' in name or i == WARM_UP:
                 with FlopCounterMode(display=False) as counter:
                     model.optimize_parameters(i)
                 operations[name].append(counter.get_total_flops())
@@ -93,7 +95,7 @@ def main() -> None:
     print(f'EDSR x2, {args.num_block} blocks, {args.num_feat} features, batch 16, LR patch {args.patch}; {device}')
     print(f'{"":36}{"ms/iteration":>14}{"ratio":>8}{"operations":>12}')
     for name in models:
-        ratio = median(seconds[name]) / median(seconds['SRModel'])
+        ratio = median(mine / stock for mine, stock in zip(seconds[name], seconds['SRModel']))
         counted = median(operations[name]) / operations['SRModel'][0]
         print(f'{name:36}{1000 * median(seconds[name]):14.1f}{ratio:8.3f}{counted:12.3f}')
 

@@ -66,11 +66,14 @@ def main() -> None:
         print('  '.join(f'{cell:>15}' for cell in cells))
 
     figure, axes = plt.subplots(figsize=(6.4, 4), layout='constrained')
-    for label, marker, records in (('tickets (one network each)', 'o--', tickets.values()), ('nested', 's-', nested)):
-        sizes = [record['parameters_kept'] for record in records]
+    sizes = [record['parameters_kept'] for record in nested]
+    own = [tickets[record['level']] for record in nested]
+    for label, marker, records in (('tickets (one network each)', 'o--', own), ('nested', 's-', nested)):
         axes.plot(sizes, [record['metrics'][dataset]['psnr'] for record in records], marker, label=label)
     axes.axhline(base['psnr'], color='grey', linestyle=':', label='bicubic')
     axes.set(xscale='log', xlabel='parameters kept', ylabel=f'PSNR on Y of {dataset} (dB)')
+    axes.set_xticks(sizes, [f'{size / 1000:.0f}k' for size in sizes])
+    axes.set_xticks([], minor=True)
     axes.set_title(f'{opt["network_g"]["backbone"]["type"]} x{opt["scale"]}: five networks in one')
     axes.grid(alpha=0.3)
     axes.legend()
