@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -37,6 +39,21 @@ BACKBONES: dict[str, dict[str, Any]] = {
         'num_heads': [2, 2, 2], 'mlp_ratio': 2, 'upsampler': 'pixelshuffledirect',
     },
 }  # fmt: skip
+
+
+def call(*command: str | Path, cwd: Path | None = None, expect: int = 0, **environment: str) -> str:
+    """What a command prints on both channels; it ends with ``expect``, and has ``environment`` besides ours."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+    )
+    assert done.returncode == expect, done.stdout
+    return done.stdout
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ import basicsr.utils.dist_util
 import basicsr.utils.options
 import pytest
 import torch
+from conftest import call
 
 from mssr_basicsr import compat
 
@@ -62,19 +61,8 @@ def stock(function: object) -> object:
 
 def run(folder: Path, *command: str, expect: int = 0) -> str:
     """What a new Python prints, with no CUDA, one thread and ``folder`` as its current one."""
-    env = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'MSSR_BASICSR_DISCOVERY': '1'}
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == expect, done.stdout
-    return done.stdout
+    environment = {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'MSSR_BASICSR_DISCOVERY': '1'}
+    return call(sys.executable, *command, cwd=folder, expect=expect, **environment)
 
 
 def test_functional_tensor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
+from conftest import call
 
 PTH = Path(__file__).resolve().parent.parent / 'mssr_basicsr.pth'
 
@@ -30,20 +28,10 @@ discovery.REGISTERING = ('toy_plugin',)
 
 def python(code: str, *, hook: bool = True, path: Path | None = None, options: tuple[str, ...] = ()) -> str:
     """What a new Python that runs ``code`` prints on both channels; it must succeed."""
-    env = {**os.environ, 'MSSR_BASICSR_DISCOVERY': '1' if hook else '0'}
+    environment = {'MSSR_BASICSR_DISCOVERY': '1' if hook else '0'}
     if path is not None:
-        env['PYTHONPATH'] = str(path)
-    done = subprocess.run(
-        [sys.executable, *options, '-c', code],
-        cwd=path or tempfile.gettempdir(),  # not the project's folder, which would be importable
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+        environment['PYTHONPATH'] = str(path)
+    return call(sys.executable, *options, '-c', code, **environment)
 
 
 @pytest.fixture

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from conftest import call
 
 ROOT = Path(__file__).resolve().parent.parent
 PTH = 'mssr_basicsr.pth'
@@ -20,20 +21,13 @@ BUILD = 'import sys; from setuptools.build_meta import __legacy__; getattr(__leg
 pytest.importorskip('setuptools', minversion='64')
 
 
-def call(*command: str | Path, cwd: Path | None = None) -> str:
-    """What the command prints. It must succeed, and sees this project through an installation only."""
-    env = {key: value for key, value in os.environ.items() if key not in ('PYTHONPATH', 'MSSR_BASICSR_DISCOVERY')}
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+@pytest.fixture(scope='module', autouse=True)
+def _installed_only() -> Iterator[None]:
+    """What is started here sees this project through an installation only."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in ('PYTHONPATH', 'MSSR_BASICSR_DISCOVERY'):
+            monkeypatch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(scope='module', params=['build_wheel', 'build_editable'])

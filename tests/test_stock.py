@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import basicsr.test
 import basicsr.train
 import pytest
 import yaml
-from conftest import TOY_EDSR
+from conftest import TOY_EDSR, call
 
 # Trains by the options in sys.argv and prints the pixel loss of each iteration, all bits of it.
 LOSSES = """
@@ -58,12 +56,10 @@ def test_stock_training_gives_the_same_losses_bit_for_bit(stock_opt: dict[str, A
         folder = tmp_path / plugin
         folder.mkdir()
         (folder / 'stock.yml').write_text(yaml.safe_dump(stock_opt))
-        environment = {**os.environ, 'MSSR_BASICSR_DISCOVERY': plugin}
         command = [sys.executable, '-c', LOSSES, '-opt', 'stock.yml']
-        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        assert f'plugin: {plugin == "1"}' in run.stdout
-        losses[plugin] = [line for line in run.stdout.splitlines() if line.startswith('loss')]
+        said = call(*command, cwd=folder, MSSR_BASICSR_DISCOVERY=plugin)
+        assert f'plugin: {plugin == "1"}' in said
+        losses[plugin] = [line for line in said.splitlines() if line.startswith('loss')]
     assert len(losses['0']) == 50
     assert losses['0'] == losses['1']
 
@@ -83,9 +79,7 @@ def test_the_stock_scripts_train_and_test(forward_opt: dict[str, Any], tmp_path:
     test_opt['val']['suffix'] = None
     for script, opt in (('train', forward_opt), ('test', test_opt)):
         (tmp_path / f'{script}.yml').write_text(yaml.safe_dump(opt))
-        command = [sys.executable, f'basicsr/{script}.py', '-opt', f'{script}.yml']
-        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
+        call(sys.executable, f'basicsr/{script}.py', '-opt', f'{script}.yml', cwd=tmp_path)
     trained = json.loads((tmp_path / 'experiments' / 'forward' / 'models' / 'levels.json').read_text())
     tested = json.loads((tmp_path / 'results' / 'test' / 'levels.json').read_text())
     assert [record['level'] for record in tested] == [0, 1, 2]
