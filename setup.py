@@ -47,7 +47,7 @@ setup(
     install_requires=['basicsr', 'torch>=2.1', 'numpy', 'opencv-python', 'lmdb', 'pyyaml', 'tqdm'],
     extras_require={
         'quickstart': ['matplotlib'],
-        'test': ['mypy', 'pytest', 'ruff', 'setuptools', 'types-PyYAML', 'types-tqdm', 'wheel'],
+        'test': ['mypy', 'pytest', 'ruff', 'setuptools>=64', 'types-PyYAML', 'types-tqdm', 'wheel'],
     },
     zip_safe=False,
 )

@@ -37,7 +37,7 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'network_g.backbone.num_feats',
         8,
-        "allowed: the arguments of the architecture (EDSR.__init__() got an unexpected keyword argument 'num_feats').",
+        "__init__() got an unexpected keyword argument 'num_feats').",
     ),
     (
         'network_g.sparsity',
@@ -132,7 +132,7 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'train.ssd_opt.depths',
         2,
-        "allowed: the arguments of the loss (SSDLoss.__init__() got an unexpected keyword argument 'depths').",
+        "__init__() got an unexpected keyword argument 'depths').",
     ),
     (
         'train.scheduler.periods',
@@ -179,7 +179,7 @@ WRONG_BACKWARD: list[tuple[str, Any, str]] = [
     (
         'train.expansion.iters',
         3,
-        'allowed: the arguments of the schedule (SequentialExpansion.__init__() got an unexpected keyword argument',
+        "__init__() got an unexpected keyword argument 'iters'",
     ),
     (
         'train.total_iter',
