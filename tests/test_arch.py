@@ -8,9 +8,9 @@ import pytest
 import torch
 from basicsr.archs import build_network
 from conftest import BACKBONES, SPARSITY, TOY_EDSR
-from torch import Tensor
+from torch import Tensor, nn
 
-from mssr_basicsr.archs.mssr_arch import MSSR
+from mssr_basicsr.archs.mssr_arch import MSSR, find_prunable
 from mssr_basicsr.options import OptionError
 from mssr_basicsr.pruning.level_map import mask_of, num_kept, prune
 
@@ -86,6 +86,15 @@ def test_patterns_choose_what_is_prunable() -> None:
     assert 'conv_last.weight' in network.prunable_names
     assert 'conv_first.weight' not in network.prunable_names
     assert 'upsample.0.weight' not in network.prunable_names
+
+
+@pytest.mark.parametrize('layers', [nn.ReLU(), nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))])
+def test_backbones_that_cannot_be_pruned_are_refused(layers: nn.Module) -> None:
+    """One without a layer to prune, and one whose two layers share a weight."""
+    if isinstance(layers, nn.Sequential):
+        layers[1].weight = layers[0].weight
+    with pytest.raises(OptionError, match=r'network_g\.backbone: found .*; allowed: a network (with|whose layers)'):
+        find_prunable(layers, ['*'], [])
 
 
 def test_in_eval_mode_masking_is_done_once_until_something_changes() -> None:

@@ -38,11 +38,11 @@ def find_prunable(backbone: nn.Module, prunable: Sequence[str], unprunable: Sequ
     they are under 1 % of the parameters) that match a pattern of ``prunable`` and none of ``unprunable``.
     """
     layers = [(name, layer) for name, layer in backbone.named_modules() if isinstance(layer, (_ConvNd, nn.Linear))]
-    # A layer that occurs under two names is listed once by named_modules; a weight that two layers share is not.
-    weights = {id(layer.weight): f'{name}.weight' for name, layer in reversed(layers)}
-    names = list(reversed(weights.values()))
+    names = [f'{name}.weight' for name, _ in layers]
     if not names:
         raise OptionError('network_g.backbone', type(backbone).__name__, 'a network with convolutions or linear layers')
+    if len({id(layer.weight) for _, layer in layers}) < len(layers):
+        raise OptionError('network_g.backbone', type(backbone).__name__, 'a network whose layers share no weights')
     removed = set(match_names('network_g.unprunable', unprunable, names))
     kept = [name for name in match_names('network_g.prunable', prunable, names) if name not in removed]
     if not kept:
