@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -28,6 +29,15 @@ def require_int(option: str, found: Any, low: int, high: float = float('inf'), n
         bounds = f'a whole number of at least {low}' if high == float('inf') else f'a whole number from {low} to {high}'
         raise OptionError(option, found, bounds + note)
     return int(found)
+
+
+@contextmanager
+def arguments_checked(option: str, found: Mapping[str, Any], what: str) -> Iterator[None]:
+    """Turn the TypeError of building ``what`` from ``found``, an argument unknown or lacking, into an OptionError."""
+    try:
+        yield
+    except TypeError as error:
+        raise OptionError(option, dict(found), f'the arguments of the {what} ({error})') from error
 
 
 def match_names(option: str, patterns: Sequence[str], names: Sequence[str]) -> list[str]:

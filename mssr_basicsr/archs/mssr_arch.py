@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from mssr_basicsr.archs.feature_taps import find_feature_taps
-from mssr_basicsr.options import OptionError, match_names, require_int
+from mssr_basicsr.options import OptionError, arguments_checked, match_names, require_int
 from mssr_basicsr.pruning.level_map import LevelMap, buffer_tree, count, mask_of, num_kept
 
 
@@ -96,12 +96,8 @@ class MSSR(nn.Module):
             raise OptionError('network_g.backbone', backbone, 'the options of an architecture, with its type')
         if backbone['type'] not in ARCH_REGISTRY and f'{backbone["type"]}_basicsr' not in ARCH_REGISTRY:
             raise OptionError('network_g.backbone.type', backbone['type'], ', '.join(sorted(ARCH_REGISTRY.keys())))
-        try:
+        with arguments_checked('network_g.backbone', backbone, 'architecture'):
             self.backbone: nn.Module = build_network(backbone)
-        except TypeError as error:  # an option that the architecture does not know, or lacks
-            raise OptionError(
-                'network_g.backbone', dict(backbone), f'the arguments of the architecture ({error})'
-            ) from error
 
         self.prunable_names = find_prunable(self.backbone, prunable, unprunable)
         self.feature_taps = find_feature_taps(self.backbone, feature_taps)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 from basicsr.utils.registry import Registry
 
-from mssr_basicsr.options import OptionError, require_int, require_one_of
+from mssr_basicsr.options import OptionError, arguments_checked, require_int, require_one_of
 
 EXPANSION_REGISTRY = Registry('expansion')
 
@@ -70,10 +70,8 @@ def build_expansion(options: Any, delta_sizes: Sequence[int]) -> list[Stage]:
     arguments = dict(options)
     require_one_of('train.expansion.type', arguments['type'], EXPANSION_REGISTRY.keys())
     schedule_class = EXPANSION_REGISTRY.get(arguments.pop('type'))
-    try:
+    with arguments_checked('train.expansion', options, 'schedule'):
         schedule: ExpansionSchedule = schedule_class(**arguments)
-    except TypeError as error:
-        raise OptionError('train.expansion', dict(options), f'the arguments of the schedule ({error})') from error
     stages = schedule.stages(delta_sizes)
     levels = [len(delta_sizes) - 1] + [stage.level for stage in stages]
     if levels[-1] != 0 or any(nxt >= level for level, nxt in zip(levels, levels[1:])):

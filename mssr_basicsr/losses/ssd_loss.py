@@ -50,7 +50,7 @@ class SSDLoss(nn.Module):
         if not taps:
             raise OptionError('network_g.feature_taps', None, "patterns of the backbone's blocks: no trunk was found")
         if self.num_depths != 'all':
-            require_int('train.ssd_opt.num_depths', self.num_depths, 1, len(taps), f' (the feature taps), or {"all"!r}')
+            require_int('train.ssd_opt.num_depths', self.num_depths, 1, len(taps), " (the feature taps), or 'all'")
 
     def sample_taps(self, taps: Sequence[str], seed: str) -> list[str]:
         """The taps for one iteration, shallowest first. The same seed gives the same taps on every rank."""

@@ -16,7 +16,7 @@ from mssr_basicsr.archs.feature_taps import ImageFinisher, record_features
 from mssr_basicsr.expansion.schedules import Stage
 from mssr_basicsr.losses.ssd_loss import SSDLoss
 from mssr_basicsr.models.mssr_model import MSSRModel
-from mssr_basicsr.options import OptionError, require_int, require_one_of
+from mssr_basicsr.options import OptionError, arguments_checked, require_int, require_one_of
 from mssr_basicsr.pruning.criteria import CRITERION_REGISTRY
 from mssr_basicsr.pruning.frozen_weights import FrozenWeights
 from mssr_basicsr.pruning.level_map import mask_of, num_kept, prune
@@ -76,10 +76,8 @@ class MSSRForwardModel(MSSRModel):
             self.cri_pixel_alone, self.cri_pix = self.cri_pix, self._pixel_and_ssd_loss
 
     def _build_ssd_loss(self, options: dict[str, Any]) -> SSDLoss:
-        try:
+        with arguments_checked('train.ssd_opt', options, 'loss'):
             loss: SSDLoss = build_loss(options).to(self.device)
-        except TypeError as error:
-            raise OptionError('train.ssd_opt', dict(options), f'the arguments of the loss ({error})') from error
         loss.check_depths(self.network.feature_taps)
         return loss
 
