@@ -1,6 +1,32 @@
 """MSSR for BasicSR: one super-resolution network that holds many smaller ones, nested inside each other.
 
-Nothing is imported here: which module comes first decides nothing, and ``import mssr_basicsr`` alone costs nothing.
+``from mssr_basicsr import ScalableModel`` (or one of the other names below) imports what it needs at that moment:
+which module comes first decides nothing, and ``import mssr_basicsr`` alone costs nothing.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mssr_basicsr.scalable.container import ScalableFile as ScalableFile
+    from mssr_basicsr.scalable.errors import ScalableFileError as ScalableFileError
+    from mssr_basicsr.scalable.model import ScalableModel as ScalableModel
+    from mssr_basicsr.scalable.packing import pack as pack
+
 __version__ = '0.1.0'
+
+_HOMES = {
+    'ScalableFile': 'mssr_basicsr.scalable.container',
+    'ScalableFileError': 'mssr_basicsr.scalable.errors',
+    'ScalableModel': 'mssr_basicsr.scalable.model',
+    'pack': 'mssr_basicsr.scalable.packing',
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -38,3 +38,17 @@ def saved_whole(path_options: MutableMapping[str, Any], key: str) -> Iterator[No
             with open(file, 'rb') as written:
                 os.fsync(written.fileno())
             os.replace(file, folder / file.name)
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file that is there whole or not at all, and flushed to the disk; OSError if it cannot be."""
+    path = Path(path)
+    temporary = path.with_name(f'.saving-{path.name}')
+    try:
+        with open(temporary, 'wb') as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

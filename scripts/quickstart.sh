@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 step() { echo; echo "=== $(date +%T) $* (after $((SECONDS / 60)) min $((SECONDS % 60)) s)"; }
 
 step "Environment"
-. scripts/environment.sh quickstart
+. scripts/environment.sh plot
 
 step "Data"
 python scripts/quickstart_data.py

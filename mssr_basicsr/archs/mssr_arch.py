@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from operator import attrgetter
 from typing import Any
 
@@ -15,14 +16,15 @@ from torch.nn.modules.conv import _ConvNd
 from mssr_basicsr.archs.feature_taps import find_feature_taps
 from mssr_basicsr.options import OptionError, arguments_checked, match_names, require_int
 from mssr_basicsr.pruning.level_map import LevelMap, buffer_tree, count, mask_of, num_kept
+from mssr_basicsr.scalable.container import MAX_LEVELS
 
 
 def check_sparsity(sparsity: Any) -> list[float]:
     """``network_g.sparsity`` as floats: 0 for the dense level, then rising, all below 1; else OptionError."""
     if not isinstance(sparsity, (list, tuple)) or len(sparsity) < 2:
         raise OptionError('network_g.sparsity', sparsity, 'a list of two or more, such as [0, 0.5, 0.75]')
-    if len(sparsity) > 256:
-        raise OptionError('network_g.sparsity', f'{len(sparsity)} levels', 'at most 256 levels')
+    if len(sparsity) > MAX_LEVELS:
+        raise OptionError('network_g.sparsity', f'{len(sparsity)} levels', f'at most {MAX_LEVELS} levels')
     for k, share in enumerate(sparsity):
         low = -1 if k == 0 else sparsity[k - 1]
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not low < share < 1 or (k == 0 and share):
@@ -96,6 +98,7 @@ class MSSR(nn.Module):
             raise OptionError('network_g.backbone', backbone, 'the options of an architecture, with its type')
         if backbone['type'] not in ARCH_REGISTRY and f'{backbone["type"]}_basicsr' not in ARCH_REGISTRY:
             raise OptionError('network_g.backbone.type', backbone['type'], ', '.join(sorted(ARCH_REGISTRY.keys())))
+        self.backbone_options = deepcopy(dict(backbone))
         with arguments_checked('network_g.backbone', backbone, 'architecture'):
             self.backbone: nn.Module = build_network(backbone)
 

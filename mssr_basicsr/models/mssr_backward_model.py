@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from mssr_basicsr.options import OptionError, require_one_of
 from mssr_basicsr.pruning.frozen_weights import FrozenWeights
 from mssr_basicsr.pruning.level_map import count, delta_of
 from mssr_basicsr.ranks import digest
+from mssr_basicsr.saving import write_whole
+from mssr_basicsr.scalable.packing import level_metrics, pack
 
 
 @MODEL_REGISTRY.register()
@@ -88,6 +91,19 @@ class MSSRBackwardModel(MSSRModel):
 
     def _digest(self, level: int) -> str:
         return digest(self.network.export(level))
+
+    def save(self, epoch: int, current_iter: int) -> None:
+        super().save(epoch, current_iter)
+        if current_iter == -1:
+            self._write_scalable_file()
+
+    def _write_scalable_file(self) -> None:
+        """Write ``net_g.mssr``, every level in one file. Rank 0 does."""
+        if self.opt['rank'] == 0:
+            path = Path(self.opt['path']['models'], 'net_g.mssr')
+            data = pack(self.result, self.opt['scale'], level_metrics(self.records.values()))
+            write_whole(path, data)
+            get_root_logger().info(f'All levels in one file of {len(data):,} bytes: {path}')
 
     def check_result(self, stage: Stage) -> None:
         """Raise RuntimeError unless every smaller level is, bit for bit, what it was before the stage."""

@@ -22,7 +22,7 @@ from mssr_basicsr.options import OptionError, require_int
 from mssr_basicsr.pruning.frozen_weights import FrozenWeights
 from mssr_basicsr.ranks import broadcast_from_rank_0, require_agreement
 from mssr_basicsr.report import Record, describe_level, level_table
-from mssr_basicsr.saving import saved_whole
+from mssr_basicsr.saving import saved_whole, write_whole
 
 
 @MODEL_REGISTRY.register()
@@ -228,9 +228,9 @@ class MSSRModel(SRModel):
     def write_records(self) -> None:
         """Write ``levels.json`` beside the models, in a test among the results. Rank 0 does."""
         if self.opt['rank'] == 0:
-            with saved_whole(self.opt['path'], self._results_key()):
-                file = Path(self.opt['path'][self._results_key()], 'levels.json')
-                file.write_text(json.dumps([self.records[level] for level in sorted(self.records)], indent=2))
+            records = [self.records[level] for level in sorted(self.records)]
+            folder = self.opt['path'][self._results_key()]
+            write_whole(Path(folder, 'levels.json'), json.dumps(records, indent=2).encode())
 
     def export_level(self, level: int) -> None:
         """Write ``net_g_level{level}.pth``, ``{'params': ...}`` of the plain backbone. Rank 0 does."""

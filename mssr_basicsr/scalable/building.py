@@ -1,0 +1,136 @@
+"""Building a backbone from the options in a file, without letting them allocate more than the file accounts for."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mssr_basicsr.scalable.container import Header
+from mssr_basicsr.scalable.errors import ScalableFileError
+
+#: What buffers that an architecture computes, such as attention masks, may take: they are not in the file.
+MAX_COMPUTED_BYTES = 1 << 26
+# A word such as 'pixelshuffledirect' or 'nearest+conv'. No option of a file is ever a path.
+_WORD = re.compile(r'[\w+-]{0,64}')
+
+
+def build_backbone(options: Mapping[str, Any]) -> nn.Module:
+    """The architecture that ``options`` name, on the CPU, in eval mode; torch's random state stays as it is.
+
+    Raises:
+        ScalableFileError: there is no such architecture, or it does not take these options.
+    """
+    from mssr_basicsr.discovery import load_basicsr
+
+    try:
+        load_basicsr()
+    except ImportError as error:
+        message = f'to build {options["type"]}, basicsr is needed ({error}); or give a network that you have built'
+        raise ScalableFileError(message) from error
+    from basicsr.utils.registry import ARCH_REGISTRY
+
+    _refuse_paths(options)
+    arguments = dict(options)
+    name = arguments.pop('type')
+    registered = [key for key in (name, f'{name}_basicsr') if key in ARCH_REGISTRY]
+    if not registered:
+        raise ScalableFileError(
+            f'backbone: {name} is not registered with BasicSR; import the package that has it first'
+        )
+    with torch.random.fork_rng(devices=[]), torch.device('cpu'):
+        try:
+            network: nn.Module = ARCH_REGISTRY.get(registered[0])(**arguments)
+        except _TooLarge as error:
+            raise ScalableFileError(f'backbone: {name}({arguments}) is not what the header lists ({error})') from error
+        except Exception as error:  # whatever an architecture does with options that it was not made for
+            raise ScalableFileError(f'backbone: {name}({arguments}): {type(error).__name__}: {error}') from error
+    return network.eval().requires_grad_(True)
+
+
+def build_for(header: Header, size: int) -> nn.Module:
+    """The backbone of a file whose first ``size`` bytes are there.
+
+    Raises:
+        ScalableFileError: as :func:`build_backbone`; or the network that the header describes is out of all proportion
+            to the file, or is not the one that the options make.
+    """
+    elements = sum(tensor.numel for tensor in header.weights + header.others)
+    # A whole file has every weight. What precedes the larger levels of a file may be small, but not arbitrarily.
+    if elements > 256 * size:
+        raise ScalableFileError(f'a network of {elements:,} weights in a file of {size:,} bytes is not believed')
+    largest = max(tensor.numel for tensor in header.weights + header.others)
+    computed = MAX_COMPUTED_BYTES if header.computed else 0
+    with AllocationLimit(single=max(4 * largest, computed), total=16 * elements + 2 * computed + (1 << 16)):
+        network = build_backbone(header.backbone)
+    check_network(header, network)
+    return network
+
+
+def check_network(header: Header, network: nn.Module) -> None:
+    """Raise ScalableFileError unless ``network`` has the tensors, and the computed buffers, that the header lists."""
+    found = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    listed = {tensor.name: tensor.shape for tensor in header.weights + header.others}
+    listed.update({name: found.get(name, ()) for name in header.computed})
+    if found != listed:
+        differing = sorted(set(found.items()) ^ set(listed.items()))[:3]
+        raise ScalableFileError(f'the network is not the one that the header lists; it differs in {differing}')
+    if computed_checksum(network, header.computed) != header.computed_checksum:
+        raise ScalableFileError(f'this {type(network).__name__} computes other buffers than the one that was packed')
+
+
+def computed_checksum(network: nn.Module, names: tuple[str, ...]) -> str:
+    """The XXH3-128 of names, types, shapes and bytes of the buffers ``names``."""
+    checksum, buffers = xxhash.xxh3_128(), dict(network.named_buffers())
+    for name in names:
+        buffer = buffers[name].detach().cpu().contiguous()
+        checksum.update(f'{name} {buffer.dtype} {tuple(buffer.shape)}'.encode())
+        checksum.update(buffer.flatten().view(torch.uint8).numpy().tobytes())
+    return checksum.hexdigest()
+
+
+def _refuse_paths(value: Any) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_paths(key)
+            _refuse_paths(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _refuse_paths(item)
+    elif isinstance(value, str) and not _WORD.fullmatch(value):
+        raise ScalableFileError(f'backbone: found {value[:80]!r}; allowed: words of letters, digits, _, + and -')
+
+
+class _TooLarge(Exception):
+    """An architecture asked for more memory than the header accounts for."""
+
+
+class AllocationLimit(TorchDispatchMode):
+    """While the context is open, no new tensor takes over ``single`` bytes, nor all of them together over ``total``."""
+
+    def __init__(self, single: int, total: int) -> None:
+        super().__init__()
+        self.single, self.left = single, total
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not any(isinstance(argument, Tensor) for argument in args):
+            self._count(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _count(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What ``func``, which makes a tensor of numbers alone, would take: its size is asked of the meta device."""
+        wanted = func(*args, **{**kwargs, 'device': torch.device('meta')}) if 'device' in kwargs else None
+        if isinstance(wanted, Tensor):
+            size = math.prod(wanted.shape) * wanted.element_size()
+            self.left -= size
+            if size > self.single or self.left < 0:
+                raise _TooLarge(f'a tensor of {size:,} bytes')

@@ -1,0 +1,363 @@
+"""The bytes of a ``.mssr`` file: a header that says what is there, then a section per level, the smallest first.
+
+docs/format.md is the specification. Nothing here knows of networks, and nothing that a file says is believed before it
+has been held against the file's own checksums and length.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Union
+
+import safetensors.torch
+import torch
+import xxhash
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mssr_basicsr.scalable.errors import ScalableFileError
+
+Source = Union[str, 'os.PathLike[str]', BinaryIO]
+
+MAGIC = b'\x89MSSR\r\n\x1a'  # as PNG's: a transfer as text, or a cut to 7 bits, shows here
+VERSION = 1
+_PREAMBLE = struct.Struct('<8sIIQ')  # magic, version, length of the header, its XXH3-64
+MAX_HEADER = 1 << 24
+#: Level numbers fit in a byte, of which one value is kept for "in no level that is loaded".
+MAX_LEVELS = 255
+
+#: The names of value types in a file, as in safetensors.
+DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor's name and shape, as it is in the backbone's state dict."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One level's delta: what it has and the next smaller level lacks."""
+
+    level: int
+    start: int  #: of its first byte in the file
+    size: int  #: in bytes
+    checksum: str  #: XXH3-128 of its bytes, in hex
+    counts: tuple[int, ...]  #: how many weights of each of Header.weights it has
+
+    @property
+    def end(self) -> int:
+        """The length of the prefix that holds this level and all smaller ones."""
+        return self.start + self.size
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself; :func:`read_header` and :func:`write_file` promise that it is consistent.
+
+    The sections go from level K to 0, and their counts add up to every weight.
+    """
+
+    backbone: Mapping[str, Any]  #: options of the architecture, with its type
+    scale: int  #: upscaling factor
+    dtype: str  #: of the values of the prunable weights, a key of DTYPES
+    weights: tuple[TensorInfo, ...]  #: the prunable weights
+    others: tuple[TensorInfo, ...]  #: parameters and buffers that are in every level; in the first section
+    num_other_parameters: int  #: how many elements of parameters these are
+    computed: tuple[str, ...]  #: names of buffers that the architecture computes; not in the file
+    computed_checksum: str  #: of these buffers
+    metrics: Mapping[str, Any]  #: by level (as a string), validation set and metric, where known
+    sections: tuple[Section, ...]
+
+    @property
+    def smallest_level(self) -> int:
+        """K."""
+        return len(self.sections) - 1
+
+    def section(self, level: int) -> Section:
+        """The section of ``level``; ScalableFileError if there is no such level."""
+        if not 0 <= level <= self.smallest_level:
+            raise ScalableFileError(f'level {level}: this model has levels 0 to {self.smallest_level}')
+        return self.sections[self.smallest_level - level]
+
+    def candidates(self, level: int) -> list[int]:
+        """For each weight, how many of its elements are in no level smaller than ``level``."""
+        larger = [section.counts for section in self.sections if section.level <= level]
+        return [sum(counts) for counts in zip(*larger)]  # the counts of all levels add up to all elements
+
+    def num_parameters(self, level: int) -> int:
+        """The parameters that ``level`` has, those that are never pruned included."""
+        return self.num_other_parameters + sum(sum(s.counts) for s in self.sections if s.level >= level)
+
+
+# ------------------------------ writing ------------------------------ #
+
+
+def write_file(
+    fields: Mapping[str, Any], counts: Sequence[Sequence[int]], sections: Sequence[Mapping[str, Tensor]]
+) -> bytes:
+    """The file's bytes: the same for the same arguments.
+
+    Args:
+        fields: the JSON values of the header, all but ``sections``.
+        counts: for each level from K to 0, how many elements of each weight it adds.
+        sections: for each level from K to 0, its tensors.
+    """
+    blobs = [safetensors.torch.save(dict(tensors)) for tensors in sections]
+    levels = range(len(blobs) - 1, -1, -1)
+    table = [
+        {'level': level, 'bytes': len(blob), 'xxh3_128': xxhash.xxh3_128_hexdigest(blob), 'counts': list(count)}
+        for level, blob, count in zip(levels, blobs, counts)
+    ]
+    text = json.dumps({**fields, 'sections': table}, sort_keys=True, separators=(',', ':'), allow_nan=False).encode(
+        'ascii'
+    )
+    head = _PREAMBLE.pack(MAGIC, VERSION, len(text), xxhash.xxh3_64_intdigest(text)) + text
+    file = b''.join([head, *blobs])
+    read_header(io.BytesIO(file), 'the file to be written')
+    return file
+
+
+# ------------------------------ reading ------------------------------ #
+
+
+class ScalableFile:
+    """A ``.mssr`` file or binary stream, whole or cut short after any of its sections.
+
+    Sections are read one at a time and in any order; from a stream that cannot seek, in the file's order.
+
+    Args:
+        source: a path, or a binary stream that is at the file's first byte. A path is opened, and closed by
+            :meth:`close` or a ``with`` statement; a stream stays the caller's.
+
+    Raises:
+        ScalableFileError: it is not such a file, or its header is corrupted.
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._owned = isinstance(source, (str, os.PathLike))
+        self._stream: BinaryIO = (
+            open(source, 'rb', buffering=0) if self._owned else source  # type: ignore  # noqa: SIM115  (see close)
+        )
+        self.name = str(source) if self._owned else str(getattr(source, 'name', 'the stream'))
+        try:
+            self._seekable = self._stream.seekable()
+            self._origin = self._stream.tell() if self._seekable else 0
+            #: The length in bytes; None if the stream cannot say.
+            self.size = self._stream.seek(0, io.SEEK_END) - self._origin if self._seekable else None
+            if self._seekable:
+                self._stream.seek(self._origin)
+            self.header, self._position = read_header(self._stream, self.name, self.size)
+        except BaseException:
+            self.close()
+            raise
+        #: How many bytes have been read so far.
+        self.bytes_read = self._position
+
+    def close(self) -> None:
+        """Close the file, if it was given as a path."""
+        if self._owned:
+            self._stream.close()
+
+    def __enter__(self) -> ScalableFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def available(self) -> list[int]:
+        """The levels whose sections are there in full, smallest (K) first; all of them if the stream cannot say."""
+        sections = self.header.sections
+        return [section.level for section in sections if self.size is None or section.end <= self.size]
+
+    def read_section(self, level: int) -> dict[str, Tensor]:
+        """The tensors of one level's section; reads its bytes and no others.
+
+        Raises:
+            ScalableFileError: the file ends before the section does, or the section is corrupted.
+        """
+        section = self.header.section(level)
+        if self.size is not None and section.end > self.size:  # it may have grown since: a download that went on
+            self.size = self._stream.seek(0, io.SEEK_END) - self._origin
+            self._position = self.size
+            if section.end > self.size:
+                raise self.cut_short(level)
+        if self._position != section.start:
+            if not self._seekable:
+                raise ScalableFileError(f'{self.name}: level {level} is not next in a stream that cannot seek')
+            self._stream.seek(self._origin + section.start)
+        blob = read_exactly(self._stream, section.size)
+        self._position = section.start + len(blob)
+        self.bytes_read += len(blob)
+        if len(blob) < section.size:
+            self.size = self._position
+            raise self.cut_short(level)
+        if xxhash.xxh3_128_hexdigest(blob) != section.checksum:
+            raise ScalableFileError(f'{self.name}: the section of level {level} is corrupted (checksum)')
+        try:
+            return safetensors.torch.load(blob)
+        except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise ScalableFileError(f'{self.name}: the section of level {level} is corrupted ({error})') from error
+
+    def read_prefix(self, level: int) -> bytes:
+        """The file up to the end of ``level``'s section, as it is: a file of the levels from ``level`` to K."""
+        if not self._seekable:
+            raise ScalableFileError(f'{self.name}: a prefix of a stream that cannot seek')
+        section = self.header.section(level)
+        self._stream.seek(self._origin)
+        data = read_exactly(self._stream, section.end)
+        self._position = len(data)
+        self.bytes_read += len(data)
+        if len(data) < section.end:
+            raise self.cut_short(level)
+        return data
+
+    def cut_short(self, level: int) -> ScalableFileError:
+        """The error that says how much of the file ``level`` needs."""
+        end = self.header.section(level).end
+        return ScalableFileError(f'{self.name}: level {level} needs the first {end:,} bytes, there are {self.size:,}')
+
+
+def read_exactly(stream: BinaryIO, size: int) -> bytes:
+    """Up to ``size`` bytes, fewer only at the stream's end; one read of a pipe or a socket may give fewer."""
+    data = stream.read(size)
+    while data is not None and 0 < len(data) < size:
+        more = stream.read(size - len(data))
+        if not more:
+            break
+        data += more
+    return data or b''
+
+
+def read_header(stream: BinaryIO, name: str, size: int | None = None) -> tuple[Header, int]:
+    """The header, checked, and the number of bytes read: where the sections start.
+
+    Raises:
+        ScalableFileError: no such file, a newer version, or a header that is corrupted or contradicts itself.
+    """
+    start = read_exactly(stream, _PREAMBLE.size)
+    if start[:8] != MAGIC[: len(start)] or not start:
+        raise ScalableFileError(f'{name}: not a scalable model file (it starts with {start[:8]!r})')
+    if len(start) < _PREAMBLE.size:
+        raise ScalableFileError(f'{name}: cut short in its first {_PREAMBLE.size} bytes')
+    _, version, length, checksum = _PREAMBLE.unpack(start)
+    if version != VERSION:
+        raise ScalableFileError(f'{name}: format version {version}; this program reads version {VERSION}')
+    if length > MAX_HEADER or (size is not None and _PREAMBLE.size + length > size):
+        raise ScalableFileError(f'{name}: a header of {length:,} bytes, but the file has {size or "no"} bytes')
+    text = read_exactly(stream, length)
+    if len(text) < length or xxhash.xxh3_64_intdigest(text) != checksum:
+        raise ScalableFileError(f'{name}: the header is corrupted (checksum)')
+    try:
+        fields = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise ScalableFileError(f'{name}: the header is not JSON ({error})') from error
+    end = _PREAMBLE.size + length
+    try:
+        return _parse(fields, end), end
+    except _Contradiction as error:
+        raise ScalableFileError(f'{name}: header: {error}') from error
+
+
+class _Contradiction(Exception):
+    """What is wrong with a header."""
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f'{constant} is no number')
+
+
+def _parse(fields: Any, start: int) -> Header:
+    _require(fields, dict, 'the header')
+    backbone = _field(fields, 'backbone', dict)
+    if not isinstance(backbone.get('type'), str):
+        raise _Contradiction('backbone: it has no type')
+    weights, others = (tuple(_tensors(_field(fields, key, list), key)) for key in ('weights', 'others'))
+    if not weights:
+        raise _Contradiction('weights: there are none')
+    names = [tensor.name for tensor in weights + others] + _field(fields, 'computed', list)
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise _Contradiction('weights, others, computed: a name is there twice, or is none')
+    dtype = _field(fields, 'dtype', str)
+    if dtype not in DTYPES:
+        raise _Contradiction(f'dtype: found {dtype!r}; allowed: {", ".join(DTYPES)}')
+    header = Header(
+        backbone=backbone,
+        scale=_natural(_field(fields, 'scale', int), 'scale', 1),
+        dtype=dtype,
+        weights=weights,
+        others=others,
+        num_other_parameters=_natural(_field(fields, 'num_other_parameters', int), 'num_other_parameters'),
+        computed=tuple(_field(fields, 'computed', list)),
+        computed_checksum=_field(fields, 'computed_checksum', str),
+        metrics=_field(fields, 'metrics', dict),
+        sections=tuple(_sections(_field(fields, 'sections', list), start, weights)),
+    )
+    left = [weight.numel - sum(counts) for weight, counts in zip(weights, zip(*(s.counts for s in header.sections)))]
+    if any(left):
+        raise _Contradiction(
+            f'sections: the counts of {weights[left.index(next(filter(None, left)))].name} do not add up'
+        )
+    if header.num_other_parameters > sum(tensor.numel for tensor in others):
+        raise _Contradiction('num_other_parameters: more than others has')
+    itemsize = DTYPES[dtype].itemsize
+    for section in header.sections:
+        if sum(section.counts) * itemsize > section.size:
+            raise _Contradiction(f'sections: level {section.level} has fewer bytes than values')
+    return header
+
+
+def _sections(table: list[Any], start: int, weights: Sequence[TensorInfo]) -> list[Section]:
+    if not 2 <= len(table) <= MAX_LEVELS:
+        raise _Contradiction(f'sections: found {len(table)}; allowed: 2 to {MAX_LEVELS}')
+    sections = []
+    for level, entry in zip(range(len(table) - 1, -1, -1), table):
+        _require(entry, dict, 'sections')
+        if entry.get('level') != level:
+            raise _Contradiction(f'sections: level {entry.get("level")!r} where {level} belongs')
+        counts = [_natural(count, 'counts') for count in _field(entry, 'counts', list)]
+        if len(counts) != len(weights):
+            raise _Contradiction(f'sections: level {level} has {len(counts)} counts for {len(weights)} weights')
+        size = _natural(_field(entry, 'bytes', int), 'bytes')
+        sections.append(Section(level, start, size, _field(entry, 'xxh3_128', str), tuple(counts)))
+        start += size
+    return sections
+
+
+def _tensors(entries: list[Any], what: str) -> list[TensorInfo]:
+    tensors = []
+    for entry in entries:
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list) and len(entry[1]) <= 8):
+            raise _Contradiction(f'{what}: found {str(entry)[:80]}; allowed: [name, shape]')
+        tensors.append(TensorInfo(entry[0], tuple(_natural(size, what) for size in entry[1])))
+    return tensors
+
+
+def _field(fields: Mapping[str, Any], key: str, kind: type) -> Any:
+    return _require(fields.get(key), kind, key)
+
+
+def _require(value: Any, kind: type, what: str) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise _Contradiction(f'{what}: found {str(value)[:80]!r}; allowed: a JSON {kind.__name__}')
+    return value
+
+
+def _natural(value: Any, what: str, low: int = 0) -> int:
+    if not low <= _require(value, int, what) < 1 << 48:
+        raise _Contradiction(f'{what}: found {value}; allowed: {low} to 2**48')
+    return int(value)
