@@ -64,19 +64,19 @@ class Upscaler:
         planes: Image = image[..., None] if image.ndim == 2 else image
         if planes.shape[2] not in (1, 3, 4):
             raise ValueError(f'image: found {planes.shape[2]} channels; allowed: 1 (grey), 3 (colour), 4 (with alpha)')
-        top = {1: 255.0, 2: 65535.0, 4: 1.0}[image.dtype.itemsize]
+        top: float = {1: 255, 2: 65535, 4: 1}[image.dtype.itemsize]
         colour = planes[..., :3].astype(np.float32) / np.float32(top)
         result: Any = self._upscale_colour(colour[..., ::-1] if bgr else colour, tile, progress)
         result = result[..., ::-1] if bgr else result
         if planes.shape[2] == 4:
             height, width = result.shape[:2]
-            alpha = planes[..., 3].astype(np.float32) / np.float32(top)
+            alpha: Image = planes[..., 3].astype(np.float32) / np.float32(top)
             alpha = cv2.resize(alpha, (width, height), interpolation=cv2.INTER_CUBIC)
             result = np.concatenate([result, alpha[..., None]], axis=2)
-        result = np.clip(result, 0, 1) * np.float32(top)
+        result = result.clip(0, 1) * np.float32(top)
         if image.dtype != np.float32:
-            result = result.round().astype(image.dtype)
-        return np.ascontiguousarray(result[..., 0] if image.ndim == 2 else result)
+            result = result.round()
+        return np.ascontiguousarray(result[..., 0] if image.ndim == 2 else result, image.dtype)
 
     def _upscale_colour(self, colour: Image, tile: int | None, progress: Callable[[list[Any]], Iterable[Any]]) -> Image:
         """(H, W, 1 or 3) in [0, 1] to its (scale H, scale W, same), not clipped."""

@@ -1,0 +1,233 @@
+"""Corrupts a scalable model file in every way we could think of, and reads it: no wrong weight may come out.
+
+    python scripts/fuzz_file.py [--cases 20000] [--seed 0]
+
+Each case is read to the right bits (a cut behind a section leaves the smaller levels whole), or refused with one
+ScalableFileError. Anything else ends the script with status 1: a wrong weight, another exception, more than 10 s, or
+tensors and buffers of more than 4 times the uncorrupted file. What the cases with a lying header say is signed with a
+right checksum: they come from someone who knows the format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import random
+import sys
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any, Callable
+
+import torch
+import xxhash
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mssr_basicsr.archs.mssr_arch import MSSR
+from mssr_basicsr.scalable.container import _PREAMBLE, MAGIC, VERSION, ScalableFile
+from mssr_basicsr.scalable.errors import ScalableFileError
+from mssr_basicsr.scalable.model import ScalableModel
+from mssr_basicsr.scalable.packing import pack
+
+EDSR = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 16, 'num_block': 2, 'upscale': 2}
+LIES: tuple[Any, ...] = (
+    -1, 0, 1, 2, 7, 64, 255, 256, 4096, 10**6, 2**31, 2**32, 2**47, 2**63, 10**30, 0.5, 1e308, True, None, '', 'x',
+    '../../x', '/etc/passwd', 'F16', 'BF16', 'RRDBNet', [], [[]], {}, [0] * 100, [2**40] * 8, 'a' * 10000,
+)  # fmt: skip
+SECONDS = 10
+
+
+class TensorBytes(TorchDispatchMode):
+    """Adds up the bytes of the tensors that are made while the context is open, however short they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device.type != 'meta':
+            self.largest = max(self.largest, result.numel() * result.element_size())
+        return result
+
+
+def sound_file() -> tuple[bytes, dict[int, dict[str, torch.Tensor]]]:
+    """A file, and what each of its levels must be."""
+    torch.manual_seed(0)
+    network = MSSR(EDSR, [0, 0.5, 0.75, 0.9])
+    shares = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    level_map = {
+        name: torch.multinomial(shares, levels.numel(), replacement=True).to(torch.uint8).view_as(levels)
+        for name, levels in network.get_level_map().items()
+    }
+    network.set_level_map(level_map)
+    return pack(network, 2), {level: network.export(level) for level in range(4)}
+
+
+def signed(text: bytes, sections: bytes) -> bytes:
+    """A file with this header, its length and checksum right."""
+    return _PREAMBLE.pack(MAGIC, VERSION, len(text), xxhash.xxh3_64_intdigest(text)) + text + sections
+
+
+# ------------------------------ corruptions: (file, its header, random) -> bytes ------------------------------ #
+
+
+def flip_bits(file: bytes, sound: ScalableFile, rng: random.Random) -> bytes:
+    data = bytearray(file)
+    # Half of them where the header is: it is short, and most of the reader's decisions hang on it.
+    end = len(file) if rng.random() < 0.5 else sound.header.sections[0].start
+    for _ in range(rng.choice([1, 1, 1, 2, 8, 100])):
+        data[rng.randrange(end)] ^= 1 << rng.randrange(8)
+    return bytes(data)
+
+
+def cut(file: bytes, sound: ScalableFile, rng: random.Random) -> bytes:
+    ends = [0, _PREAMBLE.size, sound.header.sections[0].start, *(section.end for section in sound.header.sections)]
+    at = rng.choice(ends) + rng.randint(-8, 8) if rng.random() < 0.7 else rng.randrange(len(file))
+    return file[: max(0, at)]
+
+
+def swap_sections(file: bytes, sound: ScalableFile, rng: random.Random) -> bytes:
+    parts = [file[section.start : section.end] for section in sound.header.sections]
+    first, second = rng.sample(range(len(parts)), 2)
+    parts[first], parts[second] = parts[second], parts[first]
+    return file[: sound.header.sections[0].start] + b''.join(parts)
+
+
+def damage_blocks(file: bytes, sound: ScalableFile, rng: random.Random) -> bytes:
+    start, length = rng.randrange(len(file)), rng.randrange(1, 4000)
+    noise = rng.choice([b'', bytes(length), rng.randbytes(length), file[start : start + length] * 2])
+    return file[:start] + noise + file[start + length :]
+
+
+def lie(file: bytes, sound: ScalableFile, rng: random.Random) -> bytes:
+    """One or a few values of the header, at any depth, are something else."""
+    start = sound.header.sections[0].start
+    fields = json.loads(file[_PREAMBLE.size : start])
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        node: Any = fields
+        while True:
+            keys: list[Any] = list(node) if isinstance(node, dict) else list(range(len(node)))
+            key = rng.choice(keys)
+            if not isinstance(node[key], (dict, list)) or not node[key] or rng.random() < 0.1:
+                break
+            node = node[key]
+        change = rng.random()
+        if change < 0.1 and isinstance(node, dict):
+            del node[key]
+        elif change < 0.3 and isinstance(node[key], int):
+            node[key] += rng.choice([-1, 1])
+        else:
+            node[key] = deepcopy(rng.choice(LIES))
+        if not fields:
+            break
+    return signed(json.dumps(fields).encode(), file[start:])
+
+
+def lie_consistently(file: bytes, sound: ScalableFile, rng: random.Random) -> bytes:
+    """A section is something else, and the header has its length and checksum."""
+    header = sound.header
+    fields = json.loads(file[_PREAMBLE.size : header.sections[0].start])
+    parts = [bytearray(file[section.start : section.end]) for section in header.sections]
+    index = rng.randrange(len(parts))
+    part = parts[index]
+    # Not the values: whoever signs other values has made another model. What comes before them are names and sizes.
+    values = 8 + int.from_bytes(part[:8], 'little')
+    part[rng.randrange(values)] ^= 1 << rng.randrange(8)
+    entry = fields['sections'][index]
+    entry['bytes'], entry['xxh3_128'] = len(part), xxhash.xxh3_128_hexdigest(bytes(part))
+    return signed(json.dumps(fields).encode(), b''.join(parts))
+
+
+def deep_json(file: bytes, sound: ScalableFile, rng: random.Random) -> bytes:
+    depth = rng.choice([10, 1000, 100_000])
+    opening, closing = rng.choice([(b'[', b']'), (b'{"a":', b'}')])
+    return signed(opening * depth + rng.choice([b'', b'1' + closing * depth, b'9' * 10_000]), b'')
+
+
+CORRUPTIONS: dict[Callable[[bytes, ScalableFile, random.Random], bytes], int] = {
+    flip_bits: 6, cut: 4, swap_sections: 1, damage_blocks: 3, lie: 6, lie_consistently: 2, deep_json: 1,
+}  # fmt: skip
+
+
+# ------------------------------ the check ------------------------------ #
+
+
+def read(data: bytes, right: Mapping[int, Mapping[str, torch.Tensor]], limit: int) -> str:
+    """What became of one case, ``read`` or ``refused``; RuntimeError if that is wrong."""
+    began = time.perf_counter()
+    with TensorBytes() as tensors:
+        try:
+            with ScalableModel(io.BytesIO(data), level=3) as model:
+                while True:
+                    state = model.network.state_dict()
+                    for name, tensor in right[model.level].items():
+                        if not torch.equal(state[name].view(torch.uint8), tensor.view(torch.uint8)):
+                            raise RuntimeError(f'level {model.level}: {name} is wrong')
+                    if model.level == 0:
+                        outcome = 'read to the last level'
+                        break
+                    try:
+                        model.expand()
+                    except ScalableFileError:
+                        outcome = f'read to level {model.level}, the rest refused'
+                        state = model.network.state_dict()
+                        if not all(torch.equal(state[name], right[model.level][name]) for name in state):
+                            raise RuntimeError('a refused section has left something behind') from None
+                        break
+        except ScalableFileError:
+            outcome = 'refused'
+    if tensors.largest > limit:
+        raise RuntimeError(f'a tensor of {tensors.largest:,} bytes')
+    if time.perf_counter() - began > SECONDS:
+        raise RuntimeError(f'took {time.perf_counter() - began:.1f} s')
+    return outcome
+
+
+def fuzz(cases: int, seed: int) -> tuple[Counter[tuple[str, str]], list[str]]:
+    """How often each corruption ended how, and what went wrong."""
+    logging.disable(logging.INFO)
+    file, right = sound_file()
+    sound = ScalableFile(io.BytesIO(file))
+    outcomes: Counter[tuple[str, str]] = Counter()
+    faults = []
+    for case in range(cases):
+        rng = random.Random(f'{seed} {case}')
+        (corruption,) = rng.choices(list(CORRUPTIONS), list(CORRUPTIONS.values()))
+        data = corruption(file, sound, rng)
+        # Memory that is not torch's is traced in every 20th case: tracing takes several times as long.
+        traced = case % 20 == 0
+        if traced:
+            tracemalloc.start()
+        try:
+            outcomes[corruption.__name__, read(data, right, 4 * len(file))] += 1
+        except Exception as error:
+            faults.append(f'case {case}, {corruption.__name__}: {type(error).__name__}: {error}')
+        if traced:
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            if peak > 4 * max(len(file), len(data)) + (1 << 20):  # the mebibyte: modules, their names, the registry
+                faults.append(f'case {case}, {corruption.__name__}: {peak:,} bytes of Python memory')
+    return outcomes, faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--cases', type=int, default=20000)
+    parser.add_argument('--seed', type=int, default=0)
+    arguments = parser.parse_args()
+    outcomes, faults = fuzz(arguments.cases, arguments.seed)
+    for (corruption, outcome), count in sorted(outcomes.items()):
+        print(f'{corruption:18} {outcome:42} {count:6}')
+    print(f'{arguments.cases} cases, seed {arguments.seed}: {len(faults)} faults')
+    for fault in faults[:20]:
+        print(fault)
+    return 1 if faults else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""Upscaling images from a .mssr file, in Python and on the command line, and handing levels to other programs."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from basicsr.utils import img2tensor, tensor2img
+from conftest import BACKBONES
+from test_scalable_file import assert_same, network
+
+from mssr_basicsr import ScalableModel, pack
+from mssr_basicsr.cli import main, parse_size
+
+
+def model_of(name: str = 'EDSR', level: int = 1) -> ScalableModel:
+    return ScalableModel(io.BytesIO(pack(network(BACKBONES[name]), 2)), level=level)
+
+
+def picture(*shape: int, dtype: str = 'uint8') -> Any:
+    return np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+
+
+# ------------------------------ in Python ------------------------------ #
+
+
+def test_an_image_comes_out_as_basicsr_would_make_it() -> None:
+    model, image = model_of(), picture(21, 34, 3)  # BGR, as BasicSR reads it
+    with torch.no_grad():
+        expected = tensor2img(model.network(img2tensor(image.astype(np.float32) / 255)[None]))
+    assert np.array_equal(model.upscale(image, bgr=True), expected)
+    assert np.array_equal(model.upscale(image[..., ::-1]), expected[..., ::-1])
+
+
+@pytest.mark.parametrize('shape', [(9, 13), (9, 13, 1), (9, 13, 3), (9, 13, 4), (1, 1, 3)])
+@pytest.mark.parametrize('dtype', ['uint8', 'uint16', 'float32'])
+def test_kinds_of_images(shape: tuple[int, ...], dtype: str) -> None:
+    image = picture(*shape, dtype=dtype)
+    if dtype == 'float32':
+        image = image / np.float32(255)
+    result = model_of().upscale(image)
+    assert result.dtype == dtype
+    assert result.shape == (2 * shape[0], 2 * shape[1], *shape[2:])
+
+
+def test_what_is_opaque_stays_opaque_and_colours_do_not_see_alpha() -> None:
+    model, image = model_of(), picture(9, 13, 4)
+    image[..., 3] = 255
+    result = model.upscale(image)
+    assert (result[..., 3] == 255).all()
+    assert np.array_equal(result[..., :3], model.upscale(image[..., :3]))
+
+
+def test_grey_images_through_a_network_for_grey() -> None:
+    backbone = {**BACKBONES['SRVGGNetCompact'], 'num_in_ch': 1, 'num_out_ch': 1}
+    model = ScalableModel(io.BytesIO(pack(network(backbone), 2)))
+    grey = picture(9, 13)
+    colour = np.stack([grey, grey[::-1], grey[:, ::-1]], axis=2)
+    result = model.upscale(colour)
+    assert np.array_equal(result[..., 0], model.upscale(grey))
+    assert np.array_equal(result[..., 1], model.upscale(grey[::-1]))
+
+
+@pytest.mark.parametrize('image', [picture(4, 4, 2), picture(4, 4, 3).astype(np.int64), picture(0, 4, 3), picture(4)])
+def test_what_is_no_image_is_refused(image: Any) -> None:
+    with pytest.raises(ValueError, match=r'image: found .*; allowed: '):
+        model_of().upscale(image)
+
+
+@pytest.mark.parametrize('name', [name for name in BACKBONES if name != 'RCAN'])
+def test_the_size_of_the_tiles_makes_no_difference(name: str) -> None:
+    model = model_of(name)
+    image = picture(75, 62, 3, dtype='float32') / np.float32(255)
+    whole = model.upscale(image, tile=0)
+    for tile in (8, 19, 40):
+        assert np.abs(model.upscale(image, tile=tile) - whole).max() <= 1e-6
+
+
+def test_tiles_overlap_by_just_what_the_network_sees() -> None:
+    # 3 x 3 convolutions, a pixel each: the first, 3 blocks of 2, the body's last, the upsampler's; and the last one, which
+    # sees a pixel of the upscaled image farther, that is in the next one of the input.
+    assert model_of('EDSR').upscaler.reach() == 10
+
+
+def test_tiles_of_a_network_that_sees_the_whole_image_are_refused() -> None:
+    model = model_of('RCAN')
+    with pytest.raises(ValueError, match='tile: found 16; allowed: 0, since RCAN looks at the whole image'):
+        model.upscale(picture(40, 40, 3), tile=16)
+    assert model.upscale(picture(40, 40, 3)).shape == (80, 80, 3)
+
+
+# ------------------------------ the command ------------------------------ #
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / 'model.mssr'
+    path.write_bytes(pack(network(), 2, {'0': {'toy': {'psnr': 31.25}}, '2': {'toy': {'psnr': 30.5}}}))
+    return path
+
+
+def test_sizes() -> None:
+    assert [parse_size(text) for text in ('200KB', '1.5MiB', '77', '2 mb')] == [200_000, 1_572_864, 77, 2_000_000]
+
+
+def test_info(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['info', str(file)]) == 0
+    table = capsys.readouterr().out
+    assert 'EDSR x2' in table
+    assert '31.2500' in table
+    assert main(['info', str(file), '--json']) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row['level'] for row in found['levels']] == [0, 1, 2]
+    assert found['levels'][0]['cumulative_bytes'] == found['file_bytes'] == file.stat().st_size
+    assert found['levels'][0]['density'] == 1
+
+
+def test_verify(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['verify', str(file)]) == 0
+    assert 'OK, levels 0 to 2' in capsys.readouterr().out
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    assert main(['verify', str(file)]) == 1
+    assert 'after the end of level 1 are of no use' in capsys.readouterr().err
+    file.write_bytes(whole[:-1] + b'?')
+    assert main(['verify', str(file)]) == 1
+    assert 'the section of level 0 is corrupted' in capsys.readouterr().err
+    file.write_bytes(whole + b'?')
+    assert main(['verify', str(file)]) == 1
+
+
+def test_extract(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = network().export(1)
+    for suffix in ('.pth', '.safetensors', '.mssr'):
+        assert main(['extract', str(file), '--level', '1', '-o', str(file.with_suffix(suffix))]) == 0
+    assert main(['verify', str(file)]) == 0
+    assert 'levels 1 to 2' in capsys.readouterr().out  # .mssr to .mssr of the same name: cut in place
+    assert_same(torch.load(file.with_suffix('.pth'))['params'], expected)
+    assert_same(ScalableModel(file).network.state_dict(), expected)
+    from safetensors.torch import load_file
+
+    assert_same(load_file(file.with_suffix('.safetensors')), expected)
+    assert main(['extract', str(file), '-o', 'x.onnx']) == 1
+    assert '--output: found x.onnx; allowed: a name that ends in .pth, .safetensors' in capsys.readouterr().err
+
+
+def test_upscale_a_folder(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ('lq', 'gt'):
+        (tmp_path / folder).mkdir()
+    for name in ('a', 'b'):
+        cv2.imwrite(str(tmp_path / 'lq' / f'{name}.png'), picture(12, 15, 3))
+        cv2.imwrite(str(tmp_path / 'gt' / f'{name}.png'), picture(24, 31, 3))
+    command = ['upscale', str(file), str(tmp_path / 'lq'), '-o', str(tmp_path / 'out'), '--gt', str(tmp_path / 'gt')]
+    assert main([*command, '--level', '2', '--json']) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found['level'] == 2
+    assert found['mean']['psnr'] == pytest.approx(np.mean([image['psnr'] for image in found['images']]))
+    made = cv2.imread(str(tmp_path / 'out' / 'a.png'))
+    assert np.array_equal(made, ScalableModel(file, level=2).upscale(picture(12, 15, 3), bgr=True))
+    (tmp_path / 'lq' / 'c.png').write_bytes(b'no image')
+    assert main([*command, '--budget', '1GB']) == 1
+    printed = capsys.readouterr()
+    assert 'c.png: not an image' in printed.err
+    assert '2 images upscaled' in printed.out
+
+
+def test_upscale_says_what_is_wrong(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = tmp_path / 'a.png'
+    cv2.imwrite(str(image), picture(12, 15, 3))
+    for arguments, message in [
+        ([str(image), '-o', str(tmp_path / 'x.txt')], '--output: found '),
+        ([str(image), '-o', str(tmp_path)], 'the inputs would be overwritten'),
+        ([str(tmp_path / 'none'), '-o', 'x.png'], 'No such file'),
+        ([str(image), '-o', 'x.png', '--level', '7'], 'level 7: this model has levels 0 to 2'),
+        ([str(image), '-o', 'x.png', '--budget', '1KB'], 'over the budget'),
+        ([str(image), '-o', 'x.png', '--tile', '-3'], 'tile: found -3'),
+    ]:
+        assert main(['upscale', str(file), *arguments]) == 1
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match='2'):
+        main(['upscale', str(file), str(image), '-o', 'x.png', '--budget', 'much'])
+
+
+def test_plot(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['plot', str(file), '-o', str(tmp_path / 'plot.png')]) == 0
+    assert cv2.imread(str(tmp_path / 'plot.png')) is not None
+    file.write_bytes(pack(network(), 2))
+    assert main(['plot', str(file), '-o', str(tmp_path / 'plot.png')]) == 1
+    assert 'no PSNR is known of it; pack it with --gt' in capsys.readouterr().err
+
+
+# ------------------------------ other programs ------------------------------ #
+
+
+# Not RCAN: spandrel knows its authors' names of the tensors only, not BasicSR's.
+@pytest.mark.parametrize('name', ['SwinIR', 'RRDBNet', 'SRVGGNetCompact'])
+def test_extracted_levels_open_in_spandrel(name: str, tmp_path: Path) -> None:
+    from spandrel import ModelLoader
+
+    # spandrel reads the options off the tensors; these have the sizes that such networks have, and a few blocks.
+    backbone = {
+        'RRDBNet': {**BACKBONES['RRDBNet'], 'num_feat': 32, 'num_grow_ch': 32, 'num_block': 2, 'scale': 4},
+        'SwinIR': {**BACKBONES['SwinIR'], 'img_size': 64, 'embed_dim': 12, 'num_heads': [2, 2, 2]},
+        'SRVGGNetCompact': BACKBONES['SRVGGNetCompact'],
+    }[name]
+    file = tmp_path / 'model.mssr'
+    file.write_bytes(pack(network(backbone), 4 if name == 'RRDBNet' else 2))
+    assert main(['extract', str(file), '--level', '1', '-o', str(tmp_path / 'level.pth')]) == 0
+    loaded = ModelLoader().load_from_file(tmp_path / 'level.pth')
+    x = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    ours = ScalableModel(file, level=1).network
+    with torch.no_grad():
+        assert torch.allclose(loaded.model.eval()(x), ours(x), atol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['EDSR', 'RCAN', 'SRVGGNetCompact'])
+def test_exported_onnx_gives_the_same_image_at_any_size(name: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    file = tmp_path / 'model.mssr'
+    file.write_bytes(pack(network(BACKBONES[name]), 2))
+    assert main(['export', str(file), '--level', '1', '--onnx', str(tmp_path / 'level.onnx')]) == 0
+    session = onnxruntime.InferenceSession(tmp_path / 'level.onnx')
+    ours = ScalableModel(file, level=1).network
+    for size in ((16, 24), (33, 10)):
+        x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+        (image,) = session.run(None, {'input': x.numpy()})
+        with torch.no_grad():
+            assert np.abs(image - ours(x).numpy()).max() < 1e-5
