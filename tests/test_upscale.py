@@ -83,8 +83,8 @@ def test_the_size_of_the_tiles_makes_no_difference(name: str) -> None:
 
 
 def test_tiles_overlap_by_just_what_the_network_sees() -> None:
-    # 3 x 3 convolutions, a pixel each: the first, 3 blocks of 2, the body's last, the upsampler's; and the last one, which
-    # sees a pixel of the upscaled image farther, that is in the next one of the input.
+    # 3 x 3 convolutions, a pixel each: the first, 3 blocks of 2, the body's last, the upsampler's; and the last one,
+    # which sees a pixel of the upscaled image farther, that is in the next one of the input.
     assert model_of('EDSR').upscaler.reach() == 10
 
 

@@ -67,7 +67,7 @@ def build_for(header: Header, size: int) -> nn.Module:
         raise ScalableFileError(f'a network of {elements:,} weights in a file of {size:,} bytes is not believed')
     largest = max(tensor.numel for tensor in header.weights + header.others)
     computed = MAX_COMPUTED_BYTES if header.computed else 0
-    with AllocationLimit(single=max(4 * largest, computed), total=16 * elements + 2 * computed + (1 << 16)):
+    with AllocationLimit(single=max(8 * largest, computed), total=16 * elements + 2 * computed + (1 << 16)):
         network = build_backbone(header.backbone)
     check_network(header, network)
     return network
