@@ -167,6 +167,7 @@ def extract(arguments: argparse.Namespace) -> int:
 
     from mssr_basicsr import ScalableFile, ScalableModel
     from mssr_basicsr.saving import write_whole
+    from mssr_basicsr.scalable.spandrel_names import for_spandrel
 
     output: Path = arguments.output
     if output.suffix not in ('.pth', '.safetensors', '.mssr'):
@@ -174,6 +175,8 @@ def extract(arguments: argparse.Namespace) -> int:
     with ScalableModel(arguments.file, arguments.level) as model:
         level, state = model.level, model.network.state_dict()
         end = model.header.section(level).end
+        if arguments.spandrel:
+            state = for_spandrel(state, model.header.backbone)
     if output.suffix == '.mssr':
         with ScalableFile(arguments.file) as file:
             write_whole(output, file.read_prefix(level))
@@ -374,6 +377,7 @@ def _parser() -> argparse.ArgumentParser:
     extracting = command('extract', extract, 'one level as a plain checkpoint, or a smaller .mssr')
     extracting.add_argument('-o', '--output', type=Path, required=True, help='ends in .pth, .safetensors or .mssr')
     extracting.add_argument('--level', type=int, help='default: the largest that is there')
+    extracting.add_argument('--spandrel', action='store_true', help='names of tensors that spandrel knows (for RCAN)')
 
     upscaling = command('upscale', upscale, 'upscale an image or a folder')
     upscaling.add_argument('input', type=Path, help='an image, or a folder of images')
