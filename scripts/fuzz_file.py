@@ -190,7 +190,6 @@ def read(data: bytes, right: Mapping[int, Mapping[str, torch.Tensor]], limit: in
 
 def fuzz(cases: int, seed: int) -> tuple[Counter[tuple[str, str]], list[str]]:
     """How often each corruption ended how, and what went wrong."""
-    logging.disable(logging.INFO)
     file, right = sound_file()
     sound = ScalableFile(io.BytesIO(file))
     outcomes: Counter[tuple[str, str]] = Counter()
@@ -220,6 +219,7 @@ def main() -> int:
     parser.add_argument('--cases', type=int, default=20000)
     parser.add_argument('--seed', type=int, default=0)
     arguments = parser.parse_args()
+    logging.disable(logging.INFO)  # BasicSR says of each network that it is created
     outcomes, faults = fuzz(arguments.cases, arguments.seed)
     for (corruption, outcome), count in sorted(outcomes.items()):
         print(f'{corruption:18} {outcome:42} {count:6}')
