@@ -275,6 +275,16 @@ def test_clear_errors(tmp_path: Path) -> None:
         ScalableModel(tmp_path / 'none.mssr')
 
 
+def test_texts_and_metrics_are_fit_to_be_printed() -> None:
+    def error(metrics: Any) -> str:
+        with pytest.raises(ScalableFileError) as caught:
+            pack(network(), 2, metrics)
+        return str(caught.value)
+
+    assert "found '\\x1b[2J'; allowed: printable characters" in error({'0': {'\x1b[2J': {'psnr': 1.0}}})
+    assert "metrics: found 'much'; allowed: a number" in error({'0': {'set': {'psnr': 'much'}}})
+
+
 def test_options_of_a_file_are_no_paths() -> None:
     with pytest.raises(ScalableFileError, match=r"found '../weights.pth'; allowed: words"):
         build_backbone({'type': 'SpyNet', 'load_path': '../weights.pth'})

@@ -269,7 +269,7 @@ def read_header(stream: BinaryIO, name: str, size: int | None = None) -> tuple[H
     end = _PREAMBLE.size + length
     try:
         return _parse(fields, end), end
-    except _Contradiction as error:
+    except (_Contradiction, RecursionError) as error:
         raise ScalableFileError(f'{name}: header: {error}') from error
 
 
@@ -283,6 +283,7 @@ def _refuse(constant: str) -> float:
 
 def _parse(fields: Any, start: int) -> Header:
     _require(fields, dict, 'the header')
+    _check_texts(fields)
     backbone = _field(fields, 'backbone', dict)
     if not isinstance(backbone.get('type'), str):
         raise _Contradiction('backbone: it has no type')
@@ -304,7 +305,7 @@ def _parse(fields: Any, start: int) -> Header:
         num_other_parameters=_natural(_field(fields, 'num_other_parameters', int), 'num_other_parameters'),
         computed=tuple(_field(fields, 'computed', list)),
         computed_checksum=_field(fields, 'computed_checksum', str),
-        metrics=_field(fields, 'metrics', dict),
+        metrics=_metrics(_field(fields, 'metrics', dict)),
         sections=tuple(_sections(_field(fields, 'sections', list), start, weights)),
     )
     left = [weight.numel - sum(counts) for weight, counts in zip(weights, zip(*(s.counts for s in header.sections)))]
@@ -345,6 +346,25 @@ def _tensors(entries: list[Any], what: str) -> list[TensorInfo]:
             raise _Contradiction(f'{what}: found {str(entry)[:80]}; allowed: [name, shape]')
         tensors.append(TensorInfo(entry[0], tuple(_natural(size, what) for size in entry[1])))
     return tensors
+
+
+def _metrics(levels: dict[str, Any]) -> dict[str, Any]:
+    for datasets in levels.values():
+        for values in _require(datasets, dict, 'metrics').values():
+            for value in _require(values, dict, 'metrics').values():
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                    raise _Contradiction(f'metrics: found {str(value)[:80]!r}; allowed: a number')
+    return levels
+
+
+def _check_texts(value: Any) -> None:
+    """No text in a header may steer the terminal that it is printed to."""
+    if isinstance(value, str) and not value.isprintable():
+        raise _Contradiction(f'found {value[:80]!r}; allowed: printable characters')
+    for item in value if isinstance(value, (dict, list)) else ():
+        _check_texts(item)
+        if isinstance(value, dict):
+            _check_texts(value[item])
 
 
 def _field(fields: Mapping[str, Any], key: str, kind: type) -> Any:
