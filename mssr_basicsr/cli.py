@@ -1,8 +1,9 @@
-"""The command ``mssr``: one file that holds every size, made, looked at, taken apart and used."""
+"""The command mssr: one file that holds every size, made, looked at, taken apart and used."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -281,12 +282,13 @@ def upscale(arguments: argparse.Namespace) -> int:
     with ScalableModel(arguments.file, arguments.level, max_bytes=arguments.budget) as model:
         model.network.to(device)
         header, level, upscaler = model.header, model.level, model.upscaler
+    tiles = functools.partial(tqdm, unit='tile', leave=False, disable=None, file=sys.stderr)
     records, failures = [], []
     with tqdm(total=len(inputs), unit='image', disable=None, file=sys.stderr) as bar:
         for source, target in zip(inputs, outputs):
             bar.set_postfix_str(source.name)
             try:
-                result = upscaler.upscale(read_image(source), arguments.tile, bgr=True)
+                result = upscaler.upscale(read_image(source), arguments.tile, bgr=True, progress=tiles)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 write_image(target, result)
                 record: dict[str, Any] = {'input': str(source), 'output': str(target)}
