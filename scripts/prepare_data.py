@@ -32,9 +32,10 @@ from typing import Any
 import cv2
 import numpy as np
 from basicsr.utils.lmdb_util import LmdbMaker
-from basicsr.utils.matlab_functions import imresize
 from PIL import Image
 from tqdm import tqdm
+
+from mssr_basicsr.scalable.images import resize_bicubic
 
 EXTENSIONS = {'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp', '.ppm'}
 PNG_LEVEL = 1  # BasicSR's default: higher ones decode no faster
@@ -175,7 +176,7 @@ def _pairs(path: Path, scale: int, sub_image: int | None, step: int | None) -> I
     gt: Any = cv2.imread(str(path), cv2.IMREAD_COLOR)
     height, width = (side - side % scale for side in gt.shape[:2])
     gt = gt[:height, :width]
-    lq = (imresize(gt / 255.0, 1 / scale) * 255.0).round().clip(0, 255).astype(np.uint8)
+    lq = resize_bicubic(gt, 1 / scale)
     if not (sub_image and step):
         yield path.stem, gt, lq
         return

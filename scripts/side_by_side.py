@@ -17,11 +17,10 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
-from basicsr.utils.matlab_functions import imresize
 
 from mssr_basicsr import ScalableFile
 from mssr_basicsr.cli import describe
-from mssr_basicsr.scalable.images import read_image
+from mssr_basicsr.scalable.images import read_image, resize_bicubic
 
 
 def main() -> None:
@@ -35,7 +34,7 @@ def main() -> None:
         found = describe(file)
     photo = read_image(arguments.photo)
     small, large = found['levels'][-1], found['levels'][0]
-    bicubic = (imresize(photo / 255.0, found['scale']) * 255).round().clip(0, 255).astype('uint8')
+    bicubic = resize_bicubic(photo, found['scale'])
     panels = [
         ('bicubic', bicubic),
         (f'level {small["level"]}: {small["cumulative_bytes"]:,} bytes', read_image(arguments.small)),

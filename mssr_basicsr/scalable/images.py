@@ -64,16 +64,22 @@ def metrics(image: Image, truth: Image, scale: int) -> dict[str, float]:
     }
 
 
-def validation_pairs(gt: Path, lq: Path | None, scale: int) -> Iterator[tuple[Image, Image]]:
-    """For each image in the folder ``gt``, (LR, ground truth) in BGR uint8.
-
-    The LR image is the one of the same name in ``lq``, or made by BasicSR's ``imresize`` (MATLAB's bicubic).
-    """
+def resize_bicubic(image: Image, factor: float) -> Image:
+    """A uint8 image resized by BasicSR's ``imresize`` (MATLAB's bicubic), and rounded to uint8 again."""
     from mssr_basicsr.discovery import load_basicsr
 
     load_basicsr()
     from basicsr.utils.matlab_functions import imresize
 
+    resized: Image = (imresize(image / 255.0, factor) * 255.0).round().clip(0, 255).astype(np.uint8)
+    return resized
+
+
+def validation_pairs(gt: Path, lq: Path | None, scale: int) -> Iterator[tuple[Image, Image]]:
+    """For each image in the folder ``gt``, (LR, ground truth) in BGR uint8.
+
+    The LR image is the one of the same name in ``lq``, or made by :func:`resize_bicubic`.
+    """
     for file in list_images(gt):
         truth = cv2.imread(os.fspath(file), cv2.IMREAD_COLOR)
         if truth is None:
@@ -81,8 +87,7 @@ def validation_pairs(gt: Path, lq: Path | None, scale: int) -> Iterator[tuple[Im
         height, width = (size - size % scale for size in truth.shape[:2])
         truth = truth[:height, :width]
         if lq is None:
-            small = imresize(truth.astype(np.float32) / 255, 1 / scale)
-            yield (small.clip(0, 1) * 255).round().astype(np.uint8), truth
+            yield resize_bicubic(truth, 1 / scale), truth
         else:
             small = cv2.imread(os.fspath(lq / file.name), cv2.IMREAD_COLOR)
             if small is None:
