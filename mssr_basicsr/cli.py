@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import json
 import re
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 from mssr_basicsr import __version__
 from mssr_basicsr.scalable.errors import ScalableFileError
+from mssr_basicsr.tables import table_with_metrics
 
 _UNITS = {'': 1, 'B': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9, 'KIB': 2**10, 'MIB': 2**20, 'GIB': 2**30}
 
@@ -60,22 +62,18 @@ def describe(file: Any) -> dict[str, Any]:
 
 def level_table(levels: Sequence[Mapping[str, Any]]) -> str:
     """The records of :func:`describe` as text, with a column for each metric of each validation set."""
-    columns = {(name, key): None for row in levels for name, values in row['metrics'].items() for key in values}
-    table = [['level', 'parameters', 'density', 'bytes', 'cumulative', *(f'{name} {key}' for name, key in columns)]]
-    for row in levels:
-        values = [row['metrics'].get(name, {}).get(key) for name, key in columns]
-        table.append(
-            [
-                f'{row["level"]}{"" if row["present"] else " (not there)"}',
-                f'{row["parameters"]:,}',
-                f'{row["density"]:.2%}',
-                f'{row["bytes"]:,}',
-                f'{row["cumulative_bytes"]:,}',
-                *('-' if value is None else f'{value:.4f}' for value in values),
-            ]
-        )
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return '\n'.join('  '.join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table)
+    head = ['level', 'parameters', 'density', 'bytes', 'cumulative']
+    cells = [
+        [
+            f'{row["level"]}{"" if row["present"] else " (not there)"}',
+            f'{row["parameters"]:,}',
+            f'{row["density"]:.2%}',
+            f'{row["bytes"]:,}',
+            f'{row["cumulative_bytes"]:,}',
+        ]
+        for row in levels
+    ]
+    return table_with_metrics(head, cells, levels)
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -99,7 +97,7 @@ def verify(arguments: argparse.Namespace) -> int:
     """``mssr verify``: every section that is there is read, decoded and held against its checksum."""
     from mssr_basicsr import ScalableModel
 
-    with ScalableModel(arguments.file, max_bytes=None) as model:  # reads, checks and places every section
+    with ScalableModel(arguments.file) as model:  # reads, checks and places every section
         file, level = model.file, model.level
     end = file.header.section(level).end
     extra = (file.size or end) - end
@@ -128,26 +126,25 @@ def pack(arguments: argparse.Namespace) -> int:
     network, scale, metrics = load_checkpoint(arguments.checkpoint, arguments.opt)
     output = arguments.output or arguments.checkpoint.with_suffix('.mssr')
     dtype = arguments.dtype.upper().replace('P', '')
-    data = pack_network(network, scale, metrics if dtype == 'F32' else None, dtype)
+    if dtype != 'F32':
+        metrics = {}  # they are of the exact values
+    data = pack_network(network, scale, metrics, dtype)
     if arguments.gt is not None:
-        exact = data if dtype == 'F32' else pack_network(network, scale)
         measured = _measure(data, arguments.gt, arguments.lq)
-        before = measured if dtype == 'F32' else _measure(exact, arguments.gt, arguments.lq)
+        exact = measured if dtype == 'F32' else _measure(pack_network(network, scale), arguments.gt, arguments.lq)
         name = arguments.gt.resolve().name
-        merged = {k: {**(metrics.get(k, {}) if dtype == 'F32' else {}), name: measured[k]} for k in measured}
+        merged = {level: {**metrics.get(level, {}), name: values} for level, values in measured.items()}
         data = pack_network(network, scale, merged, dtype)
-        for level in sorted(measured, key=int):
-            cost = measured[level]['psnr'] - before[level]['psnr']
-            line = f'level {level}: PSNR {measured[level]["psnr"]:.4f} dB on {name}'
+        for level, values in measured.items():
+            cost = values['psnr'] - exact[level]['psnr']
+            line = f'level {level}: PSNR {values["psnr"]:.4f} dB on {name}'
             print(line + ('' if dtype == 'F32' else f' as {dtype}, {cost:+.4f} dB to F32'))
     write_whole(output, data)
     return info(argparse.Namespace(file=output, json=arguments.json))
 
 
 def _measure(data: bytes, gt: Path, lq: Path | None) -> dict[str, dict[str, float]]:
-    """PSNR and SSIM of every level of a file's bytes, by level."""
-    import io
-
+    """PSNR and SSIM of every level of a file's bytes, by level, from 0 on."""
     from mssr_basicsr.scalable.images import metrics, validation_pairs
     from mssr_basicsr.scalable.model import ScalableModel
 
@@ -166,7 +163,7 @@ def extract(arguments: argparse.Namespace) -> int:
     import safetensors.torch
     import torch
 
-    from mssr_basicsr import ScalableFile, ScalableModel
+    from mssr_basicsr import ScalableModel
     from mssr_basicsr.saving import write_whole
     from mssr_basicsr.scalable.spandrel_names import for_spandrel
 
@@ -175,21 +172,20 @@ def extract(arguments: argparse.Namespace) -> int:
         raise ValueError(f'--output: found {output}; allowed: a name that ends in .pth, .safetensors or .mssr')
     with ScalableModel(arguments.file, arguments.level) as model:
         level, state = model.level, model.network.state_dict()
-        end = model.header.section(level).end
+        what = f'level {level}'
         if arguments.spandrel:
             state = for_spandrel(state, model.header.backbone)
-    if output.suffix == '.mssr':
-        with ScalableFile(arguments.file) as file:
-            write_whole(output, file.read_prefix(level))
-        print(f'{output}: levels {level} to {file.header.smallest_level}, {end:,} bytes')
-        return 0
-    if output.suffix == '.safetensors':
-        write_whole(output, safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()}))
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            torch.save({'params': state}, Path(folder, 'level.pth'))
-            write_whole(output, Path(folder, 'level.pth').read_bytes())
-    print(f'{output}: level {level}, {output.stat().st_size:,} bytes')
+        if output.suffix == '.mssr':
+            data = model.file.read_prefix(level)
+            what = f'levels {level} to {model.header.smallest_level}'
+        elif output.suffix == '.safetensors':
+            data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()})
+        else:
+            buffer = io.BytesIO()
+            torch.save({'params': state}, buffer)
+            data = buffer.getvalue()
+    write_whole(output, data)
+    print(f'{output}: {what}, {len(data):,} bytes')
     return 0
 
 
@@ -410,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except (ScalableFileError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f'mssr: error: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:

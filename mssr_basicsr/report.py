@@ -7,6 +7,7 @@ from typing import Any
 
 from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.pruning.level_map import count, mask_of
+from mssr_basicsr.tables import table_with_metrics
 
 Record = dict[str, Any]
 
@@ -36,13 +37,15 @@ def describe_level(network: MSSR, level: int) -> Record:
 def level_table(records: Iterable[Mapping[str, Any]]) -> str:
     """The records as a table, a level a row: sizes, then a column for each validation set's metrics."""
     rows = sorted(records, key=lambda record: record['level'])
-    metrics = {(name, key): None for row in rows for name, values in row.get('metrics', {}).items() for key in values}
     head = ['level', 'sparsity of prunable', 'prunable kept', 'parameters kept', 'iterations']
-    table = [head + [f'{name} {metric}' for name, metric in metrics]]
-    for row in rows:
-        cells = [str(row['level']), f'{row["sparsity"]:.4%}', f'{row["prunable_kept"]:,}']
-        cells += [f'{row["parameters_kept"]:,}', str(row.get('iterations', '-'))]
-        values = [row.get('metrics', {}).get(name, {}).get(metric) for name, metric in metrics]
-        table.append(cells + ['-' if value is None else f'{value:.4f}' for value in values])
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return '\n'.join('  '.join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table)
+    cells = [
+        [
+            str(row['level']),
+            f'{row["sparsity"]:.4%}',
+            f'{row["prunable_kept"]:,}',
+            f'{row["parameters_kept"]:,}',
+            str(row.get('iterations', '-')),
+        ]
+        for row in rows
+    ]
+    return table_with_metrics(head, cells, rows)

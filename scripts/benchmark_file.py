@@ -103,9 +103,7 @@ def compare_times(network: MSSR, file: Path, folder: Path, rounds: int) -> None:
                 timed((level, 'load'), lambda level=level: load(level))  # type: ignore[misc]
             sections = {section.level: section.size for section in model.header.sections}
     for level in range(network.smallest_level - 1, -1, -1):  # the first round warms up
-        expand, anew = (
-            1000 * statistics.median(times[level, key][1:]) for key in ('expand', 'load')
-        )  # the first warms up
+        expand, anew = (1000 * statistics.median(times[level, key][1:]) for key in ('expand', 'load'))
         print(
             f'level {level + 1} to {level}: {expand:6.2f} ms, {read[level]:,} bytes read of a section of '
             f'{sections[level]:,}; build and load level {level}: {anew:6.2f} ms, {anew / expand:.1f} x'

@@ -43,7 +43,7 @@ SECONDS = 10
 
 
 class TensorBytes(TorchDispatchMode):
-    """Adds up the bytes of the tensors that are made while the context is open, however short they live."""
+    """Notes the bytes of the largest tensor that is made while the context is open, however short it lives."""
 
     def __init__(self) -> None:
         super().__init__()
