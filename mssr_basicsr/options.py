@@ -31,6 +31,15 @@ def require_int(option: str, found: Any, low: int, high: float = float('inf'), n
     return int(found)
 
 
+def require_iterations(option: str, found: Any, num_levels: int) -> list[int]:
+    """The iterations of each of ``num_levels`` levels: ``found`` is one whole number for all, or a list of as many."""
+    if not isinstance(found, (list, tuple)):
+        return [require_int(option, found, 1, note=f', or a list of {num_levels}')] * num_levels
+    if len(found) != num_levels:
+        raise OptionError(option, found, f'a whole number, or a list of {num_levels} (the levels that are trained)')
+    return [require_int(f'{option}[{i}]', num_iter, 1) for i, num_iter in enumerate(found)]
+
+
 @contextmanager
 def arguments_checked(option: str, found: Mapping[str, Any], what: str) -> Iterator[None]:
     """Turn the TypeError of building ``what`` from ``found``, an argument unknown or lacking, into an OptionError."""

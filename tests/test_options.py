@@ -92,7 +92,17 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'train.level_iter',
         DELETE,
-        'train.level_iter: found None; allowed: a whole number of at least 1.',
+        'train.level_iter: found None; allowed: a whole number of at least 1, or a list of 3.',
+    ),
+    (
+        'train.level_iter',
+        [4, 8],
+        'train.level_iter: found [4, 8]; allowed: a whole number, or a list of 3 (the levels that are trained).',
+    ),
+    (
+        'train.level_iter',
+        [4, 0, 8],
+        'train.level_iter[1]: found 0; allowed: a whole number of at least 1.',
     ),
     (
         'train.first_level',

@@ -174,6 +174,19 @@ def test_a_stock_checkpoint_as_level_0(forward_opt: dict[str, Any], run: Run) ->
     assert all(record['metrics']['toyval']['psnr'] > 0 for record in records)
 
 
+def test_each_level_may_have_its_own_iterations(
+    forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run
+) -> None:
+    forward_opt['train'].update(level_iter=[4, 4, 8], total_iter=16)
+    forward_opt['train']['scheduler'].update(periods=[4, 4], restart_weights=[1, 1])
+    records = json.loads((run(forward_opt) / 'models' / 'levels.json').read_text())
+    assert [record['iterations'] for record in records] == [4, 4, 8]
+    backward_opt['train'].update(expansion={'type': 'SequentialExpansion', 'level_iter': [3, 6]}, total_iter=9)
+    backward_opt['train']['scheduler'].update(periods=[3, 3], restart_weights=[1, 1])
+    records = json.loads((run(backward_opt) / 'models' / 'levels.json').read_text())
+    assert [record.get('iterations') for record in records] == [6, 3, None]
+
+
 def test_users_criteria_are_used(forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def first_weights_first(weights: Any, masks: Any, generator: Any) -> dict[str, Tensor]:
         return {name: -torch.arange(weight.numel()).view_as(weight) for name, weight in weights.items()}

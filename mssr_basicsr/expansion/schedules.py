@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 from basicsr.utils.registry import Registry
 
-from mssr_basicsr.options import OptionError, arguments_checked, require_int, require_one_of
+from mssr_basicsr.options import OptionError, arguments_checked, require_int, require_iterations, require_one_of
 
 EXPANSION_REGISTRY = Registry('expansion')
 
@@ -50,13 +50,18 @@ class ExpansionSchedule(Protocol):
 
 @EXPANSION_REGISTRY.register()
 class SequentialExpansion:
-    """The paper's: one level after the other, from K - 1 to 0, each for ``level_iter`` iterations."""
+    """The paper's: one level after the other, from K - 1 to 0, each for ``level_iter`` iterations.
 
-    def __init__(self, level_iter: int) -> None:
-        self.level_iter = require_int('train.expansion.level_iter', level_iter, 1)
+    A list gives those of each level in the order in which they are trained.
+    """
+
+    def __init__(self, level_iter: int | Sequence[int]) -> None:
+        self.level_iter = level_iter
 
     def stages(self, delta_sizes: Sequence[int]) -> list[Stage]:
-        return [Stage(level, self.level_iter) for level in range(len(delta_sizes) - 2, -1, -1)]
+        levels = range(len(delta_sizes) - 2, -1, -1)
+        level_iter = require_iterations('train.expansion.level_iter', self.level_iter, len(levels))
+        return [Stage(level, num_iter) for level, num_iter in zip(levels, level_iter)]
 
 
 def build_expansion(options: Any, delta_sizes: Sequence[int]) -> list[Stage]:

@@ -16,7 +16,7 @@ from mssr_basicsr.archs.feature_taps import ImageFinisher, record_features
 from mssr_basicsr.expansion.schedules import Stage
 from mssr_basicsr.losses.ssd_loss import SSDLoss
 from mssr_basicsr.models.mssr_model import MSSRModel
-from mssr_basicsr.options import OptionError, arguments_checked, require_int, require_one_of
+from mssr_basicsr.options import OptionError, arguments_checked, require_int, require_iterations, require_one_of
 from mssr_basicsr.pruning.criteria import CRITERION_REGISTRY
 from mssr_basicsr.pruning.frozen_weights import FrozenWeights
 from mssr_basicsr.pruning.level_map import mask_of, num_kept, prune
@@ -29,14 +29,14 @@ class MSSRForwardModel(MSSRModel):
     """Trains the dense network, prunes its smallest weights, rewinds the survivors, trains again; level by level.
 
     Options under ``train``:
-        level_iter: iterations of each level; ``total_iter`` is this times the number of levels that are trained.
+        level_iter: iterations of each level that is trained, or a list with those of each; ``total_iter`` is their sum.
         first_level: 0 (default), or 1 to take ``path.pretrain_network_g``, a stock checkpoint of the backbone, as
             level 0 and start by pruning it. The rewind point is then this checkpoint.
         criterion: which weights to prune, a name in ``CRITERION_REGISTRY``. Default: ``global_magnitude``.
         rewind: what happens to the survivors: ``weights`` (default, the paper) sets them to the rewind point; ``lr``
             keeps them and restarts the LR schedule (Renda et al. 2020); ``none`` keeps them and goes on with the last
             learning rate of level 0 (fine-tuning).
-        rewind_iter: the iteration of level 0 whose weights are the rewind point. Default: 10 % of ``level_iter``.
+        rewind_iter: the iteration of level 0 whose weights are the rewind point. Default: 10 % of level 0's.
         ssd_opt: options of :class:`SSDLoss`; without them there is no self-distillation. The teacher of level k is
             level k - 1's ticket; level 0 has none.
 
@@ -46,20 +46,20 @@ class MSSRForwardModel(MSSRModel):
 
     def plan_stages(self) -> list[Stage]:
         train_opt = self._train_opt
-        level_iter = require_int('train.level_iter', train_opt.get('level_iter'), 1)
         first_level = require_int('train.first_level', train_opt.get('first_level', 0), 0, 1)
         if first_level == 1 and self.opt['path'].get('pretrain_network_g') is None:
             raise OptionError(
                 'path.pretrain_network_g', None, 'a checkpoint of the backbone, with train.first_level: 1'
             )
+        levels = range(first_level, self.network.smallest_level + 1)
+        level_iter = require_iterations('train.level_iter', train_opt.get('level_iter'), len(levels))
         self.criterion_name = train_opt.get('criterion', 'global_magnitude')
         require_one_of('train.criterion', self.criterion_name, CRITERION_REGISTRY.keys())
         self.rewind = train_opt.get('rewind', 'weights')
         require_one_of('train.rewind', self.rewind, ('weights', 'lr', 'none'))
-        last = level_iter if first_level == 0 else 0
-        default = level_iter // 10 if first_level == 0 else 0
-        self.rewind_iter = require_int('train.rewind_iter', train_opt.get('rewind_iter', default), 0, last)
-        return [Stage(level, level_iter) for level in range(first_level, self.network.smallest_level + 1)]
+        last = level_iter[0] if first_level == 0 else 0
+        self.rewind_iter = require_int('train.rewind_iter', train_opt.get('rewind_iter', last // 10), 0, last)
+        return [Stage(level, num_iter) for level, num_iter in zip(levels, level_iter)]
 
     def init_training_settings(self) -> None:
         ssd_opt, pixel_opt = (self.opt['train'].get(key) for key in ('ssd_opt', 'pixel_opt'))
