@@ -21,6 +21,8 @@ from typing import Any, Callable
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from mssr_basicsr.options import OptionError
+
 _FUNCTIONAL_TENSOR = 'torchvision.transforms.functional_tensor'
 
 
@@ -40,7 +42,7 @@ def after_import() -> None:
     # All of these have bound the function by its name; a script that runs later takes it from basicsr.utils.options.
     for module in (basicsr, basicsr.train, basicsr.test, basicsr.utils.options):
         _patch(module, 'parse_options', accept_local_rank)
-        _patch(module, 'parse_options', resume_on_cpu)
+        _patch(module, 'parse_options', prepare_resuming)
     _patch(basicsr.utils.dist_util, '_init_dist_pytorch', launch_on_cpu)
     _patch(basicsr.models.base_model.BaseModel, 'model_to_device', parallel_on_cpu)
 
@@ -66,8 +68,8 @@ def accept_local_rank(parse_options: Callable[..., Any], *args: Any, **kwargs: A
         return parse_options(*args, **kwargs)
 
 
-def resume_on_cpu(parse_options: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Wraps ``parse_options``: the training script that calls it gets a ``load_resume_state`` that needs no CUDA.
+def prepare_resuming(parse_options: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Wraps ``parse_options``: the training script that calls it gets a ``load_resume_state`` with the fixes below.
 
     ``basicsr/train.py`` mostly runs as ``__main__``, where no import hook sees that function. But it parses its options
     before it looks for a state to resume from.
@@ -76,7 +78,9 @@ def resume_on_cpu(parse_options: Callable[..., Any], *args: Any, **kwargs: Any) 
     while frame is not None and 'load_resume_state' not in frame.f_globals:
         frame = frame.f_back
     if frame is not None:
-        _patch(sys.modules[frame.f_globals['__name__']], 'load_resume_state', load_resume_state_on_cpu)
+        script = sys.modules[frame.f_globals['__name__']]
+        _patch(script, 'load_resume_state', load_resume_state_on_cpu)
+        _patch(script, 'load_resume_state', name_unreadable_state)
     return parse_options(*args, **kwargs)
 
 
@@ -91,6 +95,15 @@ def load_resume_state_on_cpu(load_resume_state: Callable[..., Any], *args: Any, 
 
     with _replaced(torch.cuda, 'current_device', lambda: 0), _replaced(torch, 'load', load_to_cpu):
         return load_resume_state(*args, **kwargs)
+
+
+def name_unreadable_state(load_resume_state: Callable[..., Any], opt: dict[str, Any]) -> Any:
+    """Wraps ``load_resume_state``: the error about a state that torch cannot read names it. torch's own does not."""
+    try:
+        return load_resume_state(opt)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OptionError('path.resume_state', opt['path'].get('resume_state'), f'a whole state ({reason})') from error
 
 
 def launch_on_cpu(init_dist_pytorch: Callable[..., Any], backend: str, **kwargs: Any) -> None:

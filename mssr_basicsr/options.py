@@ -22,6 +22,13 @@ def require_one_of(option: str, found: object, allowed: Iterable[str]) -> None:
         raise OptionError(option, found, ', '.join(names))
 
 
+def require_bool(option: str, found: Any) -> bool:
+    """``found``; :class:`OptionError` unless it is true or false."""
+    if not isinstance(found, bool):
+        raise OptionError(option, found, 'true, false')
+    return found
+
+
 def require_int(option: str, found: Any, low: int, high: float = float('inf'), note: str = '') -> int:
     """``found`` as an int; :class:`OptionError` unless it is a whole number (5e3 is one) in [low, high]."""
     whole = isinstance(found, (int, float)) and not isinstance(found, bool) and found == int(found)

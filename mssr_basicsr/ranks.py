@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from basicsr.utils.dist_util import get_dist_info
@@ -27,15 +28,30 @@ def broadcast_from_rank_0(tensors: Mapping[str, Tensor]) -> None:
             dist.broadcast(tensor, 0)
 
 
-def require_agreement(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raise RuntimeError on every rank unless all ranks hold the same ``tensors``, bit for bit."""
+def gather(item: Any) -> list[Any]:
+    """The ``item`` of every rank, in the ranks' order, on every rank."""
     _, world_size = get_dist_info()
     if world_size == 1:
+        return [item]
+    items = [None] * world_size
+    dist.all_gather_object(items, item)
+    return items
+
+
+def require_finite(tensors: Mapping[str, Tensor], when: str) -> None:
+    """Raise FloatingPointError on every rank if a value on any of them is NaN or infinite; it names the tensor."""
+    found = gather([name for name, tensor in tensors.items() if not tensor.isfinite().all()])
+    for rank, names in enumerate(found):
+        if names:
+            where = f' on rank {rank}' if len(found) > 1 else ''
+            raise FloatingPointError(f'{when}: {names[0]} is not finite{where}; the training has diverged')
+
+
+def require_agreement(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise RuntimeError on every rank unless all ranks hold the same ``tensors``, bit for bit."""
+    if get_dist_info()[1] == 1:
         return
-    device = next(iter(tensors.values())).device
-    mine = torch.tensor([int(digest(tensors)[:15], 16)], device=device)
-    all_of_them = [torch.empty_like(mine) for _ in range(world_size)]
-    dist.all_gather(all_of_them, mine)
-    different = [rank for rank, other in enumerate(all_of_them) if other.item() != all_of_them[0].item()]
+    digests = gather(digest(tensors))
+    different = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if different:
         raise RuntimeError(f'{what}: ranks {different} differ from rank 0; the run stops before it does harm')

@@ -164,7 +164,7 @@ WRONG_BACKWARD: list[tuple[str, Any, str]] = [
     (
         'path.pretrain_network_g',
         'stock.pth',
-        'network_g.level: found 1; allowed: a level that the loaded level map has; there this one keeps 6768 of 6768 ',
+        "path.pretrain_network_g: found 'stock.pth'; allowed: the forward stage's last checkpoint (in this one ",
     ),
     (
         'network_g.sparsity',

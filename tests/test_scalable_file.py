@@ -329,4 +329,4 @@ def test_the_backward_stage_writes_the_file(
     forward = 'experiments/forward/models/net_g_latest.pth'
     assert 'of the forward stage' in call(*mssr, 'pack', forward, '--opt', yml, expect=1)
     plain = models / 'net_g_level1.pth'
-    assert 'not an MSSR checkpoint' in call(*mssr, 'pack', plain, '--opt', yml, expect=1)
+    assert 'of no MSSR network' in call(*mssr, 'pack', plain, '--opt', yml, expect=1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from mssr_basicsr.archs.feature_taps import find_feature_taps
+from mssr_basicsr.checkpoints import CheckpointError
 from mssr_basicsr.options import OptionError, arguments_checked, match_names, require_int
 from mssr_basicsr.pruning.level_map import LevelMap, buffer_tree, count, mask_of, num_kept
 from mssr_basicsr.scalable.container import MAX_LEVELS
@@ -81,6 +82,8 @@ class MSSR(nn.Module):
     ``load_state_dict`` also takes a plain state dict of the backbone: all of it is then in every level, as before
     the first pruning.
     """
+
+    _version = 1  # of the state dict's format; torch keeps it in every state dict, and so in every checkpoint
 
     def __init__(
         self,
@@ -215,7 +218,13 @@ class MSSR(nn.Module):
 
         Raises:
             OptionError: ``level`` is above 0 and the loaded level map does not have that level.
+            CheckpointError: the state dict's format is newer than this class.
         """
+        version = getattr(state_dict, '_metadata', {}).get('', {}).get('version', 1)
+        if version > self._version and not is_plain(state_dict):
+            raise CheckpointError(
+                f'its format is {version}, and this mssr-basicsr reads up to {self._version}: update mssr-basicsr'
+            )
         if is_plain(state_dict):
             whole = {name: torch.full_like(m, self.smallest_level) for name, m in self.level_map.named_buffers()}
             state_dict = {

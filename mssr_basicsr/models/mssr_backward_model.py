@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import nn
 
+from mssr_basicsr.checkpoints import read_checkpoint
 from mssr_basicsr.expansion.recovery import RECOVERY_STARTS, recover_weights
 from mssr_basicsr.expansion.schedules import Stage, build_expansion
 from mssr_basicsr.models.mssr_model import MSSRModel
@@ -51,11 +51,14 @@ class MSSRBackwardModel(MSSRModel):
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
                 allowed = f'one without running statistics, which change smaller levels ({name} has them)'
                 raise OptionError('network_g.backbone', type(network.backbone).__name__, allowed)
+        delta_sizes = [count(delta_of(network.get_level_map(), k)) for k in range(network.smallest_level + 1)]
+        if sum(delta_sizes[:-1]) == 0:
+            allowed = "the forward stage's last checkpoint (in this one nothing is pruned)"
+            raise OptionError('path.pretrain_network_g', self.opt['path']['pretrain_network_g'], allowed)
         for level in range(1, network.smallest_level + 1):  # raises unless the checkpoint's level map has them all
             network.level = level
             network.update_mask()
         network.level = 0
-        delta_sizes = [count(delta_of(network.get_level_map(), k)) for k in range(network.smallest_level + 1)]
         return build_expansion(self._train_opt.get('expansion'), delta_sizes)
 
     def levels_to_validate(self) -> Sequence[int]:
@@ -75,7 +78,7 @@ class MSSRBackwardModel(MSSRModel):
         network, rewind_point = self.network, {}
         if self.recover == 'rewind':
             path = self.opt['path']['pretrain_network_g']
-            checkpoint = torch.load(path, map_location=self.device, weights_only=True)
+            checkpoint = read_checkpoint(path)
             if 'rewind' not in checkpoint:
                 raise OptionError('train.recover', 'rewind', f'ticket, zero ({path} has no rewind point)')
             rewind_point = checkpoint['rewind']

@@ -7,7 +7,6 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from basicsr.data import build_dataloader, build_dataset
 from basicsr.losses import build_loss
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
@@ -90,7 +89,7 @@ class MSSRForwardModel(MSSRModel):
         if stage == self.stages[0]:
             self._mark_rewind_point()
             if stage.level == 1:
-                self._validate_pretrained()
+                self.validate_now(0)  # no training of level 0 is there to be validated
         if stage.level > 0:
             self.teacher.load_state_dict(self.network.export(stage.level - 1))
             self._prune_to(stage.level)
@@ -114,12 +113,6 @@ class MSSRForwardModel(MSSRModel):
 
     def _mark_rewind_point(self) -> None:
         self.rewind_point.load_state_dict(self.network.backbone.state_dict())
-
-    def _validate_pretrained(self) -> None:
-        """Level 0's metrics, where it comes as a checkpoint and no training of it is there to be validated."""
-        for phase, dataset_opt in self.opt['datasets'].items():
-            if phase.split('_')[0] == 'val' and self.opt.get('val') is not None:
-                self.validation(build_dataloader(build_dataset(dataset_opt), dataset_opt), 0, None, False)
 
     def freeze_weights(self, stage: Stage) -> FrozenWeights:
         """Pruned weights stay what they were when they were pruned, whatever the weight decay."""
@@ -173,6 +166,8 @@ class MSSRForwardModel(MSSRModel):
 
     def resume_extra_networks(self, checkpoint: dict[str, Any]) -> None:
         for key, network in self.extra_networks().items():
+            if key not in checkpoint:
+                raise OptionError('path.resume_state', self.opt['path']['resume_state'], f'one with a {key} beside it')
             network.load_state_dict(checkpoint[key])
 
 

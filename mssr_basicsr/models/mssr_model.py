@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from basicsr.data import build_dataloader, build_dataset
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
 
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain
+from mssr_basicsr.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
 from mssr_basicsr.expansion.schedules import Stage
-from mssr_basicsr.options import OptionError, require_int
+from mssr_basicsr.options import OptionError, require_bool, require_int
 from mssr_basicsr.pruning.frozen_weights import FrozenWeights
-from mssr_basicsr.ranks import broadcast_from_rank_0, require_agreement
+from mssr_basicsr.ranks import broadcast_from_rank_0, gather, require_agreement, require_finite
 from mssr_basicsr.report import Record, describe_level, level_table
-from mssr_basicsr.saving import saved_whole, write_whole
+from mssr_basicsr.resuming import random_state, resume_within_epoch
+from mssr_basicsr.saving import remove_leftovers, saved_whole, write_whole
+
+STATE_VERSION = 1  # of what a ``.state`` has beside BasicSR's entries; a newer one is refused
 
 
 @MODEL_REGISTRY.register()
@@ -100,6 +105,7 @@ class MSSRModel(SRModel):
         super().init_training_settings()
         self.stages = self.plan_stages()
         self._check_iterations()
+        self.exact_resume = require_bool('train.exact_resume', self._train_opt.get('exact_resume', True))
 
     def _check_iterations(self) -> None:
         train_opt = self._train_opt
@@ -136,13 +142,22 @@ class MSSRModel(SRModel):
         super().update_learning_rate(step, warmup_iter)
 
     def _start(self, stage: Stage) -> None:
+        self._require_finite(f'Start of level {stage.level}')
         self.begin_stage(stage)
         get_root_logger().info(f'Level {stage.level}: {stage.num_iter} iterations begin.')
         self._restart_optimizer(stage)
         if self.ema_decay > 0:
             self.net_g_ema.load_state_dict(self.network.state_dict())
         self.best_metric_results: dict[str, Any] = {}  # BasicSR's log line of the best so far: the best of this level
-        require_agreement(self.network.state_dict(), f'Start of level {stage.level}')
+        self._require_agreement(f'Start of level {stage.level}')
+
+    def _require_finite(self, when: str) -> None:
+        require_finite(dict(self.network.backbone.named_parameters()), when)
+
+    def _require_agreement(self, when: str) -> None:
+        """Raise unless all ranks have the same weights, level map and seed, from which masks and depths follow."""
+        seed = torch.tensor(self.seed, device=self.device)
+        require_agreement({**self.network.state_dict(), 'manual_seed': seed}, when)
 
     def _restart_optimizer(self, stage: Stage) -> None:
         self.set_level(stage.level)
@@ -163,14 +178,13 @@ class MSSRModel(SRModel):
         """Take the stage's result over into the network, export it as a plain checkpoint and record it.
 
         Raises:
-            FloatingPointError: a parameter is not finite; the text names it.
+            FloatingPointError: on every rank, if a parameter of one is not finite; the text names it.
+            RuntimeError: on every rank, if they differ; or the result is not what the stage promises.
         """
         if self.ema_decay > 0:
             self.network.load_state_dict(self.net_g_ema.state_dict())
-        for name, parameter in self.network.backbone.named_parameters():
-            if not parameter.isfinite().all():
-                raise FloatingPointError(f'End of level {stage.level}: {name} is not finite; the training has diverged')
-        require_agreement(self.network.state_dict(), f'End of level {stage.level}')
+        self._require_finite(f'End of level {stage.level}')
+        self._require_agreement(f'End of level {stage.level}')
         self.check_result(stage)
         self.export_level(stage.level)
         self._record(stage.level).update(describe_level(self.network, stage.level), iterations=stage.num_iter)
@@ -187,7 +201,14 @@ class MSSRModel(SRModel):
         self.net_g = wrapped
 
     def nondist_validation(self, dataloader: Any, current_iter: int | str, tb_logger: Any, save_img: bool) -> None:
-        """BasicSR's validation for each of :meth:`levels_to_validate`, then one row for each in a table."""
+        """BasicSR's validation for each of :meth:`levels_to_validate`, then one row for each in a table.
+
+        The random generators are left as they were: what is trained does not depend on what is validated.
+        """
+        with torch.random.fork_rng([self.device] if self.device.type == 'cuda' else []):
+            self._validate_levels(dataloader, current_iter, tb_logger, save_img)
+
+    def _validate_levels(self, dataloader: Any, current_iter: int | str, tb_logger: Any, save_img: bool) -> None:
         name, levels, level_before = dataloader.dataset.opt['name'], self.levels_to_validate(), self.network.level
         for level in levels:
             self.set_level(level)
@@ -239,17 +260,19 @@ class MSSRModel(SRModel):
                 state: dict[str, Tensor] = self.network.export(level)
                 torch.save({'params': state}, Path(self.opt['path']['models'], f'net_g_level{level}.pth'))
 
-    def _print_different_keys_loading(
-        self, crt_net: nn.Module, load_net: dict[str, Tensor], strict: bool = True
-    ) -> None:
-        bare = self.get_bare_model(crt_net)
-        super()._print_different_keys_loading(bare.backbone if is_plain(load_net) else bare, load_net, strict)
+    def validate_now(self, current_iter: int) -> None:
+        """Validate out of turn on every validation set, where there is one."""
+        for phase, dataset_opt in self.opt['datasets'].items():
+            if phase.split('_')[0] == 'val' and self.opt.get('val') is not None:
+                self.validation(build_dataloader(build_dataset(dataset_opt), dataset_opt), current_iter, None, False)
 
-    # ------------------------------ saving and resuming ------------------------------ #
+    # ------------------------------ saving ------------------------------ #
 
     def save(self, epoch: int, current_iter: int) -> None:
         if current_iter == -1:  # BasicSR's call after the last iteration
             self.finish_stage(self.stages[-1])
+        if self.opt['rank'] == 0:  # of a run that was resumed from an earlier state: no longer of the network to come
+            Path(self.opt['path']['training_states'], f'{current_iter}.state').unlink(missing_ok=True)
         super().save(epoch, current_iter)
 
     def save_network(self, net: Any, net_label: str, current_iter: int, param_key: str | list[str] = 'params') -> None:
@@ -263,22 +286,91 @@ class MSSRModel(SRModel):
             super().save_network(nets, net_label, current_iter, keys)
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
-        """As in BasicSR; whole or absent, and never passed over."""
-        if self.opt['rank'] == 0 and current_iter != -1:
-            with saved_whole(self.opt['path'], 'training_states'):
+        """As in BasicSR, with what else a resumed run needs; whole or absent, and never passed over."""
+        if current_iter == -1:
+            return
+        random_states = gather(random_state())
+        if self.opt['rank'] == 0:
+            with saved_whole(self.opt['path'], 'training_states') as folder:
                 super().save_training_state(epoch, current_iter)
+                for file in folder.iterdir():  # none where BasicSR has failed
+                    state = torch.load(file, weights_only=True)
+                    state['mssr'] = {
+                        'version': STATE_VERSION,
+                        'seed': self.seed,
+                        'stages': [tuple(stage) for stage in self.stages],
+                        'records': self.records,
+                        'random_states': random_states,
+                    }
+                    torch.save(state, file)
+
+    # ------------------------------ loading and resuming ------------------------------ #
+
+    def load_network(
+        self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'
+    ) -> None:
+        """As in BasicSR; a file that is not a checkpoint of the network is an OptionError that says why."""
+        with self._checkpoint_checked(load_path):
+            state = state_dict_of(read_checkpoint(load_path), param_key)
+            bare = self.get_bare_model(net)
+            if strict:
+                require_same_entries(state, (bare.backbone if is_plain(state) else bare).state_dict())
+            super().load_network(net, load_path, strict, param_key)
+
+    @contextmanager
+    def _checkpoint_checked(self, path: str) -> Iterator[None]:
+        option = 'path.resume_state' if self.opt['path'].get('resume_state') else 'path.pretrain_network_g'
+        try:
+            yield
+        except CheckpointError as error:
+            raise OptionError(option, path, f'a checkpoint of network_g; {error}') from error
+
+    def _print_different_keys_loading(
+        self, crt_net: nn.Module, load_net: dict[str, Tensor], strict: bool = True
+    ) -> None:
+        bare = self.get_bare_model(crt_net)
+        super()._print_different_keys_loading(bare.backbone if is_plain(load_net) else bare, load_net, strict)
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
-        """Go on where ``resume_state`` was saved: the level, its frozen weights, its optimizer, what was recorded."""
-        index, _ = self._locate(resume_state['iter'])
-        checkpoint = torch.load(self.opt['path']['pretrain_network_g'], map_location=self.device, weights_only=True)
-        self.resume_extra_networks(checkpoint)
+        """Go on where ``resume_state`` was saved: level, frozen weights, optimizer, records, random numbers, data."""
+        current_iter = resume_state['iter']
+        index, step = self._locate(current_iter)
+        saved = self._check_state(resume_state, self.stages[: index + 1])
+        if self.opt['rank'] == 0:
+            remove_leftovers(self.opt['path']['models'], self.opt['path']['training_states'])
+        self.seed, self.records = saved['seed'], saved['records']
+        self.resume_extra_networks(read_checkpoint(self.opt['path']['pretrain_network_g']))
         self._restart_optimizer(self.stages[index])
-        records = Path(self.opt['path']['models'], 'levels.json')
-        if records.is_file():
-            self.records = {record['level']: record for record in json.loads(records.read_text())}
         super().resume_training(resume_state)
-        require_agreement(self.network.state_dict(), f'Resuming at iteration {resume_state["iter"]}')
+        self._require_agreement(f'Resuming at iteration {current_iter}')
+        self.write_records()
+        if step == self.stages[index].num_iter:  # BasicSR validates after saving: the level's metrics may be lacking
+            self.validate_now(current_iter)
+        if self.exact_resume:
+            random_states = saved['random_states']
+            resume_within_epoch(
+                resume_state['epoch'], current_iter, random_states[self.opt['rank'] % len(random_states)]
+            )
+
+    def _check_state(self, resume_state: dict[str, Any], stages: list[Stage]) -> dict[str, Any]:
+        """Our entries in a ``.state``; OptionError unless it is of a run that began with these ``stages``."""
+        saved: dict[str, Any] | None = resume_state.get('mssr')
+        path = self.opt['path']['resume_state']
+        if saved is None:
+            raise OptionError('path.resume_state', path, f'a state that {type(self).__name__} saved')
+        if saved['version'] > STATE_VERSION:
+            allowed = (
+                f'a state of version {STATE_VERSION} or less; its version is {saved["version"]}: update mssr-basicsr'
+            )
+            raise OptionError('path.resume_state', path, allowed)
+        begun = [Stage(*stage) for stage in saved['stages'][: len(stages)]]
+        if begun != stages:
+            here, there = (
+                ', '.join(f'{stage.num_iter} iterations at level {stage.level}' for stage in plan)
+                for plan in (stages, begun)
+            )
+            raise OptionError('path.resume_state', path, f'a state of a run that began with {here}; this one: {there}')
+        return saved
 
     def resume_extra_networks(self, checkpoint: dict[str, Any]) -> None:
         """Take :meth:`extra_networks` out of a checkpoint."""

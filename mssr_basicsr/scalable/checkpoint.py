@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from basicsr.utils.options import ordered_yaml
 
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain
+from mssr_basicsr.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
 from mssr_basicsr.options import OptionError, require_int
-from mssr_basicsr.scalable.errors import ScalableFileError
 from mssr_basicsr.scalable.packing import level_metrics
 
 
@@ -36,19 +33,16 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
     network_opt.pop('level', None)
     network = MSSR(**network_opt)
     try:
-        loaded = torch.load(checkpoint, map_location='cpu', weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
-        raise ScalableFileError(f'{checkpoint}: not a checkpoint that torch can read ({error})') from error
-    if not isinstance(loaded, dict) or 'params' not in loaded or is_plain(loaded['params']):
-        raise ScalableFileError(f'{checkpoint}: not an MSSR checkpoint (net_g_latest.pth of the backward stage is one)')
-    if 'rewind' in loaded:
-        raise ScalableFileError(
-            f'{checkpoint}: of the forward stage; its levels are nested after the backward stage only'
-        )
-    try:
-        network.load_state_dict(loaded['params_ema' if 'params_ema' in loaded else 'params'])
-    except RuntimeError as error:
-        raise ScalableFileError(f'{checkpoint}: not of the network_g in {options} ({error})') from error
+        loaded = read_checkpoint(checkpoint)
+        state = state_dict_of(loaded, 'params_ema')
+        if is_plain(state):
+            raise CheckpointError('it is of no MSSR network (net_g_latest.pth of the backward stage is one)')
+        if 'rewind' in loaded:
+            raise CheckpointError('it is of the forward stage; the levels are nested after the backward stage only')
+        require_same_entries(state, network.state_dict())
+        network.load_state_dict(state)
+    except CheckpointError as error:
+        raise CheckpointError(f'{checkpoint}: {error}') from error
     records = checkpoint.with_name('levels.json')
     known = json.loads(records.read_text()) if records.is_file() else []
     return network, require_int('scale', opt.get('scale'), 1), level_metrics(known)

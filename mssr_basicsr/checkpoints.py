@@ -1,0 +1,72 @@
+"""Reading checkpoints: each way in which a file can be the wrong one is one error that says so."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CheckpointError(ValueError):
+    """A file is not the checkpoint that it should be; the text says why."""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What ``torch.save`` wrote to ``path``, on the CPU; nothing in it is executed (``weights_only``).
+
+    Raises:
+        CheckpointError: no such file, cut short or damaged, no checkpoint at all, or one with code in it.
+    """
+    try:
+        loaded = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError('there is no such file') from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f'torch cannot read it, it may be cut short ({_first_line(error)})') from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f'it is no checkpoint, or one with more than tensors ({_first_line(error)})') from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f'it holds a {type(loaded).__name__} where a checkpoint holds a dict')
+    return loaded
+
+
+def state_dict_of(checkpoint: Mapping[str, Any], key: str | None) -> dict[str, Tensor]:
+    """The network under ``key`` (BasicSR's ``param_key_g``), else under ``params``; CheckpointError if there is none.
+
+    Without a ``key`` the checkpoint is itself the state dict, as it is for BasicSR.
+    """
+    if key is None:
+        state: Any = checkpoint
+    else:
+        state = checkpoint.get(key, checkpoint.get('params'))
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        found = ', '.join(sorted(map(str, checkpoint))[:4])
+        raise CheckpointError(f'it has no network under {key or "its root"} (it has {found or "nothing"})')
+    return state
+
+
+def require_same_entries(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless ``state`` has the ``expected`` names and shapes."""
+    state = {name[len('module.') :] if name.startswith('module.') else name: state[name] for name in state}  # of DDP
+    missing, unknown = ([n for n in one if n not in other] for one, other in ((expected, state), (state, expected)))
+    reshaped = [n for n in expected if n in state and state[n].shape != expected[n].shape]
+    faults = []
+    if missing:
+        faults.append(f'{len(missing)} tensors are missing, such as {missing[0]}')
+    if unknown:
+        faults.append(f'{len(unknown)} are unknown, such as {unknown[0]}')
+    if reshaped:
+        name = reshaped[0]
+        shapes = f'{tuple(state[name].shape)} and not {tuple(expected[name].shape)}'
+        faults.append(f'{len(reshaped)} have another shape, such as {name} {shapes}')
+    if faults:
+        raise CheckpointError(f'it is of another network: {"; ".join(faults)}')
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,61 @@
+"""Exact resume: a resumed run sees the data and draws the random numbers that the uninterrupted run would have."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from basicsr.data.prefetch_dataloader import CPUPrefetcher, CUDAPrefetcher
+from basicsr.utils import get_root_logger
+
+
+def random_state() -> dict[str, Any]:
+    """The state of this process's random generators (Python's, NumPy's, torch's), in types that torch loads safely."""
+    name, key, *rest = np.random.get_state()
+    return {
+        'python': random.getstate(),
+        'numpy': (name, np.asarray(key).tolist(), *rest),
+        'torch': torch.get_rng_state(),
+        'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what :func:`random_state` gave; of the GPUs, those that are there."""
+    version, key, gauss = state['python']
+    random.setstate((version, tuple(key), gauss))
+    np.random.set_state(tuple(state['numpy']))
+    torch.set_rng_state(state['torch'].cpu())
+    for device, generator_state in enumerate(state['cuda'][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(generator_state.cpu(), device)
+
+
+def resume_within_epoch(epoch: int, current_iter: int, state: dict[str, Any]) -> None:
+    """Let the epoch that a run resumes in go on after its ``current_iter``'s batch, with the random ``state`` of then.
+
+    BasicSR begins that epoch anew. Its prefetchers are reset when an epoch begins: the next reset, this once, takes the
+    batches that the epoch has had and drops them, at the speed at which data is loaded. This holds for any dataset and
+    number of workers, since their generators are seeded anew in each epoch; not for ``persistent_workers``, nor for
+    ``prefetch_mode: cpu`` without workers, whose thread runs ahead of the training by a chance number of batches.
+    """
+    prefetchers: tuple[Any, ...] = (CPUPrefetcher, CUDAPrefetcher)
+    original_resets = [prefetcher.reset for prefetcher in prefetchers]
+
+    def reset(prefetcher: Any) -> None:
+        for prefetcher_class, original in zip(prefetchers, original_resets):
+            prefetcher_class.reset = original
+        prefetcher.reset()
+        logger, num_batches = get_root_logger(), len(prefetcher.ori_loader)
+        had = current_iter - epoch * num_batches
+        if 0 <= had <= num_batches:
+            logger.info(f'Epoch {epoch} goes on after {had} of its {num_batches} batches; skipping them.')
+            for _ in range(had):
+                prefetcher.next()
+        else:
+            logger.warning(f'The data or the batch size has changed: epoch {epoch} begins anew.')
+        set_random_state(state)
+
+    for prefetcher_class in prefetchers:
+        prefetcher_class.reset = reset
