@@ -18,47 +18,52 @@ PREFIX = '.saving-'  # of the names that files have before they are whole
 def saved_whole(path_options: MutableMapping[str, Any], key: str) -> Iterator[Path]:
     """While the context is open, ``path_options[key]`` is a temporary folder; what was put there is moved at the end.
 
-    The context's value is that folder.
-
     This makes BasicSR's own save methods safe: a run killed at any moment leaves the old file or the new one, and a
-    failed save, which BasicSR passes over after three tries, is an error.
+    failed save, which BasicSR passes over after three tries, is an error. The context's value is the temporary folder.
 
     Raises:
-        OSError: nothing was written, or a checkpoint was cut short (a full disk).
+        OSError: nothing was written, or a file was cut short (a full disk); the text says where, why and what is free.
     """
     folder = Path(path_options[key])
-    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder) as temporary:
+    with _failure_explained(folder), tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder) as temporary:
         path_options[key] = temporary
         try:
             yield Path(temporary)
+            for file in written_whole(Path(temporary)):
+                with open(file, 'rb') as written:
+                    os.fsync(written.fileno())
+                os.replace(file, folder / file.name)
+            _flush_folder(folder)
         finally:
             path_options[key] = str(folder)
-        files = list(Path(temporary).iterdir())
-        if not files:
-            raise OSError(f'{folder}: nothing could be saved there')
-        for file in files:
-            # torch.save writes a zip archive, whose directory comes last: where it is there, all is.
-            if file.suffix in ('.pth', '.state') and not zipfile.is_zipfile(file):
-                raise OSError(f'{folder / file.name}: could not be saved whole; is the disk full?')
-            with open(file, 'rb') as written:
-                os.fsync(written.fileno())
-            os.replace(file, folder / file.name)
-        _flush_folder(folder)
+
+
+def written_whole(folder: Path) -> list[Path]:
+    """The files in ``folder``; OSError if there is none or a checkpoint was cut short."""
+    files = list(folder.iterdir())
+    if not files:
+        raise OSError('nothing could be written')
+    for file in files:
+        # torch.save writes a zip archive, whose directory comes last: where it is there, all is.
+        if file.suffix in ('.pth', '.state') and not zipfile.is_zipfile(file):
+            raise OSError(f'{file.name} was cut short')
+    return files
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file that is there whole or not at all, and flushed to the disk; OSError if it cannot be."""
     path = Path(path)
     temporary = path.with_name(f'{PREFIX}{path.name}')
-    try:
-        with open(temporary, 'wb') as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _failure_explained(path):
+        try:
+            with open(temporary, 'wb') as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+            _flush_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(*folders: str) -> None:
@@ -79,3 +84,14 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def _failure_explained(path: Path) -> Iterator[None]:
+    """What fails while the context is open is an OSError that says what could not be saved, what is free, and why."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises either
+        folder = path if path.is_dir() else path.parent
+        free = f' ({shutil.disk_usage(folder).free:,} bytes are free there)' if folder.is_dir() else ''
+        raise OSError(f'{path}: saving failed{free}: {error}') from error

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from conftest import call
@@ -19,7 +20,7 @@ from mssr_basicsr.models.mssr_model import MSSRModel
 from basicsr.train import train_pipeline
 
 torch.set_num_threads(1)
-rank, differ = os.environ['RANK'], 'differ' in sys.argv
+rank, harm = os.environ['RANK'], {'differ': 1e-3, 'diverge': float('nan')}.get(sys.argv[-1])
 save, optimize, depths = MSSRModel.save, MSSRForwardModel.optimize_parameters, []
 
 def spy_on_save(model, epoch, current_iter):
@@ -29,14 +30,18 @@ def spy_on_save(model, epoch, current_iter):
         torch.save(ended, f'{model.opt["name"]}_rank{rank}.pth')
 
 def spy_on_optimize(model, current_iter):
-    if differ and rank == '1' and current_iter == 3:
-        model.net_g_ema.backbone.conv_first.weight.data[0, 0, 0, 0] += 1e-3
+    if harm and rank == '1' and current_iter == 3:
+        model.net_g_ema.backbone.conv_first.weight.data[0, 0, 0, 0] += harm
     optimize(model, current_iter)
     depths.extend(getattr(model, 'taps', []))
 
 MSSRModel.save, MSSRForwardModel.optimize_parameters = spy_on_save, spy_on_optimize
-sys.argv = [argument for argument in sys.argv if argument != 'differ']
-train_pipeline(os.getcwd())
+sys.argv = [argument for argument in sys.argv if argument not in ('differ', 'diverge')]
+try:
+    train_pipeline(os.getcwd())
+except Exception as error:
+    open(f'error{rank}', 'w').write(f'{type(error).__name__}: {error}')
+    raise
 """
 
 
@@ -52,8 +57,13 @@ def ended_with(folder: Path, name: str, rank: int) -> dict[str, Any]:
     return torch.load(folder / f'{name}_rank{rank}.pth', weights_only=True)  # type: ignore[no-any-return]
 
 
-def test_both_stages_on_two_ranks(forward_opt: dict[str, Any], backward_opt: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize('ssd', [True, False], ids=['ssd', 'plain'])
+def test_both_stages_on_two_ranks(
+    ssd: bool, forward_opt: dict[str, Any], backward_opt: dict[str, Any], tmp_path: Path
+) -> None:
     del forward_opt['manual_seed']  # each rank then draws its own, and rank 0's counts
+    if not ssd:
+        del forward_opt['train']['ssd_opt']
     for opt in (forward_opt, backward_opt):
         torchrun(tmp_path, opt)
         one, other = ended_with(tmp_path, opt['name'], 0), ended_with(tmp_path, opt['name'], 1)
@@ -63,9 +73,19 @@ def test_both_stages_on_two_ranks(forward_opt: dict[str, Any], backward_opt: dic
             assert all(torch.equal(one[key][name], other[key][name]) for name in one[key])
         sizes = {name: (levels >= 2).sum() for name, levels in one['network'].items() if name.startswith('level_map.')}
         assert sum(sizes.values()) == 1692
-    assert len(ended_with(tmp_path, 'forward', 0)['depths']) > 0
+    assert len(ended_with(tmp_path, 'forward', 0)['depths']) == (16 if ssd else 0)
 
 
-def test_a_rank_that_differs_is_caught(forward_opt: dict[str, Any], tmp_path: Path) -> None:
-    said = torchrun(tmp_path, forward_opt, 'differ', expect=1)
-    assert 'RuntimeError: End of level 0: ranks [1] differ from rank 0' in said
+@pytest.mark.parametrize(
+    ('harm', 'error'),
+    [
+        ('differ', 'RuntimeError: End of level 0: ranks [1] differ from rank 0; the run stops before it does harm'),
+        ('diverge', 'FloatingPointError: End of level 0: conv_first.weight is not finite on rank 1; the training has '),
+    ],
+)
+def test_ranks_stop_together(harm: str, error: str, forward_opt: dict[str, Any], tmp_path: Path) -> None:
+    """Rank 1's weights are changed, or become NaN, within level 0: both ranks stop at its end, and say which."""
+    torchrun(tmp_path, forward_opt, harm, expect=1)
+    for rank in (0, 1):
+        assert (tmp_path / f'error{rank}').read_text().startswith(error)
+    assert not list(tmp_path.glob('experiments/forward/models/net_g_level*'))

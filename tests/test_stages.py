@@ -318,7 +318,7 @@ def test_a_frozen_weight_that_moved_is_noticed(
         run(backward_opt)
 
 
-# ------------------------------ testing, resuming, stock models ------------------------------ #
+# ------------------------------ testing, stock models ------------------------------ #
 
 
 def test_testing_every_level_and_one_level_with_the_stock_model(forward_opt: dict[str, Any], run: Run) -> None:
@@ -354,53 +354,3 @@ def test_the_stock_model_trains_a_fixed_level(forward_opt: dict[str, Any], run: 
         one, other = first.prunable_weights()[name], second.prunable_weights()[name]
         assert torch.equal(one[levels < 1], other[levels < 1])
         assert not torch.equal(one, other)
-
-
-@pytest.mark.parametrize('iteration', [4, 8])
-def test_resuming_decides_what_was_decided(iteration: int, forward_opt: dict[str, Any], run: Run) -> None:
-    """Resumed at a level's end, the next level is pruned alike; resumed anywhere, earlier levels are what they were."""
-    experiment = run(forward_opt)
-    uninterrupted = load_network(experiment / 'models' / 'net_g_latest.pth').get_level_map()
-    for file in [*experiment.glob('training_states/*'), *experiment.glob('models/*')]:
-        number = file.stem.rpartition('_')[2]
-        if (number.isdigit() and int(number) > iteration) or number == 'latest':
-            file.unlink()
-    run(forward_opt, '--auto_resume')
-    resumed = load_network(experiment / 'models' / 'net_g_latest.pth').get_level_map()
-    level = iteration // 4  # that begins with the first resumed iteration
-    for name, levels in uninterrupted.items():
-        assert torch.equal(levels.clamp(max=level), resumed[name].clamp(max=level))
-    records = json.loads((experiment / 'models' / 'levels.json').read_text())
-    assert [record['level'] for record in records] == [0, 1, 2]
-
-
-def test_resuming_the_backward_stage(forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run) -> None:
-    run(forward_opt)
-    experiment = run(backward_opt)
-    level1 = load(experiment / 'models' / 'net_g_level1.pth')['params']
-    for name in ('training_states/6.state', 'models/net_g_6.pth', 'models/net_g_latest.pth', 'models/net_g_level0.pth'):
-        (experiment / name).unlink()
-    run(backward_opt, '--auto_resume')
-    result = load_network(experiment / 'models' / 'net_g_latest.pth')
-    assert equal(result.export(1), level1)
-    assert equal(result.export(0), load(experiment / 'models' / 'net_g_level0.pth')['params'])
-
-
-def test_a_save_that_failed_is_an_error(forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """BasicSR warns after three tries and goes on."""
-    save = torch.save
-
-    def full_disk(thing: Any, path: Any) -> None:
-        if 'net_g_8' in str(path):
-            Path(path).write_bytes(b'PK\x03\x04 cut short')
-            raise OSError(28, 'No space left on device')
-        save(thing, path)
-
-    monkeypatch.setattr(torch, 'save', full_disk)
-    monkeypatch.setattr('time.sleep', lambda seconds: None)
-    with pytest.raises(OSError, match=r'net_g_8\.pth: could not be saved whole; is the disk full\?'):
-        run(forward_opt)
-    models = Path('experiments/forward/models')
-    assert not (models / 'net_g_8.pth').exists()
-    assert load(models / 'net_g_4.pth')
-    assert not list(models.glob('.saving-*'))

@@ -25,7 +25,7 @@ from mssr_basicsr.pruning.frozen_weights import FrozenWeights
 from mssr_basicsr.ranks import broadcast_from_rank_0, gather, require_agreement, require_finite
 from mssr_basicsr.report import Record, describe_level, level_table
 from mssr_basicsr.resuming import random_state, resume_within_epoch
-from mssr_basicsr.saving import remove_leftovers, saved_whole, write_whole
+from mssr_basicsr.saving import remove_leftovers, saved_whole, write_whole, written_whole
 
 STATE_VERSION = 1  # of what a ``.state`` has beside BasicSR's entries; a newer one is refused
 
@@ -293,16 +293,16 @@ class MSSRModel(SRModel):
         if self.opt['rank'] == 0:
             with saved_whole(self.opt['path'], 'training_states') as folder:
                 super().save_training_state(epoch, current_iter)
-                for file in folder.iterdir():  # none where BasicSR has failed
-                    state = torch.load(file, weights_only=True)
-                    state['mssr'] = {
-                        'version': STATE_VERSION,
-                        'seed': self.seed,
-                        'stages': [tuple(stage) for stage in self.stages],
-                        'records': self.records,
-                        'random_states': random_states,
-                    }
-                    torch.save(state, file)
+                (file,) = written_whole(folder)
+                state = torch.load(file, weights_only=True)
+                state['mssr'] = {
+                    'version': STATE_VERSION,
+                    'seed': self.seed,
+                    'stages': [tuple(stage) for stage in self.stages],
+                    'records': self.records,
+                    'random_states': random_states,
+                }
+                torch.save(state, file)
 
     # ------------------------------ loading and resuming ------------------------------ #
 

@@ -1,0 +1,343 @@
+"""Kill both stages of a tiny training with SIGKILL, again and again, and see that nothing is lost.
+
+    python scripts/chaos.py [--kills 40] [--ranks 1 2] [--seed 0]
+
+For each number of ranks (1: plain; more: under torchrun) the two stages run once undisturbed. Then they run again and
+are killed at random instants, half of them aimed: at a file of a save being made, written half, renamed or removed, and
+before and after a level ends or begins. Each time they are resumed with --auto_resume. What a disturbed pair of stages
+ends with (weights, EMA, level map, rewind point, every level's file, all metrics, the .mssr file) must be the
+undisturbed one's, bit for bit. When a pair is done before all kills are spent, the next one begins.
+
+The exit status is 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Callable
+
+import cv2
+import numpy as np
+import torch
+import yaml
+
+MARK = 'MSSR_CHAOS'  # an environment variable that all processes of one training have, with a value of its own
+FAR = 10**9
+STAGES = ('forward', 'backward')
+
+# ------------------------------ the training that is killed ------------------------------ #
+
+
+def options(folder: Path, stage: str, ranks: int) -> dict[str, Any]:
+    """Three levels of a tiny EDSR; saves and epochs that begin within levels; SSD, EMA, validation."""
+    # One worker where there is one rank. Under torchrun on a CPU a worker takes 10 s to end, whatever the model.
+    num_worker = 1 if stage == 'forward' and ranks == 1 else 0
+    data = {
+        'type': 'PairedImageDataset', 'dataroot_gt': str(folder / 'gt'), 'dataroot_lq': str(folder / 'lq'),
+        'io_backend': {'type': 'disk'},
+    }  # fmt: skip
+    train: dict[str, Any] = {
+        'ema_decay': 0.9,
+        'optim_g': {'type': 'Adam', 'lr': 1e-3},
+        'scheduler': {'type': 'CosineAnnealingRestartLR', 'periods': [12], 'eta_min': 1e-5},
+        'pixel_opt': {'type': 'L1Loss'},
+    }
+    if stage == 'forward':
+        # The criterion is the one that draws random numbers itself.
+        train.update(level_iter=12, total_iter=36, criterion='random', ssd_opt={'type': 'SSDLoss', 'num_depths': 2})
+    else:
+        train.update(expansion={'type': 'SequentialExpansion', 'level_iter': 12}, total_iter=24)
+    return {
+        'name': stage,
+        'model_type': f'MSSR{stage.capitalize()}Model',
+        'scale': 2,
+        'num_gpu': 0,
+        'manual_seed': 0,
+        'datasets': {
+            'train': {
+                'name': 'toy', **data, 'gt_size': 16, 'use_hflip': True, 'use_rot': True, 'batch_size_per_gpu': 1,
+                'num_worker_per_gpu': num_worker, 'dataset_enlarge_ratio': 5,
+            },
+            'val': {'name': 'toyval', **data},
+        },
+        'network_g': {
+            'type': 'MSSR', 'sparsity': [0, 0.5, 0.75],
+            'backbone': {
+                'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 3, 'upscale': 2,
+            },
+        },
+        'path': {
+            'pretrain_network_g': None if stage == 'forward' else 'experiments/forward/models/net_g_latest.pth',
+            'strict_load_g': True, 'resume_state': None,
+        },
+        'train': train,
+        'val': {'val_freq': 6, 'save_img': False, 'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 2}}},
+        'logger': {'print_freq': 1, 'save_checkpoint_freq': 5 if stage == 'forward' else 4, 'use_tb_logger': False},
+    }  # fmt: skip
+
+
+def make_images(folder: Path) -> None:
+    """Four random pairs in gt/ and lq/."""
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        small = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        for name, size in (('gt', 32), ('lq', 16)):
+            (folder / name).mkdir(exist_ok=True)
+            cv2.imwrite(str(folder / name / f'{i}.png'), cv2.resize(small, (size, size)))
+
+
+def child() -> None:
+    """BasicSR's training, which kills itself at the event whose number is in the environment."""
+    from basicsr.train import train_pipeline
+
+    from mssr_basicsr.models.mssr_model import MSSRModel
+
+    torch.set_num_threads(1)
+    aimed_at = int(os.environ['CHAOS_EVENT']) if os.environ['CHAOS_RANK'] == os.environ.get('RANK', '0') else FAR
+    experiments, events = str(Path.cwd() / 'experiments'), 0
+
+    def event(what: str, before_death: Callable[[], object] = lambda: None) -> None:
+        nonlocal events
+        events += events > 0 or 'level' in what or 'resum' in what  # the training itself, and not what leads to it
+        if events == aimed_at:
+            before_death()
+            print(f'\nkilled at: {what}', flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(name: str, args: tuple[Any, ...]) -> None:
+        if name in ('open', 'os.rename', 'os.remove', 'os.mkdir', 'os.rmdir') and experiments in str(args[0]):
+            event(f'{name} {Path(str(args[0])).suffix}')
+
+    def surrounded(original: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            event(f'before {name}')
+            result = original(*args)
+            event(f'after {name}')
+            return result
+
+        return call
+
+    save = torch.save
+
+    def save_or_half(thing: Any, file: Any, **kwargs: Any) -> None:
+        def half() -> None:
+            whole = io.BytesIO()
+            save(thing, whole)
+            Path(file).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+
+        if isinstance(file, (str, Path)):
+            event('half of a save', half)
+        save(thing, file, **kwargs)
+
+    torch.save = save_or_half
+    MSSRModel._start = surrounded(MSSRModel._start, 'a level begins')  # type: ignore[method-assign]
+    MSSRModel.finish_stage = surrounded(MSSRModel.finish_stage, 'a level ends')  # type: ignore[method-assign]
+    MSSRModel.resume_training = surrounded(MSSRModel.resume_training, 'resuming')  # type: ignore[method-assign]
+    sys.addaudithook(audit)
+    train_pipeline(str(Path.cwd()))
+
+
+# ------------------------------ the one who kills ------------------------------ #
+
+
+def processes(mark: str) -> list[int]:
+    """Every process that has this mark: a launcher's ranks and a loader's workers included."""
+    found = []
+    for entry in Path('/proc').iterdir():
+        try:
+            if entry.name.isdigit() and f'{MARK}={mark}'.encode() in (entry / 'environ').read_bytes().split(b'\0'):
+                found.append(int(entry.name))
+        except OSError:  # it has ended, or is not ours
+            continue
+    return found
+
+
+def kill_all(mark: str) -> None:
+    """SIGKILL every process that has this mark, until there is none."""
+    while alive := processes(mark):
+        for pid in alive:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+class Trainer:
+    """Trains in a folder, as often as it is told to, and kills as it is told to."""
+
+    def __init__(self, folder: Path, ranks: int, rng: random.Random) -> None:
+        self.folder, self.ranks, self.rng = folder, ranks, rng
+        self.seconds: dict[str, float] = {}  # that a stage's training took, undisturbed
+        self.resumes = 0
+        folder.mkdir()
+        for stage in STAGES:
+            (folder / f'{stage}.yml').write_text(yaml.safe_dump(options(folder.parent, stage, ranks), sort_keys=False))
+
+    def models(self, stage: str) -> Path:
+        """Where the stage leaves what it ends with."""
+        return self.folder / 'experiments' / stage / 'models'
+
+    def start(self, stage: str, event: int = FAR, rank: int = 0) -> tuple[str, subprocess.Popen[str]]:
+        """Begin, or resume, a stage; it kills itself at this event of this rank. Its mark, and its launcher."""
+        command = [sys.executable]
+        if self.ranks > 1:
+            command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={self.ranks}']
+        command += [__file__, '--child', '-opt', f'{stage}.yml', '--auto_resume']
+        command += ['--launcher', 'pytorch'] if self.ranks > 1 else []
+        mark = f'{os.getpid()}-{time.monotonic_ns()}'
+        environment = {'CHAOS_EVENT': str(event), 'CHAOS_RANK': str(rank), 'OMP_NUM_THREADS': '1', MARK: mark}
+        environment['CUDA_VISIBLE_DEVICES'] = ''
+        process = subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env={**os.environ, **environment},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        return mark, process
+
+    def undisturbed(self, stage: str) -> None:
+        """Begin, or resume, the stage and let it come to its end."""
+        _, process = self.start(stage)
+        assert process.stdout is not None
+        began, said = time.monotonic(), []
+        for line in process.stdout:
+            said.append(line)
+            if 'Start training' in line:
+                began = time.monotonic()
+        self.seconds[stage] = time.monotonic() - began
+        self.resumes += any('Resuming training' in line for line in said)
+        if process.wait():
+            sys.exit(''.join(said))
+
+    def disturbed(self, stage: str, aimed: bool, seconds: float) -> str:
+        """Begin or resume the stage and kill it: what it was killed at, '' if it was done before that.
+
+        Without an aim: at a random time of its training, which takes ``seconds``, sometimes of its start; all processes
+        or, sometimes, one rank.
+        """
+        rng, rank, said = self.rng, self.rng.randrange(self.ranks), []
+        mark, process = self.start(stage, rng.randint(1, 50) if aimed else FAR, rank if rng.random() < 0.3 else 0)
+        assert process.stdout is not None
+        killed = ''
+        if not aimed:
+            if rng.random() < 0.8:
+                for line in process.stdout:
+                    said.append(line)
+                    if 'Start training' in line:
+                        break
+                time.sleep(rng.uniform(0, seconds))
+            else:
+                time.sleep(rng.uniform(0, 3))
+            if process.poll() is None:
+                killed = 'a random time'
+                ranks = [pid for pid in processes(mark) if is_rank(pid, rank)]
+                if self.ranks > 1 and ranks and rng.random() < 0.5:
+                    os.kill(ranks[0], signal.SIGKILL)
+                else:
+                    kill_all(mark)
+        said.extend(process.stdout)
+        process.wait()
+        kill_all(mark)
+        self.resumes += any('Resuming training' in line for line in said)
+        killed = next((line.strip() for line in said if line.startswith('killed at: ')), killed)
+        if process.returncode and not killed:
+            sys.exit(''.join(said))
+        return '' if process.returncode == 0 else killed
+
+
+def is_rank(pid: int, rank: int) -> bool:
+    """Whether a process is this rank of a training, and not its launcher."""
+    try:
+        return f'RANK={rank}'.encode() in Path(f'/proc/{pid}/environ').read_bytes().split(b'\0')
+    except OSError:
+        return False
+
+
+# ------------------------------ comparing ------------------------------ #
+
+
+def flat(thing: Any, name: str = '') -> dict[str, Any]:
+    """The tensors of a checkpoint by their paths in it."""
+    if not isinstance(thing, dict):
+        return {name: thing}
+    return {path: value for key in thing for path, value in flat(thing[key], f'{name}/{key}').items()}
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What of two experiments' ``models`` that count is not the same, bit for bit."""
+    names = {path.name for folder in (one, other) for path in folder.glob('*')}
+    wanted = {'net_g_latest.pth', 'levels.json', *(name for name in names if 'level' in name or name.endswith('.mssr'))}
+    found = [f'{name}: not there' for name in wanted if not ((one / name).is_file() and (other / name).is_file())]
+    found += [str(path) for path in one.glob('.saving-*')]
+    for name in sorted(wanted) if not found else []:
+        if name.endswith('.pth'):
+            first, second = (flat(torch.load(folder / name, weights_only=True)) for folder in (one, other))
+            found += [f'{name}{key}' for key in first.keys() ^ second.keys()]
+            found += [
+                f'{name}{key}' for key in first.keys() & second.keys() if not torch.equal(first[key], second[key])
+            ]
+        elif (one / name).read_bytes() != (other / name).read_bytes():
+            found.append(name)
+    return found
+
+
+def chaos(ranks: int, num_kills: int, seed: int) -> int:
+    """Kill so often; print what happened; the number of differences."""
+    kills: list[str] = []
+    resumes = pairs = mismatches = 0
+    with tempfile.TemporaryDirectory() as folder:
+        root, rng = Path(folder), random.Random(f'{seed} {ranks}')
+        make_images(root)
+        reference = Trainer(root / 'undisturbed', ranks, rng)
+        for stage in STAGES:
+            reference.undisturbed(stage)
+        while len(kills) < num_kills or not pairs:
+            trainer = Trainer(root / f'pair{pairs}', ranks, rng)
+            for stage in STAGES:
+                while len(kills) < num_kills:
+                    killed = trainer.disturbed(stage, len(kills) % 2 == 0, reference.seconds[stage])
+                    if not killed:
+                        break
+                    kills.append(killed)
+                    print(f'{ranks} rank(s), kill {len(kills)}, {stage} stage: {killed}', flush=True)
+                else:
+                    trainer.undisturbed(stage)
+                for difference in differences(trainer.models(stage), reference.models(stage)):
+                    mismatches += 1
+                    print(f'{ranks} rank(s), {stage} stage: {difference} differs', flush=True)
+            pairs += 1
+            resumes += trainer.resumes
+    counts = f'{len(kills)} kills, {resumes} resumes, {pairs} pairs of stages compared, {mismatches} mismatches'
+    print(f'{ranks} rank(s), seed {seed}: {counts}')
+    for what, count in Counter(kills).most_common():
+        print(f'    {count:3} {what}')
+    return mismatches
+
+
+def main() -> None:
+    if '--child' in sys.argv:
+        sys.argv.remove('--child')
+        child()
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--kills', type=int, default=40, help='kills for each number of ranks (default: 40)')
+    parser.add_argument('--ranks', type=int, nargs='+', default=[1, 2], help='numbers of ranks (default: 1 2)')
+    parser.add_argument('--seed', type=int, default=0)
+    args = parser.parse_args()
+    sys.exit(1 if sum(chaos(ranks, args.kills, args.seed) for ranks in args.ranks) else 0)
+
+
+if __name__ == '__main__':
+    main()

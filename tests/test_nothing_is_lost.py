@@ -1,0 +1,365 @@
+"""Interrupted, given a wrong file or a full disk: nothing that was done is lost, and one error says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, call
+from test_arch import pruned_mssr
+
+from mssr_basicsr.archs.mssr_arch import MSSR
+from mssr_basicsr.models.mssr_forward_model import MSSRForwardModel
+from mssr_basicsr.models.mssr_model import MSSRModel
+from mssr_basicsr.options import OptionError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def contents(models: Path) -> dict[str, Any]:
+    """All that a stage ended with, tensors as bytes."""
+    found: dict[str, Any] = {'levels.json': json.loads((models / 'levels.json').read_text())}
+    for path in [models / 'net_g_latest.pth', *models.glob('net_g_level*.pth')]:
+        for key, state in torch.load(path, weights_only=True).items():
+            for name, tensor in state.items():
+                found[f'{path.name}/{key}/{name}'] = tensor.numpy().tobytes()
+    return found
+
+
+def forget_after(experiment: Path, iteration: int) -> None:
+    """Remove the saves after ``iteration``."""
+    for path in [*experiment.glob('training_states/*'), *experiment.glob('models/net_g_*')]:
+        number = path.stem.rpartition('_')[2]
+        if number == 'latest' or (number.isdigit() and int(number) > iteration):
+            path.unlink()
+
+
+# ------------------------------ resuming ------------------------------ #
+
+
+@pytest.mark.parametrize('num_worker', [0, 1, 2])
+@pytest.mark.parametrize('iteration', [2, 4, 6, 8, 12])
+def test_a_resumed_forward_stage_ends_as_an_uninterrupted_one(
+    iteration: int, num_worker: int, forward_opt: dict[str, Any], run: Run
+) -> None:
+    """Within epochs (7 batches) and levels (4 iterations), and at their ends; with a criterion that draws numbers."""
+    forward_opt['train']['criterion'] = 'random'
+    forward_opt['datasets']['train'].update(num_worker_per_gpu=num_worker, dataset_enlarge_ratio=3.5)
+    forward_opt['logger']['save_checkpoint_freq'] = 2
+    experiment = run(forward_opt)
+    uninterrupted = contents(experiment / 'models')
+    forget_after(experiment, iteration)
+    for path in experiment.glob('models/net_g_level*'):  # those of levels that are not done yet
+        if int(path.stem[-1]) >= iteration / 4:
+            path.unlink()
+    leftover = experiment / 'models' / '.saving-killed'
+    leftover.mkdir()
+    run(forward_opt, '--auto_resume')
+    assert contents(experiment / 'models') == uninterrupted
+    assert not leftover.exists()
+
+
+@pytest.mark.parametrize('iteration', [2, 3, 4, 6])
+def test_a_resumed_backward_stage_ends_as_an_uninterrupted_one(
+    iteration: int, forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run
+) -> None:
+    run(forward_opt)
+    backward_opt['logger']['save_checkpoint_freq'] = 1
+    experiment = run(backward_opt)
+    uninterrupted, file = contents(experiment / 'models'), (experiment / 'models' / 'net_g.mssr').read_bytes()
+    backward_opt['path']['resume_state'] = f'experiments/backward/training_states/{iteration}.state'
+    run(backward_opt)
+    assert contents(experiment / 'models') == uninterrupted
+    assert (experiment / 'models' / 'net_g.mssr').read_bytes() == file
+
+
+def test_networks_that_draw_random_numbers_resume_exactly(forward_opt: dict[str, Any], run: Run) -> None:
+    """SwinIR drops paths at random, with torch's generator, which validation must leave alone."""
+    forward_opt['network_g']['backbone'] = {**deepcopy(BACKBONES['SwinIR']), 'drop_path_rate': 0.5}
+    forward_opt['train'].update(level_iter=2, total_iter=6)
+    del forward_opt['train']['ssd_opt'], forward_opt['train']['rewind_iter']
+    forward_opt['val']['val_freq'] = 1
+    forward_opt['logger']['save_checkpoint_freq'] = 1
+    experiment = run(forward_opt)
+    uninterrupted = contents(experiment / 'models')
+    forget_after(experiment, 3)
+    run(forward_opt, '--auto_resume')
+    assert contents(experiment / 'models') == uninterrupted
+    assert 'goes on after 3 of its 20 batches' in max(experiment.glob('*.log'), key=os.path.getmtime).read_text()
+
+
+def test_an_inexact_resume_begins_the_epoch_anew(forward_opt: dict[str, Any], run: Run) -> None:
+    forward_opt['train']['exact_resume'] = False
+    experiment = run(forward_opt)
+    uninterrupted = contents(experiment / 'models')
+    forget_after(experiment, 8)
+    run(forward_opt, '--auto_resume')
+    resumed = contents(experiment / 'models')
+    level1 = {name for name in uninterrupted if name.startswith('net_g_level1')}
+    assert level1 and all(resumed[name] == uninterrupted[name] for name in level1)
+    assert resumed != uninterrupted
+
+
+def test_changed_data_begin_the_epoch_anew(forward_opt: dict[str, Any], run: Run) -> None:
+    experiment = run(forward_opt)
+    forget_after(experiment, 8)
+    forward_opt['datasets']['train']['batch_size_per_gpu'] = 8  # 5 batches in an epoch, of which 8 are gone
+    run(forward_opt, '--auto_resume')
+    log = max(experiment.glob('*.log'), key=os.path.getmtime).read_text()
+    assert 'The data or the batch size has changed: epoch 0 begins anew.' in log
+
+
+def test_a_save_of_an_earlier_run_is_not_paired_with_a_new_one(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed from an earlier state and killed between its next network and state: the old state is gone."""
+    experiment = run(forward_opt)
+    forward_opt['path']['resume_state'] = 'experiments/forward/training_states/4.state'
+
+    def killed(model: Any, epoch: int, current_iter: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MSSRModel, 'save_training_state', killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(forward_opt)
+    assert sorted(path.name for path in experiment.glob('training_states/*')) == ['12.state', '4.state']
+
+
+def chaos(kills: int, ranks: int) -> None:
+    """scripts/chaos.py, which exits with 1 where a killed and resumed training differs."""
+    said = call(sys.executable, ROOT / 'scripts' / 'chaos.py', '--kills', str(kills), '--ranks', str(ranks))
+    assert re.search(rf'{kills} kills, \d+ resumes, 1 pairs of stages compared, 0 mismatches', said)
+
+
+def test_killed_and_resumed() -> None:
+    chaos(kills=4, ranks=1)
+
+
+def test_killed_and_resumed_on_two_ranks() -> None:
+    chaos(kills=2, ranks=2)
+
+
+# ------------------------------ full disks, read-only folders ------------------------------ #
+
+
+def train_in(folder: Path, opt: dict[str, Any], *before: str, largest: int | None = None) -> str:
+    """What a training in ``folder`` that fails prints; it may write files of at most ``largest`` bytes."""
+    (folder / 'x.yml').write_text(yaml.safe_dump(opt, sort_keys=False))
+    size = largest or resource.RLIM_INFINITY
+    done = subprocess.run(
+        [*before, sys.executable, '-m', 'mssr_basicsr.train', '-opt', 'x.yml', '--auto_resume'],
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)),
+    )
+    assert done.returncode == 1
+    return done.stderr
+
+
+def finish_in(folder: Path) -> None:
+    """Resume the training in ``folder``, now undisturbed."""
+    said = call(sys.executable, '-m', 'mssr_basicsr.train', '-opt', 'x.yml', '--auto_resume', cwd=folder)
+    assert 'Resuming training from epoch: 0, iter: 4.' in said
+
+
+def test_a_file_that_cannot_be_written_whole(forward_opt: dict[str, Any], tmp_path: Path) -> None:
+    """A quota on the size of a file, which the network first exceeds when it has a teacher beside it."""
+    del forward_opt['train']['ema_decay']
+    forward_opt['val'] = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MSSRForwardModel, 'extra_networks', lambda self: {})
+    said = train_in(tmp_path, forward_opt, largest=60_000)
+    assert re.search(
+        r'OSError: \S+/models: saving failed \([\d,]+ bytes are free there\): net_g_4\.pth was cut short$', said.strip()
+    )
+    assert not list(tmp_path.glob('experiments/forward/*/*'))
+
+
+def test_a_full_disk(forward_opt: dict[str, Any], tmp_path: Path) -> None:
+    """On a file system that has room for some saves: the error names the file, the last save is whole and resumes."""
+    experiments = tmp_path / 'experiments'
+    experiments.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=400k', 'tmpfs', str(experiments)]
+    if shutil.which('mount') is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('mounting a small file system is not allowed here')
+    try:
+        said = train_in(tmp_path, forward_opt)
+        assert re.search(r'OSError: \S+/(models|training_states): saving failed \([\d,]+ bytes are free there\)', said)
+        assert sorted(path.name for path in experiments.glob('forward/training_states/*')) == ['4.state']
+        assert not list(experiments.glob('forward/*/.saving-*'))
+        subprocess.run(['mount', '-o', 'remount,size=4m', str(experiments)], check=True)
+        finish_in(tmp_path)
+    finally:
+        subprocess.run(['umount', str(experiments)], check=True)
+
+
+def test_a_folder_that_became_read_only(forward_opt: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / 'x.yml').write_text(yaml.safe_dump(forward_opt, sort_keys=False))
+    call(sys.executable, '-m', 'mssr_basicsr.train', '-opt', 'x.yml', cwd=tmp_path)
+    experiment = tmp_path / 'experiments' / 'forward'
+    forget_after(experiment, 4)
+    before = (experiment / 'models' / 'net_g_4.pth').read_bytes()
+    (experiment / 'models').chmod(0o555)
+    # The superuser may write anywhere, unless this capability is dropped.
+    as_user = ['setpriv', '--bounding-set=-dac_override', '--inh-caps=-dac_override'] if os.geteuid() == 0 else []
+    if as_user and shutil.which('setpriv') is None:
+        pytest.skip('setpriv, which makes the superuser obey permissions, is not there')
+    said = train_in(tmp_path, forward_opt, *as_user)
+    assert re.search(
+        r'OSError: \S+/models\S* saving failed \([\d,]+ bytes are free there\): \[Errno 13\] Permission', said
+    )
+    assert (experiment / 'models' / 'net_g_4.pth').read_bytes() == before
+    (experiment / 'models').chmod(0o755)
+    finish_in(tmp_path)
+
+
+def test_a_save_that_failed_is_an_error(forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BasicSR warns after three tries and goes on."""
+    save = torch.save
+
+    def full_disk(thing: Any, path: Any) -> None:
+        if 'net_g_8' in str(path):
+            Path(path).write_bytes(b'PK\x03\x04 cut short')
+            raise OSError(28, 'No space left on device')
+        save(thing, path)
+
+    monkeypatch.setattr(torch, 'save', full_disk)
+    monkeypatch.setattr('time.sleep', lambda seconds: None)
+    with pytest.raises(
+        OSError, match=r'models: saving failed \([\d,]+ bytes are free there\): net_g_8\.pth was cut short'
+    ):
+        run(forward_opt)
+    models = Path('experiments/forward/models')
+    assert not (models / 'net_g_8.pth').exists()
+    assert torch.load(models / 'net_g_4.pth', weights_only=True)
+    assert not list(models.glob('.saving-*'))
+
+
+# ------------------------------ the wrong file ------------------------------ #
+
+
+def write_wrong_file(kind: str, path: Path) -> None:
+    """Write to ``path`` what is not the forward stage's checkpoint of the toy EDSR."""
+    whole = {'params': pruned_mssr(TOY_EDSR).state_dict()}
+    torch.save(whole, path)
+    data = path.read_bytes()
+    if kind == 'missing':
+        path.unlink()
+    elif kind == 'empty':
+        path.write_bytes(b'')
+    elif kind == 'truncated':
+        path.write_bytes(data[: len(data) // 2])
+    elif kind == 'text':
+        path.write_text('net_g_latest.pth is in the other folder\n')
+    elif kind == 'image':
+        path.write_bytes(b'\x89PNG\r\n\x1a\n' + bytes(100))
+    elif kind == 'code':
+        torch.save({'params': Path('/')}, path)
+    elif kind == 'tensor':
+        torch.save(torch.zeros(3), path)
+    elif kind == 'state':
+        torch.save({'epoch': 0, 'iter': 4, 'optimizers': [], 'schedulers': []}, path)
+    elif kind == 'stock':
+        torch.save({'params': MSSR(TOY_EDSR, SPARSITY).backbone.state_dict()}, path)
+    elif kind == 'wider':
+        torch.save({'params': pruned_mssr({**TOY_EDSR, 'num_feat': 16}).state_dict()}, path)
+    elif kind == 'another':
+        torch.save({'params': pruned_mssr(BACKBONES['RCAN']).state_dict()}, path)
+    elif kind == 'newer':
+        whole['params']._metadata['']['version'] = 2
+        torch.save(whole, path)
+
+
+WRONG_FILES = {
+    'missing': 'there is no such file',
+    'empty': 'torch cannot read it, it may be cut short (',
+    'truncated': 'torch cannot read it, it may be cut short (',
+    'text': 'it is no checkpoint, or one with more than tensors (',
+    'image': 'it is no checkpoint, or one with more than tensors (',
+    'code': 'it is no checkpoint, or one with more than tensors (',
+    'tensor': 'it holds a Tensor where a checkpoint holds a dict',
+    'state': 'it has no network under params_ema (it has epoch, iter, optimizers, schedulers)',
+    'stock': "the forward stage's last checkpoint (in this one nothing is pruned)",
+    'wider': 'have another shape, such as backbone.conv_first.weight (16, 3, 3, 3) and not (8, 3, 3, 3)',
+    'another': 'it is of another network: ',
+    'newer': 'its format is 2, and this mssr-basicsr reads up to 1: update mssr-basicsr',
+}
+
+
+@pytest.mark.parametrize('kind', WRONG_FILES)
+def test_the_backward_stage_refuses_the_wrong_file(
+    kind: str, backward_opt: dict[str, Any], run: Run, tmp_path: Path
+) -> None:
+    """One error, which names the option and the file, before any training."""
+    path = tmp_path / 'wrong.pth'
+    write_wrong_file(kind, path)
+    backward_opt['path']['pretrain_network_g'] = str(path)
+    with pytest.raises(OptionError) as error:
+        run(backward_opt)
+    assert str(error.value).startswith(f"path.pretrain_network_g: found '{path}'; allowed: ")
+    assert WRONG_FILES[kind] in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_nothing_in_a_checkpoint_is_executed(backward_opt: dict[str, Any], run: Run, tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / 'executed'),)
+
+    torch.save({'params': Code()}, tmp_path / 'wrong.pth')
+    backward_opt['path']['pretrain_network_g'] = str(tmp_path / 'wrong.pth')
+    with pytest.raises(OptionError, match='it is no checkpoint, or one with more than tensors'):
+        run(backward_opt)
+    assert not (tmp_path / 'executed').exists()
+
+
+# What is done to the experiment that is resumed at iteration 8, and the error's text.
+WRONG_STATES = {
+    'network is missing': r"path\.resume_state: found '\S+net_g_8\.pth'; .*there is no such file",
+    'network is cut short': r"path\.resume_state: found '\S+net_g_8\.pth'; .*torch cannot read it",
+    'network of a stock run': r"path\.resume_state: found '\S+8\.state'; allowed: one with a rewind beside it",
+    'state is cut short': r"path\.resume_state: found '\S+8\.state'; allowed: a whole state \(",
+    'state of a stock run': r"path\.resume_state: found '\S+8\.state'; allowed: a state that MSSRForwardModel saved",
+    'state is newer': r'allowed: a state of version 1 or less; its version is 2: update mssr-basicsr',
+    'other stages': r'began with 2 iterations at level 0, .* at level 1.*; this one: 4 iterations at level 0, 4 iter',
+}
+
+
+@pytest.mark.parametrize('kind', WRONG_STATES)
+def test_resuming_refuses_the_wrong_files(kind: str, forward_opt: dict[str, Any], run: Run) -> None:
+    experiment = run(forward_opt)
+    forget_after(experiment, 8)
+    network, state = experiment / 'models' / 'net_g_8.pth', experiment / 'training_states' / '8.state'
+    if kind == 'network is missing':
+        network.unlink()
+    elif kind.endswith('cut short'):
+        path = state if kind.startswith('state') else network
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif kind == 'network of a stock run':
+        checkpoint = torch.load(network, weights_only=True)
+        torch.save({'params': checkpoint['params'], 'params_ema': checkpoint['params_ema']}, network)
+    elif kind == 'other stages':
+        forward_opt['train'].update(level_iter=[2, 6, 4], rewind_iter=1)
+        forward_opt['train']['scheduler']['periods'] = [6]
+        forward_opt['val']['val_freq'] = 2
+    else:
+        saved = torch.load(state, weights_only=True)
+        if kind == 'state is newer':
+            saved['mssr']['version'] = 2
+        else:
+            del saved['mssr']
+        torch.save(saved, state)
+    with pytest.raises(OptionError, match=WRONG_STATES[kind]):
+        run(forward_opt, '--auto_resume')
