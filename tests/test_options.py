@@ -9,7 +9,8 @@ import pytest
 import torch
 from basicsr.archs import build_network
 from basicsr.models.sr_model import SRModel
-from conftest import TOY_EDSR, Run
+from conftest import BACKBONES, TOY_EDSR, Run
+from test_arch import pruned_mssr
 
 from mssr_basicsr.options import OptionError
 
@@ -234,8 +235,6 @@ def test_wrong_options_of_the_forward_stage(
 @pytest.fixture(scope='module')
 def forward_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A checkpoint with levels of the toy network, made without training."""
-    from test_arch import pruned_mssr
-
     path = tmp_path_factory.mktemp('checkpoint') / 'net_g_latest.pth'
     torch.save({'params': pruned_mssr(TOY_EDSR).state_dict()}, path)
     return str(path)
@@ -252,6 +251,16 @@ def test_wrong_options_of_the_backward_stage(
     with pytest.raises(OptionError) as error:
         run(backward_opt)
     assert text in str(error.value)
+
+
+@pytest.mark.usefixtures('no_training')
+def test_what_the_scalable_file_cannot_hold_is_refused_before_training(backward_opt: dict[str, Any], run: Run) -> None:
+    backbone = {**BACKBONES['SwinIR'], 'patch_norm': 'yes, please'}
+    torch.save({'params': pruned_mssr(backbone).state_dict()}, 'swinir.pth')
+    backward_opt['network_g']['backbone'] = backbone
+    backward_opt['path']['pretrain_network_g'] = 'swinir.pth'
+    with pytest.raises(OptionError, match=r"network_g\.backbone: .* a \.mssr file can hold \(.*found 'yes, please'"):
+        run(backward_opt)
 
 
 @pytest.mark.usefixtures('no_training')

@@ -19,6 +19,7 @@ from mssr_basicsr.pruning.frozen_weights import FrozenWeights
 from mssr_basicsr.pruning.level_map import count, delta_of
 from mssr_basicsr.ranks import digest
 from mssr_basicsr.saving import write_whole
+from mssr_basicsr.scalable.errors import ScalableFileError
 from mssr_basicsr.scalable.packing import level_metrics, pack
 
 
@@ -59,6 +60,11 @@ class MSSRBackwardModel(MSSRModel):
             network.level = level
             network.update_mask()
         network.level = 0
+        try:
+            self._pack()  # what the file cannot hold is refused now, and not after days of training
+        except ScalableFileError as error:
+            allowed = f'one that a .mssr file can hold ({error})'
+            raise OptionError('network_g.backbone', network.backbone_options, allowed) from error
         return build_expansion(self._train_opt.get('expansion'), delta_sizes)
 
     def levels_to_validate(self) -> Sequence[int]:
@@ -100,11 +106,14 @@ class MSSRBackwardModel(MSSRModel):
         if current_iter == -1:
             self._write_scalable_file()
 
+    def _pack(self) -> bytes:
+        return pack(self.result, self.opt['scale'], level_metrics(self.records.values()))
+
     def _write_scalable_file(self) -> None:
         """Write ``net_g.mssr``, every level in one file. Rank 0 does."""
         if self.opt['rank'] == 0:
             path = Path(self.opt['path']['models'], 'net_g.mssr')
-            data = pack(self.result, self.opt['scale'], level_metrics(self.records.values()))
+            data = self._pack()
             write_whole(path, data)
             get_root_logger().info(f'All levels in one file of {len(data):,} bytes: {path}')
 
