@@ -1,0 +1,315 @@
+"""Measure what MSSR gives on Set5, Set14 and BSD100, x2, with an EDSR of a size that a processor can train.
+
+    python scripts/study.py data --images FOLDER   # FOLDER holds T91, BSDS200, Set5, Set14 and BSD100
+    python scripts/study.py run main               # or the name of any run or table; see: study.py list
+    python scripts/study.py list
+
+Every run is one of BasicSR's trainings, with the options of options/train_MSSR_EDSR_8x32_x2_291_{forward,backward}.yml
+and the changes that stand below. A run that was stopped goes on where it was saved; one that is done is not done
+again. What a run gave is kept in docs/results.json, from which scripts/study_report.py makes docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import yaml
+from basicsr.archs import build_network
+from prepare_data import DataError, prepare
+
+from mssr_basicsr.report import describe_level
+from mssr_basicsr.saving import write_whole
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / 'docs' / 'results.json'
+OPTIONS = 'train_MSSR_EDSR_8x32_x2_291_{}.yml'
+SPARSITY = (0, 0.5, 0.75, 0.875, 0.9375)
+LEVEL_ITER = 10000  # of the main table
+SMALLEST_ITER = 20000  # of its smallest level, which needs the longest training
+LATEST = 'experiments/{}/models/net_g_latest.pth'  # what a run ends with
+DENSE = 'experiments/main_forward/models/net_g_level0.pth'  # the dense ticket
+RANDOM_MASKS = 'experiments/random_masks.pth'
+TIMED = r'time \(data\): ([\d.]+) \(([\d.]+)\)'  # in BasicSR's log: seconds per iteration, and of these for data
+
+Changes = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. ``changes`` are to the options of ``stage``, by their path in the YAML."""
+
+    name: str
+    table: str
+    stage: str
+    changes: Changes
+    needs: tuple[str, ...] = ()  # files that other runs leave, under experiments/<name of the run>
+
+
+def forward(level_iter: int | list[int], **more: Any) -> Changes:
+    """Options of a forward stage with these iterations of each level."""
+    iterations = level_iter if isinstance(level_iter, list) else [level_iter] * len(SPARSITY)
+    return {**schedule(iterations), 'train.level_iter': level_iter, 'train.rewind_iter': iterations[0] // 10, **more}
+
+
+def backward(start: str, level_iter: int, **more: Any) -> Changes:
+    """Options of a backward stage that starts from the run ``start``."""
+    return {
+        **schedule([level_iter] * (len(SPARSITY) - 1)),
+        'train.expansion.level_iter': level_iter,
+        'path.pretrain_network_g': LATEST.format(start),
+        **more,
+    }
+
+
+def stock(num_iter: int, network: Changes, **more: Any) -> Changes:
+    """Options of a training with BasicSR's own SRModel."""
+    return {**schedule([num_iter]), 'model_type': 'SRModel', 'network_g': network, **more}
+
+
+def schedule(iterations: list[int]) -> Changes:
+    """Cosine annealing over the shortest level, restarted in longer ones; validation and saving at each level's end."""
+    period, restarts = min(iterations), max(iterations) // min(iterations)
+    return {
+        'train.total_iter': sum(iterations),
+        'train.scheduler.periods': [period] * restarts,
+        'train.scheduler.restart_weights': [1] * restarts,
+        'val.val_freq': period,
+        'logger.save_checkpoint_freq': min(period, 5000),
+    }
+
+
+def edsr(num_feat: int, num_block: int) -> Changes:
+    """Options of a small dense EDSR by itself."""
+    return {
+        'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': num_feat, 'num_block': num_block, 'upscale': 2,
+        'res_scale': 1, 'img_range': 255.0, 'rgb_mean': [0.4488, 0.4371, 0.4040],
+    }  # fmt: skip
+
+
+def main_table() -> list[Run]:
+    """MSSR, and what one would use instead.
+
+    `main` keeps the weights at each pruning step and restarts the schedule, `paper` rewinds them. Small dense networks
+    have as many iterations as the level of their size, or (`long`) as all levels up to it together. `one_shot` prunes
+    the dense ticket at once, `random` masks have the densities of main's layers; both train as long as main's level.
+    """
+    long = [LEVEL_ITER] * (len(SPARSITY) - 1) + [SMALLEST_ITER]
+    runs = [
+        Run('main_forward', 'main', 'forward', forward(long, **{'train.rewind': 'lr'})),
+        Run('main_backward', 'main', 'backward', backward('main_forward', 5000), (LATEST.format('main_forward'),)),
+        Run('paper_forward', 'main', 'forward', forward(long)),
+        Run('paper_backward', 'main', 'backward', backward('paper_forward', 5000), (LATEST.format('paper_forward'),)),
+    ]
+    for name, network, num_iter in (
+        ('dense_13k', edsr(8, 8), SMALLEST_ITER),
+        ('dense_13k_long', edsr(8, 8), sum(long)),
+        ('dense_26k', edsr(12, 7), LEVEL_ITER),
+        ('dense_26k_long', edsr(12, 7), sum(long[:-1])),
+    ):
+        runs.append(Run(name, 'main', 'forward', stock(num_iter, network)))
+    for level in range(1, len(SPARSITY)):
+        one_shot = {
+            'network_g.sparsity': [0, SPARSITY[level]],
+            'path.pretrain_network_g': DENSE,
+            'train.first_level': 1,
+            'train.rewind': 'lr',
+            'train.rewind_iter': 0,
+            'train.ssd_opt': None,
+        }
+        runs.append(Run(f'one_shot_{level}', 'main', 'forward', forward([long[level]], **one_shot), (DENSE,)))
+    for level in range(1, len(SPARSITY)):
+        random = {
+            'model_type': 'SRModel',
+            'network_g.level': level,
+            'path.pretrain_network_g': RANDOM_MASKS,
+        }
+        needs = (DENSE, LATEST.format('main_forward'))
+        runs.append(Run(f'random_{level}', 'main', 'forward', {**schedule([long[level]]), **random}, needs))
+    return runs
+
+
+def choices() -> list[Run]:
+    """One change at a time to the paper's recipe, at a shorter schedule, two seeds each."""
+    forwards: dict[str, Changes] = {
+        'reference': {},
+        'ssd_off': {'train.ssd_opt': None},
+        'ssd_1': {'train.ssd_opt.num_depths': 1},
+        'ssd_all': {'train.ssd_opt.num_depths': 'all'},
+        'ssd_teacher': {'train.ssd_opt.target': 'teacher'},
+        'ssd_both': {'train.ssd_opt.target': 'both'},
+        'rewind_lr': {'train.rewind': 'lr'},
+        'rewind_lr_ssd_off': {'train.rewind': 'lr', 'train.ssd_opt': None},
+        'rewind_none': {'train.rewind': 'none'},
+        'layer_magnitude': {'train.criterion': 'layer_magnitude'},
+        'lamp': {'train.criterion': 'lamp'},
+        'random': {'train.criterion': 'random'},
+    }
+    backwards: dict[str, Changes] = {
+        'recover_ticket': {},
+        'recover_rewind': {'train.recover': 'rewind'},
+        'recover_zero': {'train.recover': 'zero'},
+    }
+    runs = []
+    for seed in (1, 2):
+        for name, changes in forwards.items():
+            options = forward(1000, **{**changes, 'manual_seed': seed})
+            runs.append(Run(f'{name}_seed{seed}', 'choices', 'forward', options))
+        for name, changes in backwards.items():
+            start = f'reference_seed{seed}'
+            options = backward(start, 1000, **{**changes, 'manual_seed': seed})
+            runs.append(Run(f'{name}_seed{seed}', 'choices', 'backward', options, (LATEST.format(start),)))
+    return runs
+
+
+RUNS = {run.name: run for run in main_table() + choices()}
+
+
+# ------------------------------ running ------------------------------ #
+
+
+def options_of(run: Run) -> dict[str, Any]:
+    """The whole YAML of a run."""
+    options: dict[str, Any] = yaml.safe_load((ROOT / 'options' / OPTIONS.format(run.stage)).read_text())
+    options['name'] = run.name
+    for path, value in run.changes.items():
+        *parents, key = path.split('.')
+        part = options
+        for parent in parents:
+            part = part[parent]
+        part[key] = value
+    return options
+
+
+def train(run: Run, again: bool = False) -> None:
+    """Do a run, or what is left of it, and keep what it gave; ``again`` if its result is known but not its files."""
+    if run.name in read_results() and not again:
+        print(f'{run.name}: done already')
+        return
+    for file in map(Path, run.needs):
+        if not file.is_file():
+            train(RUNS[file.parts[1]], again=True)
+    if run.changes.get('path.pretrain_network_g') == RANDOM_MASKS:
+        write_random_masks()
+    options = Path('experiments', f'{run.name}.yml')
+    options.parent.mkdir(exist_ok=True)
+    options.write_text(yaml.safe_dump(options_of(run), sort_keys=False))
+    command = ['-m', 'mssr_basicsr.train', '-opt', str(options), '--auto_resume']
+    print('python', *command, flush=True)
+    subprocess.run([sys.executable, *command], check=True)
+    keep(run)
+
+
+def keep(run: Run) -> None:
+    """Write what a finished run gave into docs/results.json."""
+    experiment = Path('experiments', run.name)
+    logs = [log.read_text() for log in sorted(experiment.glob('train_*.log'))]
+    levels = experiment / 'models' / 'levels.json'
+    timed = [[float(value) for value in found] for log in logs for found in re.findall(TIMED, log)]
+    result = {
+        'table': run.table,
+        'command': f'python scripts/study.py run {run.name}',
+        'changes': dict(run.changes),
+        'seed': options_of(run)['manual_seed'],
+        'iterations': run.changes['train.total_iter'],
+        'seconds': round(sum(duration(log) for log in logs)),
+        'seconds_per_iteration': round(median(total for total, _ in timed), 4),
+        'data_seconds_per_iteration': round(median(data for _, data in timed), 4),
+        'threads': torch.get_num_threads(),
+        'levels': json.loads(levels.read_text()) if levels.is_file() else [record_of_stock(run, logs[-1])],
+    }
+    results = read_results()
+    results[run.name] = result
+    write_whole(RESULTS, (json.dumps(results, indent=1) + '\n').encode())
+
+
+def duration(log: str) -> float:
+    """Seconds from the first iteration that a log tells of to its end."""
+    times = [datetime.fromisoformat(stamp) for stamp in re.findall(r'^(\S+ \S+),\d+ INFO', log, re.MULTILINE)]
+    return (times[-1] - times[0]).total_seconds()
+
+
+def record_of_stock(run: Run, log: str) -> dict[str, Any]:
+    """Of a network that BasicSR's own model trained: its parameters and last metrics, as in levels.json."""
+    options = options_of(run)['network_g']
+    network = build_network(options)
+    if options['type'] == 'MSSR':
+        network.load_state_dict(torch.load(LATEST.format(run.name), weights_only=True)['params'])
+        record = describe_level(network, options['level'])
+    else:
+        record = {'level': 0, 'parameters_kept': sum(parameter.numel() for parameter in network.parameters())}
+    metrics: dict[str, dict[str, float]] = {}
+    for dataset, lines in re.findall(r'Validation (\w+)\n((?:\t # .*\n)+)', log):
+        metrics[dataset] = {name: float(value) for name, value in re.findall(r'# (\w+): ([\d.]+)', lines)}
+    return {**record, 'metrics': metrics}
+
+
+def write_random_masks() -> None:
+    """The dense ticket with a level map that has, in each layer, main_forward's levels in random places."""
+    state = torch.load(LATEST.format('main_forward'), weights_only=True)['params']
+    dense = torch.load(DENSE, weights_only=True)['params']
+    generator = torch.Generator().manual_seed(0)
+    for name, levels in state.items():
+        if name.startswith('level_map.'):
+            order = torch.randperm(levels.numel(), generator=generator)
+            state[name] = levels.flatten()[order].view_as(levels)
+    state.update({f'backbone.{name}': weight for name, weight in dense.items()})
+    torch.save({'params': state}, RANDOM_MASKS)
+
+
+def read_results() -> dict[str, Any]:
+    """What is known so far, by run."""
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+
+
+# ------------------------------ the command ------------------------------ #
+
+
+def make_data(images: Path) -> None:
+    """The LMDBs that the options name, under datasets/."""
+    with tempfile.TemporaryDirectory() as folder:
+        for source in ('T91', 'BSDS200'):
+            for path in (images / source).iterdir():
+                os.symlink(path.resolve(), Path(folder, path.name))
+        prepare(folder, 'datasets/T91_BSDS200_x2', 2, 72, 32)
+    for name in ('Set5', 'Set14', 'BSD100'):
+        prepare(images / name, f'datasets/{name}_x2', 2)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True)
+    commands.add_parser('data', help='write datasets/').add_argument('--images', type=Path, required=True)
+    commands.add_parser('list', help='every run, and whether it is done')
+    run = commands.add_parser('run', help='do runs')
+    run.add_argument('names', nargs='+', choices=sorted({*RUNS, *(run.table for run in RUNS.values())}), metavar='NAME')
+    args = parser.parse_args(argv)
+    if args.command == 'data':
+        try:
+            make_data(args.images)
+        except (DataError, OSError) as error:
+            sys.exit(f'study: {error}')
+    elif args.command == 'list':
+        done = read_results()
+        for name, described in RUNS.items():
+            print(f'{described.table:8} {name:24} {"done" if name in done else ""}')
+    else:
+        for described in RUNS.values():
+            if described.name in args.names or described.table in args.names:
+                train(described)
+
+
+if __name__ == '__main__':
+    main()
