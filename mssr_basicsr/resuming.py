@@ -12,24 +12,27 @@ from basicsr.utils import get_root_logger
 
 
 def random_state() -> dict[str, Any]:
-    """The state of this process's random generators (Python's, NumPy's, torch's), in types that torch loads safely."""
+    """The state of this process's random generators (Python's, NumPy's, torch's for the CPU and for its GPU).
+
+    It consists of types that torch loads with ``weights_only``.
+    """
     name, key, *rest = np.random.get_state()
     return {
         'python': random.getstate(),
         'numpy': (name, np.asarray(key).tolist(), *rest),
         'torch': torch.get_rng_state(),
-        'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        'cuda': torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what :func:`random_state` gave; of the GPUs, those that are there."""
+    """Put back what :func:`random_state` gave."""
     version, key, gauss = state['python']
     random.setstate((version, tuple(key), gauss))
     np.random.set_state(tuple(state['numpy']))
     torch.set_rng_state(state['torch'].cpu())
-    for device, generator_state in enumerate(state['cuda'][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(generator_state.cpu(), device)
+    if state['cuda'] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'].cpu())
 
 
 def resume_within_epoch(epoch: int, current_iter: int, state: dict[str, Any]) -> None:
