@@ -33,7 +33,13 @@ import torch
 import yaml
 
 MARK = 'MSSR_CHAOS'  # an environment variable that all processes of one training have, with a value of its own
-FAR = 10**9
+FILE_EVENTS = ('open', 'os.mkdir', 'os.rename', 'os.remove', 'os.rmdir')  # as Python's audit hooks name them
+EVENTS = (
+    'half of a save',
+    *(f'{when} {what}' for what in ('a level begins', 'a level ends', 'resuming') for when in ('before', 'after')),
+    *FILE_EVENTS,
+)
+NO_EVENT = ''
 STAGES = ('forward', 'backward')
 
 # ------------------------------ the training that is killed ------------------------------ #
@@ -98,26 +104,26 @@ def make_images(folder: Path) -> None:
 
 
 def child() -> None:
-    """BasicSR's training, which kills itself at the event whose number is in the environment."""
+    """BasicSR's training, which kills itself at the event that the environment names, the so manieth of its kind."""
     from basicsr.train import train_pipeline
 
     from mssr_basicsr.models.mssr_model import MSSRModel
 
     torch.set_num_threads(1)
-    aimed_at = int(os.environ['CHAOS_EVENT']) if os.environ['CHAOS_RANK'] == os.environ.get('RANK', '0') else FAR
-    experiments, events = str(Path.cwd() / 'experiments'), 0
+    aimed_at = os.environ['CHAOS_EVENT'] if os.environ['CHAOS_RANK'] == os.environ.get('RANK', '0') else NO_EVENT
+    experiments, events = str(Path.cwd() / 'experiments'), Counter[str]()
 
-    def event(what: str, before_death: Callable[[], object] = lambda: None) -> None:
-        nonlocal events
-        events += events > 0 or 'level' in what or 'resum' in what  # the training itself, and not what leads to it
-        if events == aimed_at:
+    def event(what: str, file: str = '', before_death: Callable[[], object] = lambda: None) -> None:
+        if events or what not in FILE_EVENTS:  # the training itself, and not what leads to it
+            events[what] += 1
+        if what == aimed_at and events[what] == int(os.environ['CHAOS_COUNT']):
             before_death()
-            print(f'\nkilled at: {what}', flush=True)
+            print(f'\nkilled at: {what} {Path(file).suffix}', flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def audit(name: str, args: tuple[Any, ...]) -> None:
-        if name in ('open', 'os.rename', 'os.remove', 'os.mkdir', 'os.rmdir') and experiments in str(args[0]):
-            event(f'{name} {Path(str(args[0])).suffix}')
+        if name in FILE_EVENTS and experiments in str(args[0]):
+            event(name, str(args[0]))
 
     def surrounded(original: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -137,7 +143,7 @@ def child() -> None:
             Path(file).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
 
         if isinstance(file, (str, Path)):
-            event('half of a save', half)
+            event('half of a save', str(file), half)
         save(thing, file, **kwargs)
 
     torch.save = save_or_half
@@ -149,6 +155,9 @@ def child() -> None:
 
 
 # ------------------------------ the one who kills ------------------------------ #
+
+
+Process = subprocess.Popen[str]
 
 
 def processes(mark: str) -> list[int]:
@@ -187,7 +196,7 @@ class Trainer:
         """Where the stage leaves what it ends with."""
         return self.folder / 'experiments' / stage / 'models'
 
-    def start(self, stage: str, event: int = FAR, rank: int = 0) -> tuple[str, subprocess.Popen[str]]:
+    def start(self, stage: str, event: str = NO_EVENT, count: int = 0, rank: int = 0) -> tuple[str, Process]:
         """Begin, or resume, a stage; it kills itself at this event of this rank. Its mark, and its launcher."""
         command = [sys.executable]
         if self.ranks > 1:
@@ -195,8 +204,8 @@ class Trainer:
         command += [__file__, '--child', '-opt', f'{stage}.yml', '--auto_resume']
         command += ['--launcher', 'pytorch'] if self.ranks > 1 else []
         mark = f'{os.getpid()}-{time.monotonic_ns()}'
-        environment = {'CHAOS_EVENT': str(event), 'CHAOS_RANK': str(rank), 'OMP_NUM_THREADS': '1', MARK: mark}
-        environment['CUDA_VISIBLE_DEVICES'] = ''
+        environment = {'CHAOS_EVENT': event, 'CHAOS_COUNT': str(count), 'CHAOS_RANK': str(rank), MARK: mark}
+        environment.update(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
         process = subprocess.Popen(
             command,
             cwd=self.folder,
@@ -228,7 +237,10 @@ class Trainer:
         or, sometimes, one rank.
         """
         rng, rank, said = self.rng, self.rng.randrange(self.ranks), []
-        mark, process = self.start(stage, rng.randint(1, 50) if aimed else FAR, rank if rng.random() < 0.3 else 0)
+        event = rng.choice(EVENTS) if aimed else NO_EVENT
+        count = rng.randint(1, 5 if event in FILE_EVENTS else 2)
+        # Rank 0 does nearly all that can be aimed at.
+        mark, process = self.start(stage, event, count, rank if 'level' in event or 'resuming' in event else 0)
         assert process.stdout is not None
         killed = ''
         if not aimed:
