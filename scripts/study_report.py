@@ -45,7 +45,7 @@ INTRODUCTION = """# Results
 
 Made by `python scripts/study_report.py` from [results.json](results.json), which `python scripts/study.py` fills; do
 not edit. EDSR with 8 blocks of 32 features, x2, trained on T91 and BSDS200 (291 images), batch 8, LR patch 20, Adam
-1e-3 with cosine annealing in each level, on one CPU thread. PSNR (dB) and SSIM on Y, border 2. One seed, so differences
+1e-3 with cosine annealing in each level, on a CPU. PSNR (dB) and SSIM on Y, border 2. One seed, so differences
 of some hundredths mean nothing. Parameters are those kept, biases included.
 
 ## Main table
@@ -128,6 +128,7 @@ def runs_table(results: Mapping[str, Any]) -> str:
         [
             f'`{result["command"]}`',
             str(result['seed']),
+            str(result['threads']),
             f'{result["iterations"]:,}',
             f'{result["seconds"] / 60:.0f} min',
             f'{1000 * result["seconds_per_iteration"]:.0f} ms',
@@ -135,7 +136,7 @@ def runs_table(results: Mapping[str, Any]) -> str:
         ]
         for result in results.values()
     ]
-    return table(['command', 'seed', 'iterations', 'wall time', 'an iteration', 'of it data'], rows)
+    return table(['command', 'seed', 'threads', 'iterations', 'wall time', 'an iteration', 'of it data'], rows)
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
