@@ -153,9 +153,12 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
             axis.plot(sizes, quality, 'o-' if len(records) > 1 else 's', label=label)
         for name, (parameters, psnr) in PUBLISHED.items():
             axis.plot(parameters, psnr[i], 'k+')
-            axis.annotate(name, (parameters, psnr[i]), textcoords='offset points', xytext=(4, 4), fontsize=8)
+            axis.annotate(
+                name, (parameters, psnr[i]), textcoords='offset points', xytext=(-5, -3), ha='right', fontsize=8
+            )
         axis.set(title=f'{dataset}, x2', xlabel='parameters', ylabel='PSNR (dB)', xscale='log')
         axis.grid(alpha=0.3)
+        axis.margins(x=0.1)
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -177,7 +180,11 @@ def report(results: Mapping[str, Any]) -> str:
     choices_missing = sum(run.table == 'choices' and run.name not in results for run in RUNS.values())
     if choices_missing:
         missing.append(f'{choices_missing} runs of the choices (`python scripts/study.py list` names them)')
-    parts += ['## How to make them', '`python scripts/study.py data --images FOLDER`, then', runs_table(results)]
+    parts += [
+        '## How to make them',
+        '`python scripts/study.py data --images FOLDER`, then (wall times while the machine had other work)',
+        runs_table(results),
+    ]
     if missing:
         parts += [f'Not run yet: {", ".join(missing)}.']
     return '\n\n'.join(parts) + '\n'
