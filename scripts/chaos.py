@@ -153,6 +153,10 @@ def child() -> None:
     MSSRModel.resume_training = surrounded(MSSRModel.resume_training, 'resuming')  # type: ignore[method-assign]
     sys.addaudithook(audit)
     train_pipeline(str(Path.cwd()))
+    # All is saved. Python's own end would now and then abort a rank in gloo's threads (seen with torch 2.15).
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 # ------------------------------ the one who kills ------------------------------ #
