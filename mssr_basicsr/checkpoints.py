@@ -27,9 +27,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError('there is no such file') from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f'torch cannot read it, it may be cut short ({_first_line(error)})') from error
+        raise CheckpointError(f'torch cannot read it, it may be cut short ({first_line(error)})') from error
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f'it is no checkpoint, or one with more than tensors ({_first_line(error)})') from error
+        raise CheckpointError(f'it is no checkpoint, or one with more than tensors ({first_line(error)})') from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f'it holds a {type(loaded).__name__} where a checkpoint holds a dict')
     return loaded
@@ -68,5 +68,6 @@ def require_same_entries(state: Mapping[str, Tensor], expected: Mapping[str, Ten
         raise CheckpointError(f'it is of another network: {"; ".join(faults)}')
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's text (torch's have many), or its type's name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -21,6 +21,7 @@ from typing import Any, Callable
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from mssr_basicsr.checkpoints import first_line
 from mssr_basicsr.options import OptionError
 
 _FUNCTIONAL_TENSOR = 'torchvision.transforms.functional_tensor'
@@ -102,8 +103,8 @@ def name_unreadable_state(load_resume_state: Callable[..., Any], opt: dict[str, 
     try:
         return load_resume_state(opt)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OptionError('path.resume_state', opt['path'].get('resume_state'), f'a whole state ({reason})') from error
+        allowed = f'a whole state ({first_line(error)})'
+        raise OptionError('path.resume_state', opt['path'].get('resume_state'), allowed) from error
 
 
 def launch_on_cpu(init_dist_pytorch: Callable[..., Any], backend: str, **kwargs: Any) -> None:

@@ -165,12 +165,12 @@ def child() -> None:
 Process = subprocess.Popen[str]
 
 
-def processes(mark: str) -> list[int]:
-    """Every process that has this mark: a launcher's ranks and a loader's workers included."""
-    found = []
+def processes(mark: str, *others: str) -> list[int]:
+    """Every process with this mark and ``others`` in its environment: a launcher's ranks, a loader's workers."""
+    wanted, found = {entry.encode() for entry in (f'{MARK}={mark}', *others)}, []
     for entry in Path('/proc').iterdir():
         try:
-            if entry.name.isdigit() and f'{MARK}={mark}'.encode() in (entry / 'environ').read_bytes().split(b'\0'):
+            if entry.name.isdigit() and wanted <= set((entry / 'environ').read_bytes().split(b'\0')):
                 found.append(int(entry.name))
         except OSError:  # it has ended, or is not ours
             continue
@@ -259,7 +259,7 @@ class Trainer:
                 time.sleep(rng.uniform(0, 3))
             if process.poll() is None:
                 killed = 'a random time'
-                ranks = [pid for pid in processes(mark) if is_rank(pid, rank)]
+                ranks = processes(mark, f'RANK={rank}')
                 if self.ranks > 1 and ranks and rng.random() < 0.5:
                     os.kill(ranks[0], signal.SIGKILL)
                 else:
@@ -272,14 +272,6 @@ class Trainer:
         if process.returncode and not killed:
             sys.exit(''.join(said))
         return '' if process.returncode == 0 else killed
-
-
-def is_rank(pid: int, rank: int) -> bool:
-    """Whether a process is this rank of a training, and not its launcher."""
-    try:
-        return f'RANK={rank}'.encode() in Path(f'/proc/{pid}/environ').read_bytes().split(b'\0')
-    except OSError:
-        return False
 
 
 # ------------------------------ comparing ------------------------------ #

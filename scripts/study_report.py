@@ -150,7 +150,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(SETS), figsize=(14, 4.5), constrained_layout=True)
     lines: dict[str, list[Any]] = {}
     for name, _, record in points(results):
-        lines.setdefault(family(name) + ('_long' if name.endswith('long') else ''), []).append(record)
+        lines.setdefault(re.sub(r'_\d$', '', name), []).append(record)
     for i, (dataset, axis) in enumerate(zip(SETS, axes)):
         for name, records in lines.items():
             sizes = [record['parameters_kept'] for record in records]

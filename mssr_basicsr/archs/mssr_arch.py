@@ -221,16 +221,16 @@ class MSSR(nn.Module):
             CheckpointError: the state dict's format is newer than this class.
         """
         version = getattr(state_dict, '_metadata', {}).get('', {}).get('version', 1)
-        if version > self._version and not is_plain(state_dict):
-            raise CheckpointError(
-                f'its format is {version}, and this mssr-basicsr reads up to {self._version}: update mssr-basicsr'
-            )
         if is_plain(state_dict):
             whole = {name: torch.full_like(m, self.smallest_level) for name, m in self.level_map.named_buffers()}
             state_dict = {
                 **{f'backbone.{key}': value for key, value in state_dict.items()},
                 **{f'level_map.{key}': value for key, value in whole.items()},
             }
+        elif version > self._version:
+            raise CheckpointError(
+                f'its format is {version}, and this mssr-basicsr reads up to {self._version}: update mssr-basicsr'
+            )
         result = super().load_state_dict(state_dict, strict, assign)
         self._mask_is_current = False
         self._masked_weights = None

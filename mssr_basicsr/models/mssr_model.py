@@ -310,20 +310,15 @@ class MSSRModel(SRModel):
         self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'
     ) -> None:
         """As in BasicSR; a file that is not a checkpoint of the network is an OptionError that says why."""
-        with self._checkpoint_checked(load_path):
+        try:
             state = state_dict_of(read_checkpoint(load_path), param_key)
             bare = self.get_bare_model(net)
             if strict:
                 require_same_entries(state, (bare.backbone if is_plain(state) else bare).state_dict())
             super().load_network(net, load_path, strict, param_key)
-
-    @contextmanager
-    def _checkpoint_checked(self, path: str) -> Iterator[None]:
-        option = 'path.resume_state' if self.opt['path'].get('resume_state') else 'path.pretrain_network_g'
-        try:
-            yield
         except CheckpointError as error:
-            raise OptionError(option, path, f'a checkpoint of network_g; {error}') from error
+            option = 'path.resume_state' if self.opt['path'].get('resume_state') else 'path.pretrain_network_g'
+            raise OptionError(option, load_path, f'a checkpoint of network_g; {error}') from error
 
     def _print_different_keys_loading(
         self, crt_net: nn.Module, load_net: dict[str, Tensor], strict: bool = True
