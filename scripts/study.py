@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import study_variants
 import torch
 import yaml
 from basicsr.archs import build_network
@@ -36,9 +37,10 @@ from mssr_basicsr.saving import write_whole
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'docs' / 'results.json'
 OPTIONS = 'train_MSSR_EDSR_8x32_x2_291_{}.yml'
-SPARSITY = (0, 0.5, 0.75, 0.875, 0.9375)
-LEVEL_ITER = 10000  # of the main table
-SMALLEST_ITER = 20000  # of its smallest level, which needs the longest training
+SPARSITY = (0, 0.5, 0.75, 0.875, 0.9375)  # of the main table
+LEVEL_ITER = [10000, 10000, 10000, 10000, 20000]  # the smallest level needs the longest training
+CHOICES_SPARSITY = (0, 0.75, 0.9375)
+CHOICES_ITER = 1000
 LATEST = 'experiments/{}/models/net_g_latest.pth'  # what a run ends with
 DENSE = 'experiments/main_forward/models/net_g_level0.pth'  # the dense ticket
 RANDOM_MASKS = 'experiments/random_masks.pth'
@@ -58,16 +60,15 @@ class Run:
     needs: tuple[str, ...] = ()  # files that other runs leave, under experiments/<name of the run>
 
 
-def forward(level_iter: int | list[int], **more: Any) -> Changes:
+def forward(level_iter: list[int], **more: Any) -> Changes:
     """Options of a forward stage with these iterations of each level."""
-    iterations = level_iter if isinstance(level_iter, list) else [level_iter] * len(SPARSITY)
-    return {**schedule(iterations), 'train.level_iter': level_iter, 'train.rewind_iter': iterations[0] // 10, **more}
+    return {**schedule(level_iter), 'train.level_iter': level_iter, 'train.rewind_iter': level_iter[0] // 10, **more}
 
 
-def backward(start: str, level_iter: int, **more: Any) -> Changes:
-    """Options of a backward stage that starts from the run ``start``."""
+def backward(start: str, level_iter: list[int], **more: Any) -> Changes:
+    """Options of a backward stage that starts from the run ``start``; iterations of each level in the order trained."""
     return {
-        **schedule([level_iter] * (len(SPARSITY) - 1)),
+        **schedule(level_iter),
         'train.expansion.level_iter': level_iter,
         'path.pretrain_network_g': LATEST.format(start),
         **more,
@@ -106,18 +107,18 @@ def main_table() -> list[Run]:
     have as many iterations as the level of their size, or (`long`) as all levels up to it together. `one_shot` prunes
     the dense ticket at once, `random` masks have the densities of main's layers; both train as long as main's level.
     """
-    long = [LEVEL_ITER] * (len(SPARSITY) - 1) + [SMALLEST_ITER]
-    runs = [
-        Run('main_forward', 'main', 'forward', forward(long, **{'train.rewind': 'lr'})),
-        Run('main_backward', 'main', 'backward', backward('main_forward', 5000), (LATEST.format('main_forward'),)),
-        Run('paper_forward', 'main', 'forward', forward(long)),
-        Run('paper_backward', 'main', 'backward', backward('paper_forward', 5000), (LATEST.format('paper_forward'),)),
-    ]
+    runs = []
+    for recipe, changes in (('main', {'train.rewind': 'lr'}), ('paper', {})):
+        tickets = f'{recipe}_forward'
+        runs.append(Run(tickets, 'main', 'forward', forward(LEVEL_ITER, **changes)))
+        for name, num_iter in (('backward', 5000), ('backward_long', 15000)):
+            options = backward(tickets, [num_iter] * (len(SPARSITY) - 1))
+            runs.append(Run(f'{recipe}_{name}', 'main', 'backward', options, (LATEST.format(tickets),)))
     for name, network, num_iter in (
-        ('dense_13k', edsr(8, 8), SMALLEST_ITER),
-        ('dense_13k_long', edsr(8, 8), sum(long)),
-        ('dense_26k', edsr(12, 7), LEVEL_ITER),
-        ('dense_26k_long', edsr(12, 7), sum(long[:-1])),
+        ('dense_13k', edsr(8, 8), LEVEL_ITER[-1]),
+        ('dense_13k_long', edsr(8, 8), sum(LEVEL_ITER)),
+        ('dense_26k', edsr(12, 7), LEVEL_ITER[-2]),
+        ('dense_26k_long', edsr(12, 7), sum(LEVEL_ITER[:-1])),
     ):
         runs.append(Run(name, 'main', 'forward', stock(num_iter, network)))
     for level in range(1, len(SPARSITY)):
@@ -129,7 +130,7 @@ def main_table() -> list[Run]:
             'train.rewind_iter': 0,
             'train.ssd_opt': None,
         }
-        runs.append(Run(f'one_shot_{level}', 'main', 'forward', forward([long[level]], **one_shot), (DENSE,)))
+        runs.append(Run(f'one_shot_{level}', 'main', 'forward', forward([LEVEL_ITER[level]], **one_shot), (DENSE,)))
     for level in range(1, len(SPARSITY)):
         random = {
             'model_type': 'SRModel',
@@ -137,40 +138,52 @@ def main_table() -> list[Run]:
             'path.pretrain_network_g': RANDOM_MASKS,
         }
         needs = (DENSE, LATEST.format('main_forward'))
-        runs.append(Run(f'random_{level}', 'main', 'forward', {**schedule([long[level]]), **random}, needs))
+        runs.append(Run(f'random_{level}', 'main', 'forward', {**schedule([LEVEL_ITER[level]]), **random}, needs))
     return runs
 
 
 def choices() -> list[Run]:
-    """One change at a time to the paper's recipe, at a shorter schedule, two seeds each."""
+    """One change at a time, at a shorter schedule with fewer levels, two seeds each.
+
+    Forward stages change the paper's recipe. Backward stages change ours, from the tickets of `rewind_lr`.
+    """
+    each = [CHOICES_ITER] * len(CHOICES_SPARSITY)
+    # A weight that is kept has been trained in all levels before; rewound, it gets that many iterations here.
+    equal_total = [CHOICES_ITER * (level + 1) for level in range(len(CHOICES_SPARSITY))]
     forwards: dict[str, Changes] = {
-        'reference': {},
-        'ssd_off': {'train.ssd_opt': None},
-        'ssd_1': {'train.ssd_opt.num_depths': 1},
-        'ssd_all': {'train.ssd_opt.num_depths': 'all'},
-        'ssd_teacher': {'train.ssd_opt.target': 'teacher'},
-        'ssd_both': {'train.ssd_opt.target': 'both'},
-        'rewind_lr': {'train.rewind': 'lr'},
-        'rewind_lr_ssd_off': {'train.rewind': 'lr', 'train.ssd_opt': None},
-        'rewind_none': {'train.rewind': 'none'},
-        'layer_magnitude': {'train.criterion': 'layer_magnitude'},
-        'lamp': {'train.criterion': 'lamp'},
-        'random': {'train.criterion': 'random'},
+        'reference': forward(each),
+        'rewind_lr': forward(each, **{'train.rewind': 'lr'}),
+        'rewind_none': forward(each, **{'train.rewind': 'none'}),
+        'rewind_weights_equal_total': forward(equal_total),
+        'ssd_off': forward(each, **{'train.ssd_opt': None}),
+        'ssd_1': forward(each, **{'train.ssd_opt.num_depths': 1}),
+        'ssd_all': forward(each, **{'train.ssd_opt.num_depths': 'all'}),
+        'ssd_teacher': forward(each, **{'train.ssd_opt.target': 'teacher'}),
+        'ssd_both': forward(each, **{'train.ssd_opt.target': 'both'}),
+        'rewind_lr_ssd_off': forward(each, **{'train.rewind': 'lr', 'train.ssd_opt': None}),
+        'layer_magnitude': forward(each, **{'train.criterion': 'layer_magnitude'}),
+        'lamp': forward(each, **{'train.criterion': 'lamp'}),
+        'random': forward(each, **{'train.criterion': 'random'}),
     }
-    backwards: dict[str, Changes] = {
-        'recover_ticket': {},
-        'recover_rewind': {'train.recover': 'rewind'},
-        'recover_zero': {'train.recover': 'zero'},
+    joint = {'model_type': 'JointModel', 'train.joint_iter': CHOICES_ITER, 'train.total_iter': sum(each)}
+    backwards: dict[str, tuple[int, Changes]] = {
+        'recover_ticket': (CHOICES_ITER, {}),
+        'recover_rewind': (CHOICES_ITER, {'train.recover': 'rewind'}),
+        'recover_zero': (CHOICES_ITER, {'train.recover': 'zero'}),
+        'private_others': (CHOICES_ITER, {'model_type': 'PrivateOthersModel'}),
+        'ticket_teacher': (CHOICES_ITER, {'model_type': 'TicketTeacherModel'}),
+        'joint': (CHOICES_ITER, joint),
+        'longer': (3 * CHOICES_ITER, {}),
     }
     runs = []
     for seed in (1, 2):
+        shared = {'network_g.sparsity': list(CHOICES_SPARSITY), 'manual_seed': seed}
         for name, changes in forwards.items():
-            options = forward(1000, **{**changes, 'manual_seed': seed})
-            runs.append(Run(f'{name}_seed{seed}', 'choices', 'forward', options))
-        for name, changes in backwards.items():
-            start = f'reference_seed{seed}'
-            options = backward(start, 1000, **{**changes, 'manual_seed': seed})
-            runs.append(Run(f'{name}_seed{seed}', 'choices', 'backward', options, (LATEST.format(start),)))
+            runs.append(Run(f'{name}_seed{seed}', 'choices', 'forward', {**changes, **shared}))
+        start = f'rewind_lr_seed{seed}'
+        for name, (num_iter, more) in backwards.items():
+            changes = {**backward(start, [num_iter] * (len(each) - 1), **more), **shared}
+            runs.append(Run(f'{name}_seed{seed}', 'choices', 'backward', changes, (LATEST.format(start),)))
     return runs
 
 
@@ -206,7 +219,10 @@ def train(run: Run, again: bool = False) -> None:
     options = Path('experiments', f'{run.name}.yml')
     options.parent.mkdir(exist_ok=True)
     options.write_text(yaml.safe_dump(options_of(run), sort_keys=False))
-    command = ['-m', 'mssr_basicsr.train', '-opt', str(options), '--auto_resume']
+    program = ['-m', 'mssr_basicsr.train']
+    if hasattr(study_variants, options_of(run)['model_type']):
+        program = [study_variants.__file__]
+    command = [*program, '-opt', str(options), '--auto_resume']
     print('python', *command, flush=True)
     subprocess.run([sys.executable, *command], check=True)
     keep(run)

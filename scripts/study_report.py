@@ -17,7 +17,7 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
-from study import RUNS, SPARSITY, read_results
+from study import CHOICES_SPARSITY, RUNS, read_results
 
 DOCS = Path(__file__).resolve().parent.parent / 'docs'
 SETS = ('Set5', 'Set14', 'BSD100')
@@ -31,13 +31,17 @@ PUBLISHED = {
 }
 FAMILIES = {
     'main_forward': 'MSSR, own ticket of each level',
-    'main_backward': '**MSSR, all levels in one set of weights**',
+    'main_backward': 'MSSR, all levels in one set of weights',
+    'main_backward_long': '**MSSR, all levels in one set of weights**',
     'paper_forward': 'MSSR with rewound weights, own tickets',
     'paper_backward': 'MSSR with rewound weights, one set of weights',
+    'paper_backward_long': 'MSSR with rewound weights, one set of weights',
     'one_shot': 'dense ticket pruned at once, trained on',
     'random': "random masks of the levels' layer densities",
-    'dense_13k': 'small dense EDSR (8 blocks of 8 features)',
-    'dense_26k': 'small dense EDSR (7 blocks of 12 features)',
+    'dense_13k': 'small dense EDSR (8 blocks of 8)',
+    'dense_13k_long': 'small dense EDSR (8 blocks of 8), iterations of all levels',
+    'dense_26k': 'small dense EDSR (7 blocks of 12)',
+    'dense_26k_long': 'small dense EDSR (7 blocks of 12), iterations of levels 0 to 3',
 }
 COLUMNS = ('PSNR Set5', 'Set14', 'BSD100', 'SSIM Set5', 'Set14', 'BSD100')
 
@@ -59,13 +63,30 @@ CROPS = """## One photograph at every level
 
 `python scripts/crops.py models/EDSR_8x32_x2_291.mssr -o docs/crops.png`: scikit-image's motorcycle_left.png, PSNR of
 the whole photograph."""
-CHOICES = """1,000 iterations a level, {}. Mean PSNR of Set14 and BSD100, mean over the seeds (largest difference
-between seeds)."""
+CHOICES = """## Choices
+
+One change at a time, at a shorter schedule: levels of 0, 75 and 93.75 % sparsity, 1,000 iterations each. Mean PSNR (dB)
+of Set14 and BSD100, mean over the seeds; in brackets the largest difference between seeds.
+
+![What each choice changes](choices.png)
+
+### Forward stage
+
+`reference` is the paper's recipe: `train.rewind: weights`, self-distillation at 2 depths towards the ground truth,
+global magnitude. A rewound ticket has seen level 0's iterations up to the rewind point and its own; one whose weights
+were kept (`rewind_lr`, `rewind_none`) those of all levels up to it. `rewind_weights_equal_total` rewinds, and trains
+level k for k + 1 times as long, so that its weights have seen as many iterations in total."""
+CHOICES_BACKWARD = """### Backward stage
+
+Each nested level minus its own ticket, from the tickets of `rewind_lr`. `private_others` trains biases at each level,
+as if each level had its own. `ticket_teacher` adds the ticket's image as a second target. `joint` first trains all
+weights for 1,000 iterations, at the smallest level and a random larger one together, and only then freezes. These three
+are in [scripts/study_variants.py](../scripts/study_variants.py). `longer` trains each level for 3,000 iterations."""
 
 
 def family(name: str) -> str:
-    """The run's family: its name without the level or the length."""
-    return re.sub(r'_(\d|long)$', '', name)
+    """The run's family: its name without the level."""
+    return re.sub(r'_\d$', '', name)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -91,7 +112,7 @@ def main_table(results: Mapping[str, Any]) -> str:
         quality = [f'{record["metrics"][dataset]["psnr"]:.2f}' for dataset in SETS]
         quality += [f'{record["metrics"][dataset]["ssim"]:.4f}' for dataset in SETS]
         # The backward stage takes over the smallest level as it is; of a stock training all iterations are one level's.
-        iterations = record.get('iterations', 0 if name.endswith('backward') else result['iterations'])
+        iterations = record.get('iterations', 0 if 'backward' in name else result['iterations'])
         what = '' if name.startswith('dense') else f', level {level}'
         rows.append([FAMILIES[family(name)] + what, f'{record["parameters_kept"]:,}', f'{iterations:,}', *quality])
     for name, (parameters, psnr) in PUBLISHED.items():
@@ -99,33 +120,84 @@ def main_table(results: Mapping[str, Any]) -> str:
     return table(['network', 'parameters', 'iterations', *COLUMNS], rows)
 
 
-def nested_gap(results: Mapping[str, Any], recipe: str) -> str:
-    """How far each nested level is from its own ticket, in dB."""
-    tickets, nested = (
-        {record['level']: record['metrics'] for record in results[f'{recipe}_{stage}']['levels']}
-        for stage in ('forward', 'backward')
-    )
-    rows = [
-        [str(level), *(f'{nested[level][dataset]["psnr"] - tickets[level][dataset]["psnr"]:+.3f}' for dataset in SETS)]
-        for level in sorted(nested)
-    ]
-    return table(['level', *SETS], rows)
+def psnr_by_level(result: Mapping[str, Any]) -> dict[int, dict[str, float]]:
+    """PSNR by level and set, of the levels that a run has validated."""
+    return {
+        record['level']: {dataset: metrics['psnr'] for dataset, metrics in record['metrics'].items()}
+        for record in result['levels']
+        if record['metrics']
+    }
+
+
+def nested_gap(results: Mapping[str, Any], recipe: str, nested_names: Sequence[str]) -> str:
+    """How far each nested level is from its own ticket, in dB, in one or more backward stages."""
+    tickets = psnr_by_level(results[f'{recipe}_forward'])
+    head, rows = ['level'], [[str(level)] for level in sorted(tickets)]
+    for name in nested_names:
+        nested = psnr_by_level(results[name])
+        num_iter = max(record.get('iterations', 0) for record in results[name]['levels'])
+        head += [f'{num_iter:,} iterations a level: {SETS[0]}', *SETS[1:]]
+        for row, level in zip(rows, sorted(tickets)):
+            row += [f'{nested[level][dataset] - tickets[level][dataset]:+.3f}' for dataset in SETS]
+    return table(head, rows)
+
+
+def quality_of_choices(results: Mapping[str, Any], stage: str) -> dict[str, list[dict[int, float]]]:
+    """For each choice that has been run, and each of its seeds, the mean PSNR of Set14 and BSD100 at each level.
+
+    Of backward stages: less that of the tickets that they started from.
+    """
+    found: dict[str, list[dict[int, float]]] = {}
+    for run in RUNS.values():
+        if run.table == 'choices' and run.stage == stage and run.name in results:
+            choice, _, seed = run.name.rpartition('_')
+            quality = mean_psnr(results[run.name])
+            if stage == 'backward':
+                tickets = mean_psnr(results[f'rewind_lr_{seed}'])
+                quality = {level: value - tickets[level] for level, value in quality.items()}
+            found.setdefault(choice, []).append(quality)
+    return found
+
+
+def mean_psnr(result: Mapping[str, Any]) -> dict[int, float]:
+    """The mean PSNR of Set14 and BSD100 by level."""
+    return {level: mean(psnr[dataset] for dataset in SETS[1:]) for level, psnr in psnr_by_level(result).items()}
 
 
 def choices_table(results: Mapping[str, Any], stage: str) -> str:
-    """The mean PSNR over seeds on Set14 and BSD100 together, of each level, with the spread between the seeds."""
-    names = [run.name for run in RUNS.values() if run.table == 'choices' and run.stage == stage]
+    """A row for each choice: mean and spread over its seeds, at each level."""
     rows = []
-    for choice in dict.fromkeys(name.rpartition('_')[0] for name in names):
-        runs = [results[name] for name in names if name.rpartition('_')[0] == choice and name in results]
+    for choice, seeds in quality_of_choices(results, stage).items():
         cells = []
-        for level in range(len(SPARSITY)):
-            records = [record['metrics'] for run in runs for record in run['levels'] if record['level'] == level]
-            values = [mean(metrics[dataset]['psnr'] for dataset in SETS[1:]) for metrics in records]
-            cells.append(f'{mean(values):.3f} ({max(values) - min(values):.3f})' if values else '')
-        if runs:
-            rows.append([choice, str(len(runs)), *cells])
-    return table(['choice', 'seeds', *(f'level {level}' for level in range(len(SPARSITY)))], rows) if rows else ''
+        for level in range(len(CHOICES_SPARSITY)):
+            values = [quality[level] for quality in seeds if level in quality]
+            sign = '+' if stage == 'backward' else ''
+            cells.append(f'{mean(values):{sign}.3f} ({max(values) - min(values):.3f})' if values else '')
+        rows.append([f'`{choice}`', str(len(seeds)), *cells])
+    return table(['choice', 'seeds', *(f'{share:.2%} sparse'.replace('.00', '') for share in CHOICES_SPARSITY)], rows)
+
+
+def plot_choices(results: Mapping[str, Any], path: Path) -> None:
+    """What each choice changes: a dot for each level and seed; of forward stages against the reference's same seed."""
+    figure, axes = plt.subplots(1, 2, figsize=(14, 5), constrained_layout=True)
+    for axis, stage, against in zip(axes, ('forward', 'backward'), ('the reference', 'the own ticket')):
+        choices = quality_of_choices(results, stage)
+        base = choices.pop('reference') if stage == 'forward' else []
+        for row, seeds in enumerate(choices.values()):
+            for seed, quality in enumerate(seeds):
+                for level, value in quality.items():
+                    change = value - base[seed][level] if base else value
+                    axis.plot(change, row + 0.2 * (level - 1), 'o', color=f'C{level}')
+        axis.set_yticks(range(len(choices)), list(choices))
+        axis.invert_yaxis()
+        axis.axvline(0, color='k', linewidth=0.8)
+        axis.set_xscale('symlog', linthresh=0.1)
+        axis.set(title=f'{stage} stage', xlabel=f'PSNR, Set14 and BSD100, against {against} (dB; linear within 0.1)')
+        axis.grid(alpha=0.3)
+    for level, share in enumerate(CHOICES_SPARSITY):
+        axes[1].plot([], [], 'o', color=f'C{level}', label=f'level {level}, {share:.2%} sparse')
+    axes[1].legend()
+    figure.savefig(path, dpi=90)
 
 
 def runs_table(results: Mapping[str, Any]) -> str:
@@ -150,13 +222,12 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(SETS), figsize=(14, 4.5), constrained_layout=True)
     lines: dict[str, list[Any]] = {}
     for name, _, record in points(results):
-        lines.setdefault(re.sub(r'_\d$', '', name), []).append(record)
+        lines.setdefault(family(name), []).append(record)
     for i, (dataset, axis) in enumerate(zip(SETS, axes)):
         for name, records in lines.items():
             sizes = [record['parameters_kept'] for record in records]
             quality = [record['metrics'][dataset]['psnr'] for record in records]
-            label = FAMILIES[family(name)].strip('*') + (', as long as all levels' if name.endswith('long') else '')
-            axis.plot(sizes, quality, 'o-' if len(records) > 1 else 's', label=label)
+            axis.plot(sizes, quality, 'o-' if len(records) > 1 else 's', label=FAMILIES[name].strip('*'))
         for name, (parameters, psnr) in PUBLISHED.items():
             axis.plot(parameters, psnr[i], 'k+')
             side = {'xytext': (5, -3)} if parameters > 600_000 else {'xytext': (-5, -3), 'ha': 'right'}
@@ -172,15 +243,12 @@ def report(results: Mapping[str, Any]) -> str:
     """The whole of docs/results.md."""
     parts = [INTRODUCTION, main_table(results), '![PSNR over parameters](results.png)']
     for recipe in ('main', 'paper'):
-        if {f'{recipe}_forward', f'{recipe}_backward'} <= results.keys():
-            parts += [f'## Nested level minus own ticket, dB (`{recipe}`)', nested_gap(results, recipe)]
-    for stage, note in (('forward', 'one change at a time to the paper recipe'), ('backward', 'from `reference`')):
-        if choices := choices_table(results, stage):
-            parts += [
-                f'## Choices of the {stage} stage',
-                CHOICES.format(note),
-                choices,
-            ]
+        nested = [name for name in (f'{recipe}_backward', f'{recipe}_backward_long') if name in results]
+        if nested:
+            parts += [f'## Nested level minus own ticket, dB (`{recipe}`)', nested_gap(results, recipe, nested)]
+    for stage, note in (('forward', CHOICES), ('backward', CHOICES_BACKWARD)):
+        if quality_of_choices(results, stage):
+            parts += [note, choices_table(results, stage)]
     missing = [f'`{run.name}`' for run in RUNS.values() if run.table == 'main' and run.name not in results]
     choices_missing = sum(run.table == 'choices' and run.name not in results for run in RUNS.values())
     if choices_missing:
@@ -199,6 +267,8 @@ def report(results: Mapping[str, Any]) -> str:
 def main() -> None:
     results = read_results()
     plot(results, DOCS / 'results.png')
+    if quality_of_choices(results, 'forward'):
+        plot_choices(results, DOCS / 'choices.png')
     (DOCS / 'results.md').write_text(report(results), 'utf-8')
 
 
