@@ -111,8 +111,8 @@ def main_table() -> list[Run]:
     for recipe, changes in (('main', {'train.rewind': 'lr'}), ('paper', {})):
         tickets = f'{recipe}_forward'
         runs.append(Run(tickets, 'main', 'forward', forward(LEVEL_ITER, **changes)))
-        for name, num_iter in (('backward', 5000), ('backward_long', 15000)):
-            options = backward(tickets, [num_iter] * (len(SPARSITY) - 1))
+        for name, num_iter, lr in (('backward', 15000, 3e-3), ('backward_short', 5000, 1e-3)):
+            options = backward(tickets, [num_iter] * (len(SPARSITY) - 1), **{'train.optim_g.lr': lr})
             runs.append(Run(f'{recipe}_{name}', 'main', 'backward', options, (LATEST.format(tickets),)))
     for name, network, num_iter in (
         ('dense_13k', edsr(8, 8), LEVEL_ITER[-1]),
@@ -167,7 +167,9 @@ def choices() -> list[Run]:
     }
     joint = {'model_type': 'JointModel', 'train.joint_iter': CHOICES_ITER, 'train.total_iter': sum(each)}
     backwards: dict[str, tuple[int, Changes]] = {
-        'recover_ticket': (CHOICES_ITER, {}),
+        'reference': (CHOICES_ITER, {}),
+        'lr_1e-3': (CHOICES_ITER, {'train.optim_g.lr': 1e-3}),
+        'lr_1e-2': (CHOICES_ITER, {'train.optim_g.lr': 1e-2}),
         'recover_rewind': (CHOICES_ITER, {'train.recover': 'rewind'}),
         'recover_zero': (CHOICES_ITER, {'train.recover': 'zero'}),
         'private_others': (CHOICES_ITER, {'model_type': 'PrivateOthersModel'}),
@@ -183,7 +185,7 @@ def choices() -> list[Run]:
         start = f'rewind_lr_seed{seed}'
         for name, (num_iter, more) in backwards.items():
             changes = {**backward(start, [num_iter] * (len(each) - 1), **more), **shared}
-            runs.append(Run(f'{name}_seed{seed}', 'choices', 'backward', changes, (LATEST.format(start),)))
+            runs.append(Run(f'nested_{name}_seed{seed}', 'choices', 'backward', changes, (LATEST.format(start),)))
     return runs
 
 

@@ -31,11 +31,11 @@ PUBLISHED = {
 }
 FAMILIES = {
     'main_forward': 'MSSR, own ticket of each level',
-    'main_backward': 'MSSR, all levels in one set of weights',
-    'main_backward_long': '**MSSR, all levels in one set of weights**',
+    'main_backward': '**MSSR, all levels in one set of weights**',
+    'main_backward_short': 'MSSR, all levels in one set of weights, trained for less',
     'paper_forward': 'MSSR with rewound weights, own tickets',
     'paper_backward': 'MSSR with rewound weights, one set of weights',
-    'paper_backward_long': 'MSSR with rewound weights, one set of weights',
+    'paper_backward_short': 'MSSR with rewound weights, one set of weights, trained for less',
     'one_shot': 'dense ticket pruned at once, trained on',
     'random': "random masks of the levels' layer densities",
     'dense_13k': 'small dense EDSR (8 blocks of 8)',
@@ -78,7 +78,8 @@ were kept (`rewind_lr`, `rewind_none`) those of all levels up to it. `rewind_wei
 level k for k + 1 times as long, so that its weights have seen as many iterations in total."""
 CHOICES_BACKWARD = """### Backward stage
 
-Each nested level minus its own ticket, from the tickets of `rewind_lr`. `private_others` trains biases at each level,
+Each nested level minus its own ticket, from the tickets of `rewind_lr`. `reference` recovers weights as they were
+pruned (`train.recover: ticket`) and trains with a learning rate of 3e-3. `private_others` trains biases at each level,
 as if each level had its own. `ticket_teacher` adds the ticket's image as a second target. `joint` first trains all
 weights for 1,000 iterations, at the smallest level and a random larger one together, and only then freezes. These three
 are in [scripts/study_variants.py](../scripts/study_variants.py). `longer` trains each level for 3,000 iterations."""
@@ -150,7 +151,7 @@ def quality_of_choices(results: Mapping[str, Any], stage: str) -> dict[str, list
     found: dict[str, list[dict[int, float]]] = {}
     for run in RUNS.values():
         if run.table == 'choices' and run.stage == stage and run.name in results:
-            choice, _, seed = run.name.rpartition('_')
+            choice, _, seed = run.name.replace('nested_', '').rpartition('_')
             quality = mean_psnr(results[run.name])
             if stage == 'backward':
                 tickets = mean_psnr(results[f'rewind_lr_{seed}'])
@@ -243,7 +244,7 @@ def report(results: Mapping[str, Any]) -> str:
     """The whole of docs/results.md."""
     parts = [INTRODUCTION, main_table(results), '![PSNR over parameters](results.png)']
     for recipe in ('main', 'paper'):
-        nested = [name for name in (f'{recipe}_backward', f'{recipe}_backward_long') if name in results]
+        nested = [name for name in (f'{recipe}_backward', f'{recipe}_backward_short') if name in results]
         if nested:
             parts += [f'## Nested level minus own ticket, dB (`{recipe}`)', nested_gap(results, recipe, nested)]
     for stage, note in (('forward', CHOICES), ('backward', CHOICES_BACKWARD)):
