@@ -4,7 +4,7 @@
     python scripts/study.py run main               # or the name of any run or table; see: study.py list
     python scripts/study.py list
 
-Every run is one of BasicSR's trainings, with the options of options/train_MSSR_EDSR_8x32_x2_291_{forward,backward}.yml
+Every run is one of BasicSR's trainings, with the options of options/train_MSSR_EDSR_8x32_x2_291_*.yml
 and the changes that stand below. A run that was stopped goes on where it was saved; one that is done is not done
 again. What a run gave is kept in docs/results.json, from which scripts/study_report.py makes docs/results.md.
 """
@@ -51,7 +51,7 @@ Changes = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One training. ``changes`` are to the options of ``stage``, by their path in the YAML."""
+    """One training. ``changes`` are to the options of ``stage``, the YAML's last word, by their path in it."""
 
     name: str
     table: str
@@ -108,9 +108,9 @@ def main_table() -> list[Run]:
     the dense ticket at once, `random` masks have the densities of main's layers; both train as long as main's level.
     """
     runs = []
-    for recipe, changes in (('main', {'train.rewind': 'lr'}), ('paper', {})):
+    for recipe, stage in (('main', 'forward_lr'), ('paper', 'forward')):
         tickets = f'{recipe}_forward'
-        runs.append(Run(tickets, 'main', 'forward', forward(LEVEL_ITER, **changes)))
+        runs.append(Run(tickets, 'main', stage, forward(LEVEL_ITER)))
         for name, num_iter, lr in (('backward', 15000, 3e-3), ('backward_short', 5000, 1e-3)):
             options = backward(tickets, [num_iter] * (len(SPARSITY) - 1), **{'train.optim_g.lr': lr})
             runs.append(Run(f'{recipe}_{name}', 'main', 'backward', options, (LATEST.format(tickets),)))
