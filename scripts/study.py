@@ -4,9 +4,10 @@
     python scripts/study.py run main               # or the name of any run or table; see: study.py list
     python scripts/study.py list
 
-Every run is one of BasicSR's trainings, with the options of options/train_MSSR_EDSR_8x32_x2_291_*.yml
-and the changes that stand below. A run that was stopped goes on where it was saved; one that is done is not done
-again. What a run gave is kept in docs/results.json, from which scripts/study_report.py makes docs/results.md.
+Every run is one of BasicSR's trainings, with the options of options/train_MSSR_EDSR_8x32_x2_291_*.yml (of the table
+`edsr_m`, which is for a GPU, options/train_MSSR_EDSR_Mx2_291_*.yml) and the changes that stand below. A run that was
+stopped goes on where it was saved; one that is done is not done again. What a run gave is kept in docs/results.json,
+from which scripts/study_report.py makes docs/results.md.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from mssr_basicsr.saving import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'docs' / 'results.json'
-OPTIONS = 'train_MSSR_EDSR_8x32_x2_291_{}.yml'
+OPTIONS = 'train_MSSR_EDSR_{}_291_{}.yml'
 SPARSITY = (0, 0.5, 0.75, 0.875, 0.9375)  # of the main table
 LEVEL_ITER = [10000, 10000, 10000, 10000, 20000]  # the smallest level needs the longest training
 CHOICES_SPARSITY = (0, 0.75, 0.9375)
@@ -51,13 +52,14 @@ Changes = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One training. ``changes`` are to the options of ``stage``, the YAML's last word, by their path in it."""
+    """One training. ``changes`` are to the options of its ``network`` and ``stage``, by their path in the YAML."""
 
     name: str
     table: str
     stage: str
     changes: Changes
     needs: tuple[str, ...] = ()  # files that other runs leave, under experiments/<name of the run>
+    network: str = '8x32_x2'
 
 
 def forward(level_iter: list[int], **more: Any) -> Changes:
@@ -189,7 +191,16 @@ def choices() -> list[Run]:
     return runs
 
 
-RUNS = {run.name: run for run in main_table() + choices()}
+def edsr_m() -> list[Run]:
+    """EDSR-M, as its recipes have it but for the weights, which are kept. For a GPU."""
+    start = LATEST.format('edsr_m_forward')
+    return [
+        Run('edsr_m_forward', 'edsr_m', 'forward', {'train.rewind': 'lr'}, network='Mx2'),
+        Run('edsr_m_backward', 'edsr_m', 'backward', {'path.pretrain_network_g': start}, (start,), 'Mx2'),
+    ]
+
+
+RUNS = {run.name: run for run in main_table() + choices() + edsr_m()}
 
 
 # ------------------------------ running ------------------------------ #
@@ -197,7 +208,7 @@ RUNS = {run.name: run for run in main_table() + choices()}
 
 def options_of(run: Run) -> dict[str, Any]:
     """The whole YAML of a run."""
-    options: dict[str, Any] = yaml.safe_load((ROOT / 'options' / OPTIONS.format(run.stage)).read_text())
+    options: dict[str, Any] = yaml.safe_load((ROOT / 'options' / OPTIONS.format(run.network, run.stage)).read_text())
     options['name'] = run.name
     for path, value in run.changes.items():
         *parents, key = path.split('.')
@@ -241,7 +252,7 @@ def keep(run: Run) -> None:
         'command': f'python scripts/study.py run {run.name}',
         'changes': dict(run.changes),
         'seed': options_of(run)['manual_seed'],
-        'iterations': run.changes['train.total_iter'],
+        'iterations': options_of(run)['train']['total_iter'],
         'seconds': round(sum(duration(log) for log in logs)),
         'seconds_per_iteration': round(median(total for total, _ in timed), 4),
         'data_seconds_per_iteration': round(median(data for _, data in timed), 4),

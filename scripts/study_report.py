@@ -36,6 +36,8 @@ FAMILIES = {
     'paper_forward': 'MSSR with rewound weights, own tickets',
     'paper_backward': 'MSSR with rewound weights, one set of weights',
     'paper_backward_short': 'MSSR with rewound weights, one set of weights, trained for less',
+    'edsr_m_forward': 'MSSR on EDSR-M, own ticket of each level',
+    'edsr_m_backward': 'MSSR on EDSR-M, all levels in one set of weights',
     'one_shot': 'dense ticket pruned at once, trained on',
     'random': "random masks of the levels' layer densities",
     'dense_13k': 'small dense EDSR (8 blocks of 8)',
@@ -97,8 +99,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def points(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
-    """Every network of the main table: its run's name, the run's result, the network's record."""
-    for name in [run.name for run in RUNS.values() if run.table == 'main' and run.name in results]:
+    """Every network of the main table, EDSR-M included: its run's name, the run's result, the network's record."""
+    for name in [run.name for run in RUNS.values() if run.table != 'choices' and run.name in results]:
         for record in results[name]['levels']:
             pretrained = name.startswith('one_shot') and record['level'] == 0
             if record['metrics'] and not pretrained:
@@ -243,14 +245,14 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 def report(results: Mapping[str, Any]) -> str:
     """The whole of docs/results.md."""
     parts = [INTRODUCTION, main_table(results), '![PSNR over parameters](results.png)']
-    for recipe in ('main', 'paper'):
+    for recipe in ('main', 'paper', 'edsr_m'):
         nested = [name for name in (f'{recipe}_backward', f'{recipe}_backward_short') if name in results]
         if nested:
             parts += [f'## Nested level minus own ticket, dB (`{recipe}`)', nested_gap(results, recipe, nested)]
     for stage, note in (('forward', CHOICES), ('backward', CHOICES_BACKWARD)):
         if quality_of_choices(results, stage):
             parts += [note, choices_table(results, stage)]
-    missing = [f'`{run.name}`' for run in RUNS.values() if run.table == 'main' and run.name not in results]
+    missing = [f'`{run.name}`' for run in RUNS.values() if run.table != 'choices' and run.name not in results]
     choices_missing = sum(run.table == 'choices' and run.name not in results for run in RUNS.values())
     if choices_missing:
         missing.append(f'{choices_missing} runs of the choices (`python scripts/study.py list` names them)')
