@@ -38,6 +38,12 @@ def gather(item: Any) -> list[Any]:
     return items
 
 
+def wait_for_all() -> None:
+    """Go on when every rank has come here. Does nothing in a run of one process."""
+    if get_dist_info()[1] > 1:
+        dist.barrier()
+
+
 def require_finite(tensors: Mapping[str, Tensor], when: str) -> None:
     """Raise FloatingPointError on every rank if a value on any of them is NaN or infinite; it names the tensor."""
     found = gather([name for name, tensor in tensors.items() if not tensor.isfinite().all()])

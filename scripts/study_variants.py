@@ -39,7 +39,7 @@ class PrivateOthersModel(MSSRBackwardModel):
     def check_result(self, stage: Stage) -> None:
         pass
 
-    def _write_scalable_file(self) -> None:
+    def write_result(self) -> None:
         pass
 
 

@@ -13,7 +13,7 @@ from conftest import call
 
 # What torchrun starts: BasicSR's pipeline, each rank of which leaves behind what it ended with.
 DRIVER = """
-import os, sys
+import os, sys, time
 import torch
 from mssr_basicsr.models.mssr_forward_model import MSSRForwardModel
 from mssr_basicsr.models.mssr_model import MSSRModel
@@ -35,10 +35,17 @@ def spy_on_optimize(model, current_iter):
     optimize(model, current_iter)
     depths.extend(getattr(model, 'taps', []))
 
+def slow_validation(model, *arguments):
+    time.sleep(1)
+    validate(model, *arguments)
+    open('validated', 'a').write('x')
+
 MSSRModel.save, MSSRForwardModel.optimize_parameters = spy_on_save, spy_on_optimize
+validate, MSSRModel.nondist_validation = MSSRModel.nondist_validation, slow_validation
 sys.argv = [argument for argument in sys.argv if argument not in ('differ', 'diverge')]
 try:
     train_pipeline(os.getcwd())
+    open(f'ended{rank}', 'w').write(open('validated').read())
 except Exception as error:
     open(f'error{rank}', 'w').write(f'{type(error).__name__}: {error}')
     raise
@@ -73,6 +80,8 @@ def test_both_stages_on_two_ranks(
             assert all(torch.equal(one[key][name], other[key][name]) for name in one[key])
         sizes = {name: (levels >= 2).sum() for name, levels in one['network'].items() if name.startswith('level_map.')}
         assert sum(sizes.values()) == 1692
+        # No rank has ended before rank 0 has validated: torchrun may stop rank 0 when the process of another ends.
+        assert (tmp_path / 'ended0').read_text() == (tmp_path / 'ended1').read_text()
     assert len(ended_with(tmp_path, 'forward', 0)['depths']) == (16 if ssd else 0)
 
 

@@ -101,15 +101,10 @@ class MSSRBackwardModel(MSSRModel):
     def _digest(self, level: int) -> str:
         return digest(self.network.export(level))
 
-    def save(self, epoch: int, current_iter: int) -> None:
-        super().save(epoch, current_iter)
-        if current_iter == -1:
-            self._write_scalable_file()
-
     def _pack(self) -> bytes:
         return pack(self.result, self.opt['scale'], level_metrics(self.records.values()))
 
-    def _write_scalable_file(self) -> None:
+    def write_result(self) -> None:
         """Write ``net_g.mssr``, every level in one file. Rank 0 does."""
         if self.opt['rank'] == 0:
             path = Path(self.opt['path']['models'], 'net_g.mssr')

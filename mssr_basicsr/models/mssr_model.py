@@ -22,7 +22,7 @@ from mssr_basicsr.checkpoints import CheckpointError, read_checkpoint, require_s
 from mssr_basicsr.expansion.schedules import Stage
 from mssr_basicsr.options import OptionError, require_bool, require_int
 from mssr_basicsr.pruning.frozen_weights import FrozenWeights
-from mssr_basicsr.ranks import broadcast_from_rank_0, gather, require_agreement, require_finite
+from mssr_basicsr.ranks import broadcast_from_rank_0, gather, require_agreement, require_finite, wait_for_all
 from mssr_basicsr.report import Record, describe_level, level_table
 from mssr_basicsr.resuming import random_state, resume_within_epoch
 from mssr_basicsr.saving import remove_leftovers, saved_whole, write_whole, written_whole
@@ -91,6 +91,9 @@ class MSSRModel(SRModel):
 
     def check_result(self, stage: Stage) -> None:
         """Raise unless the weights that ``stage`` ended with are what it promises."""
+
+    def write_result(self) -> None:
+        """After the last save: write what the training is for, if it is not a checkpoint."""
 
     def extra_networks(self) -> dict[str, nn.Module]:
         """Networks without which a resumed run could not go on, by the key they have in a checkpoint."""
@@ -200,6 +203,11 @@ class MSSRModel(SRModel):
         super().test()
         self.net_g = wrapped
 
+    def validation(self, dataloader: Any, current_iter: int | str, tb_logger: Any, save_img: bool = False) -> None:
+        """As in BasicSR. The other ranks wait for rank 0, which validates, and so none has ended before it is done."""
+        super().validation(dataloader, current_iter, tb_logger, save_img)
+        wait_for_all()
+
     def nondist_validation(self, dataloader: Any, current_iter: int | str, tb_logger: Any, save_img: bool) -> None:
         """BasicSR's validation for each of :meth:`levels_to_validate`, then one row for each in a table.
 
@@ -274,6 +282,9 @@ class MSSRModel(SRModel):
         if self.opt['rank'] == 0:  # of a run that was resumed from an earlier state: no longer of the network to come
             Path(self.opt['path']['training_states'], f'{current_iter}.state').unlink(missing_ok=True)
         super().save(epoch, current_iter)
+        if current_iter == -1:
+            self.write_result()
+            wait_for_all()  # torchrun may stop rank 0 when the process of another rank ends
 
     def save_network(self, net: Any, net_label: str, current_iter: int, param_key: str | list[str] = 'params') -> None:
         """As in BasicSR, with :meth:`extra_networks` in the same file; whole or absent, and never passed over."""
