@@ -109,13 +109,13 @@ def main_table() -> list[Run]:
     have as many iterations as the level of their size, or (`long`) as all levels up to it together. `one_shot` prunes
     the dense ticket at once, `random` masks have the densities of main's layers; both train as long as main's level.
     """
-    runs = []
-    for recipe, stage in (('main', 'forward_lr'), ('paper', 'forward')):
-        tickets = f'{recipe}_forward'
-        runs.append(Run(tickets, 'main', stage, forward(LEVEL_ITER)))
-        for name, num_iter, lr in (('backward', 15000, 3e-3), ('backward_short', 5000, 1e-3)):
-            options = backward(tickets, [num_iter] * (len(SPARSITY) - 1), **{'train.optim_g.lr': lr})
-            runs.append(Run(f'{recipe}_{name}', 'main', 'backward', options, (LATEST.format(tickets),)))
+    runs = [
+        Run('main_forward', 'main', 'forward_lr', forward(LEVEL_ITER)),
+        Run('paper_forward', 'main', 'forward', forward(LEVEL_ITER)),
+    ]
+    for name, num_iter, lr in (('main_backward', 15000, 3e-3), ('main_backward_short', 5000, 1e-3)):
+        options = backward('main_forward', [num_iter] * (len(SPARSITY) - 1), **{'train.optim_g.lr': lr})
+        runs.append(Run(name, 'main', 'backward', options, (LATEST.format('main_forward'),)))
     for name, network, num_iter in (
         ('dense_13k', edsr(8, 8), LEVEL_ITER[-1]),
         ('dense_13k_long', edsr(8, 8), sum(LEVEL_ITER)),

@@ -34,8 +34,6 @@ FAMILIES = {
     'main_backward': '**MSSR, all levels in one set of weights**',
     'main_backward_short': 'MSSR, all levels in one set of weights, trained for less',
     'paper_forward': 'MSSR with rewound weights, own tickets',
-    'paper_backward': 'MSSR with rewound weights, one set of weights',
-    'paper_backward_short': 'MSSR with rewound weights, one set of weights, trained for less',
     'edsr_m_forward': 'MSSR on EDSR-M, own ticket of each level',
     'edsr_m_backward': 'MSSR on EDSR-M, all levels in one set of weights',
     'one_shot': 'dense ticket pruned at once, trained on',
@@ -245,7 +243,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 def report(results: Mapping[str, Any]) -> str:
     """The whole of docs/results.md."""
     parts = [INTRODUCTION, main_table(results), '![PSNR over parameters](results.png)']
-    for recipe in ('main', 'paper', 'edsr_m'):
+    for recipe in ('main', 'edsr_m'):
         nested = [name for name in (f'{recipe}_backward', f'{recipe}_backward_short') if name in results]
         if nested:
             parts += [f'## Nested level minus own ticket, dB (`{recipe}`)', nested_gap(results, recipe, nested)]
