@@ -233,7 +233,7 @@ def train(run: Run, again: bool = False) -> None:
     options.parent.mkdir(exist_ok=True)
     options.write_text(yaml.safe_dump(options_of(run), sort_keys=False))
     program = ['-m', 'mssr_basicsr.train']
-    if hasattr(study_variants, options_of(run)['model_type']):
+    if hasattr(study_variants, run.changes.get('model_type', '')):
         program = [study_variants.__file__]
     command = [*program, '-opt', str(options), '--auto_resume']
     print('python', *command, flush=True)
