@@ -173,7 +173,8 @@ def choices_table(results: Mapping[str, Any], stage: str) -> str:
         for level in range(len(CHOICES_SPARSITY)):
             values = [quality[level] for quality in seeds if level in quality]
             sign = '+' if stage == 'backward' else ''
-            cells.append(f'{mean(values):{sign}.3f} ({max(values) - min(values):.3f})' if values else '')
+            spread = f' ({max(values) - min(values):.3f})' if len(values) > 1 else ''
+            cells.append(f'{mean(values):{sign}.3f}{spread}' if values else '')
         rows.append([f'`{choice}`', str(len(seeds)), *cells])
     return table(['choice', 'seeds', *(f'{share:.2%} sparse'.replace('.00', '') for share in CHOICES_SPARSITY)], rows)
 
