@@ -107,7 +107,8 @@ def main_table() -> list[Run]:
 
     `main` keeps the weights at each pruning step and restarts the schedule, `paper` rewinds them. Small dense networks
     have as many iterations as the level of their size, or (`long`) as all levels up to it together. `one_shot` prunes
-    the dense ticket at once, `random` masks have the densities of main's layers; both train as long as main's level.
+    the dense ticket at once (by LAMP: global magnitude would leave nothing of conv_last), `random` masks have the
+    densities of main's layers; both train as long as main's level.
     """
     runs = [
         Run('main_forward', 'main', 'forward_lr', forward(LEVEL_ITER)),
@@ -128,6 +129,7 @@ def main_table() -> list[Run]:
             'network_g.sparsity': [0, SPARSITY[level]],
             'path.pretrain_network_g': DENSE,
             'train.first_level': 1,
+            'train.criterion': 'lamp',
             'train.rewind': 'lr',
             'train.rewind_iter': 0,
             'train.ssd_opt': None,

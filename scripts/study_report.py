@@ -36,7 +36,7 @@ FAMILIES = {
     'paper_forward': 'MSSR with rewound weights, own tickets',
     'edsr_m_forward': 'MSSR on EDSR-M, own ticket of each level',
     'edsr_m_backward': 'MSSR on EDSR-M, all levels in one set of weights',
-    'one_shot': 'dense ticket pruned at once, trained on',
+    'one_shot': 'dense ticket pruned at once (LAMP), trained on',
     'random': "random masks of the levels' layer densities",
     'dense_13k': 'small dense EDSR (8 blocks of 8)',
     'dense_13k_long': 'small dense EDSR (8 blocks of 8), iterations of all levels',
@@ -56,7 +56,8 @@ so differences of some hundredths mean nothing. Parameters are those kept, biase
 
 Iterations of a level are its own; it starts from what the levels before it have learned. A small dense EDSR has had as
 many as the level of its size, or, in its second row, as all levels up to it together. `main` keeps the weights at a
-pruning step and restarts the schedule (`train.rewind: lr`), `paper` rewinds them; both distil at 2 depths."""
+pruning step and restarts the schedule (`train.rewind: lr`), `paper` rewinds them; both distil at 2 depths. The dense
+ticket pruned at once is pruned by LAMP: global magnitude would leave nothing of its last convolution at 93.75 %."""
 CROPS = """## One photograph at every level
 
 ![A crop of a photograph by bicubic, at each level, and itself](crops.png)

@@ -198,6 +198,23 @@ def test_users_criteria_are_used(forward_opt: dict[str, Any], run: Run, monkeypa
     assert all((levels.flatten().int().diff() <= 0).all() for levels in level_map.values())
 
 
+def test_a_layer_that_is_pruned_away_is_said(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def last_goes_first(weights: dict[str, Tensor], masks: Any, generator: Any) -> dict[str, Tensor]:
+        return {name: weight.abs() * (name != 'conv_last.weight') for name, weight in weights.items()}
+
+    monkeypatch.setattr(CRITERION_REGISTRY, '_obj_map', dict(iter(CRITERION_REGISTRY)))
+    CRITERION_REGISTRY.register(last_goes_first)
+    forward_opt['train']['criterion'] = 'last_goes_first'
+    (log,) = run(forward_opt).glob('train_*.log')
+    warnings = [line for line in log.read_text().splitlines() if 'nothing left' in line]
+    assert [line.partition('WARNING: ')[2] for line in warnings] == [
+        'Level 1 has nothing left of conv_last.weight.',
+        'Level 2 has nothing left of conv_last.weight.',
+    ]
+
+
 def test_a_diverged_training_stops_and_names_the_weight(
     forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from basicsr.losses import build_loss
+from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
 
@@ -110,6 +111,9 @@ class MSSRForwardModel(MSSRModel):
             network.set_level_map(prune(level_map, scores, level, num_kept(total, network.sparsity[level])))
         broadcast_from_rank_0(network.get_level_map())
         network.level = level
+        emptied = [name for name, mask in mask_of(network.get_level_map(), level).items() if not mask.any()]
+        if emptied:  # a residual branch may go, but without its last convolution a network gives one flat image
+            get_root_logger().warning(f'Level {level} has nothing left of {", ".join(emptied)}.')
 
     def _mark_rewind_point(self) -> None:
         self.rewind_point.load_state_dict(self.network.backbone.state_dict())
