@@ -73,8 +73,7 @@ class JointModel(MSSRBackwardModel):
         if stage != self.stages[0]:
             return super().freeze_weights(stage)
         self._digests: dict[int, str] = {}
-        everything = delta_of(self.network.get_level_map(), 0, stage.level + 1)
-        return FrozenWeights(self.network.backbone, everything, others_train=True)
+        return FrozenWeights(self.network.backbone, {}, others_train=True)  # nothing is frozen
 
     def _restart_optimizer(self, stage: Stage) -> None:
         super()._restart_optimizer(stage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,15 +16,15 @@ from mssr_basicsr.options import OptionError
 from mssr_basicsr.pruning.level_map import mask_of, num_kept, prune
 
 
-def pruned_mssr(backbone: dict[str, Any], **options: Any) -> MSSR:
+def pruned_mssr(backbone: dict[str, Any], sparsity: Sequence[float] = tuple(SPARSITY), **options: Any) -> MSSR:
     """An MSSR network with all its levels, pruned by magnitude without training."""
     torch.manual_seed(0)
-    network = MSSR(backbone, SPARSITY, **options)
+    network = MSSR(backbone, sparsity, **options)
     weights = network.prunable_weights()
     total = sum(weight.numel() for weight in weights.values())
-    for level in range(1, len(SPARSITY)):
+    for level in range(1, len(sparsity)):
         scores = {name: weight.detach().abs() for name, weight in weights.items()}
-        network.set_level_map(prune(network.get_level_map(), scores, level, num_kept(total, SPARSITY[level])))
+        network.set_level_map(prune(network.get_level_map(), scores, level, num_kept(total, sparsity[level])))
     return network
 
 

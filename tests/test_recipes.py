@@ -12,9 +12,7 @@ import torch
 import yaml
 from basicsr.models import build_model
 from basicsr.utils.options import parse_options
-
-from mssr_basicsr.archs.mssr_arch import MSSR
-from mssr_basicsr.pruning.level_map import num_kept, prune
+from test_arch import pruned_mssr
 
 OPTIONS = Path(__file__).resolve().parent.parent / 'options'
 FORWARD = {path.name: yaml.safe_load(path.read_text()) for path in sorted(OPTIONS.glob('*forward*.yml'))}
@@ -28,17 +26,6 @@ def build(recipe: str, folder: Path, **path: str) -> Any:
     return build_model(opt)
 
 
-def pruned_checkpoint(network_g: dict[str, Any], path: Path) -> Path:
-    """The checkpoint of a network with all levels that has never been trained."""
-    network = MSSR(**{key: value for key, value in network_g.items() if key != 'type'})
-    scores = {name: weight.detach().abs() for name, weight in network.prunable_weights().items()}
-    total = sum(score.numel() for score in scores.values())
-    for level, share in enumerate(network.sparsity[1:], 1):
-        network.set_level_map(prune(network.get_level_map(), scores, level, num_kept(total, share)))
-    torch.save({'params': network.state_dict()}, path)
-    return path
-
-
 @pytest.mark.parametrize('recipe', FORWARD)
 def test_a_forward_recipe_is_accepted(recipe: str, tmp_path: Path) -> None:
     model = build(recipe, tmp_path)
@@ -50,5 +37,7 @@ def test_a_backward_recipe_goes_on_where_a_forward_one_ends(recipe: str, tmp_pat
     start, network_g = (BACKWARD[recipe][key] for key in ('path', 'network_g'))
     (forward,) = [opt for opt in FORWARD.values() if f'/{opt["name"]}/' in start['pretrain_network_g']]
     assert forward['network_g'] == network_g
-    model = build(recipe, tmp_path, pretrain_network_g=str(pruned_checkpoint(network_g, tmp_path / 'start.pth')))
+    pruned = pruned_mssr(**{key: value for key, value in network_g.items() if key != 'type'})
+    torch.save({'params': pruned.state_dict()}, tmp_path / 'start.pth')
+    model = build(recipe, tmp_path, pretrain_network_g=str(tmp_path / 'start.pth'))
     assert [stage.level for stage in model.stages] == list(range(len(network_g['sparsity']) - 2, -1, -1))
