@@ -153,12 +153,14 @@ def choices() -> list[Run]:
     """
     each = [CHOICES_ITER] * len(CHOICES_SPARSITY)
     # A weight that is kept has been trained in all levels before; rewound, it gets that many iterations here.
+    # `rewind_lr_longer` is the kept one's answer: as many iterations of the whole run.
     equal_total = [CHOICES_ITER * (level + 1) for level in range(len(CHOICES_SPARSITY))]
     forwards: dict[str, Changes] = {
         'reference': forward(each),
         'rewind_lr': forward(each, **{'train.rewind': 'lr'}),
         'rewind_none': forward(each, **{'train.rewind': 'none'}),
         'rewind_weights_equal_total': forward(equal_total),
+        'rewind_lr_longer': forward(equal_total, **{'train.rewind': 'lr'}),
         'ssd_off': forward(each, **{'train.ssd_opt': None}),
         'ssd_1': forward(each, **{'train.ssd_opt.num_depths': 1}),
         'ssd_all': forward(each, **{'train.ssd_opt.num_depths': 'all'}),

@@ -49,8 +49,10 @@ INTRODUCTION = """# Results
 
 Made by `python scripts/study_report.py` from [results.json](results.json), which `python scripts/study.py` fills; do
 not edit. EDSR with 8 blocks of 32 features, x2, trained on T91 and BSDS200 (291 images), batch 8, LR patch 20, Adam
-1e-3 (backward stage: 3e-3) with cosine annealing in each level, on a CPU. PSNR (dB) and SSIM on Y, border 2. One seed,
-so differences of some hundredths mean nothing. Parameters are those kept, biases included.
+1e-3 (backward stage: 3e-3) with cosine annealing in each level, on a CPU. PSNR (dB) and SSIM on Y, border 2. The main
+table has one seed, so differences of some hundredths mean nothing. Parameters are those kept, biases included. On the
+same machine a run gives the same bits again; on another processor it may not, and then differs as another seed would:
+`rewind_lr_seed1` gave 31.420 / 30.792 at its smaller levels on one machine, 31.412 / 30.929 on the next.
 
 ## Main table
 
@@ -94,7 +96,8 @@ of Set14 and BSD100, mean over the seeds; in brackets the largest difference bet
 `reference` is the paper's recipe: `train.rewind: weights`, self-distillation at 2 depths towards the ground truth,
 global magnitude. A rewound ticket has seen level 0's iterations up to the rewind point and its own; one whose weights
 were kept (`rewind_lr`, `rewind_none`) those of all levels up to it. `rewind_weights_equal_total` rewinds, and trains
-level k for k + 1 times as long, so that its weights have seen as many iterations in total."""
+level k for k + 1 times as long, so that its weights have seen as many iterations in total as those of `rewind_lr`; the
+whole run has twice as many then, and so has that of `rewind_lr_longer`, which keeps the weights."""
 CHOICES_BACKWARD = """### Backward stage
 
 Each nested level minus its own ticket, from the tickets of `rewind_lr`. `reference` recovers weights as they were
