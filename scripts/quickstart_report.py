@@ -22,8 +22,10 @@ from basicsr.metrics import calculate_metric
 from basicsr.utils import tensor2img
 from basicsr.utils.matlab_functions import imresize
 from basicsr.utils.options import ordered_yaml
+from training_logs import iteration_seconds, read_logs
 
-TICKETS = Path('experiments/mssr_forward/models/levels.json')
+FORWARD = Path('experiments/mssr_forward')
+TICKETS = FORWARD / 'models' / 'levels.json'
 NESTED = Path('results/mssr_test/levels.json')
 PLOT = Path('quickstart.png')
 
@@ -64,6 +66,8 @@ def main() -> None:
         cells += [f'{record["parameters_kept"]:,}', f'{ticket["psnr"]:.2f} / {ticket["ssim"]:.4f}']
         cells += [f'{metrics["psnr"]:.2f} / {metrics["ssim"]:.4f}', f'{metrics["psnr"] - base["psnr"]:+.2f} dB']
         print('  '.join(f'{cell:>15}' for cell in cells))
+    total, data = (1000 * seconds for seconds in iteration_seconds(read_logs(FORWARD)))
+    print(f'An iteration of the forward stage took {total:.0f} ms, {data:.0f} ms of them waiting for data.')
 
     figure, axes = plt.subplots(figsize=(6.4, 4), layout='constrained')
     sizes = [record['parameters_kept'] for record in nested]

@@ -21,9 +21,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import study_variants
@@ -31,6 +29,7 @@ import torch
 import yaml
 from basicsr.archs import build_network
 from prepare_data import DataError, prepare
+from training_logs import iteration_seconds, read_logs, wall_seconds
 
 from mssr_basicsr.report import describe_level
 from mssr_basicsr.saving import write_whole
@@ -45,7 +44,6 @@ CHOICES_ITER = 1000
 LATEST = 'experiments/{}/models/net_g_latest.pth'  # what a run ends with
 DENSE = 'experiments/main_forward/models/net_g_level0.pth'  # the dense ticket
 RANDOM_MASKS = 'experiments/random_masks.pth'
-TIMED = r'time \(data\): ([\d.]+) \(([\d.]+)\)'  # in BasicSR's log: seconds per iteration, and of these for data
 
 Changes = Mapping[str, Any]
 
@@ -248,30 +246,23 @@ def train(run: Run, again: bool = False) -> None:
 def keep(run: Run) -> None:
     """Write what a finished run gave into docs/results.json."""
     experiment = Path('experiments', run.name)
-    logs = [log.read_text() for log in sorted(experiment.glob('train_*.log'))]
-    levels = experiment / 'models' / 'levels.json'
-    timed = [[float(value) for value in found] for log in logs for found in re.findall(TIMED, log)]
+    logs, levels = read_logs(experiment), experiment / 'models' / 'levels.json'
+    seconds, data_seconds = iteration_seconds(logs)
     result = {
         'table': run.table,
         'command': f'python scripts/study.py run {run.name}',
         'changes': dict(run.changes),
         'seed': options_of(run)['manual_seed'],
         'iterations': options_of(run)['train']['total_iter'],
-        'seconds': round(sum(duration(log) for log in logs)),
-        'seconds_per_iteration': round(median(total for total, _ in timed), 4),
-        'data_seconds_per_iteration': round(median(data for _, data in timed), 4),
+        'seconds': round(wall_seconds(logs)),
+        'seconds_per_iteration': round(seconds, 4),
+        'data_seconds_per_iteration': round(data_seconds, 4),
         'threads': torch.get_num_threads(),
         'levels': json.loads(levels.read_text()) if levels.is_file() else [record_of_stock(run, logs[-1])],
     }
     results = read_results()
     results[run.name] = result
     write_whole(RESULTS, (json.dumps(results, indent=1) + '\n').encode())
-
-
-def duration(log: str) -> float:
-    """Seconds from the first iteration that a log tells of to its end."""
-    times = [datetime.fromisoformat(stamp) for stamp in re.findall(r'^(\S+ \S+),\d+ INFO', log, re.MULTILINE)]
-    return (times[-1] - times[0]).total_seconds()
 
 
 def record_of_stock(run: Run, log: str) -> dict[str, Any]:
