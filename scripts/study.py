@@ -45,6 +45,10 @@ LATEST = 'experiments/{}/models/net_g_latest.pth'  # what a run ends with
 DENSE = 'experiments/main_forward/models/net_g_level0.pth'  # the dense ticket
 RANDOM_MASKS = 'experiments/random_masks.pth'
 
+# For glibc: memory that an iteration frees stays with the process, which else gets it back page by page in the next.
+# On a CPU that takes 15 % off an iteration of the 8x32 network; the results are the same bits.
+KEEP_FREED_MEMORY = {'MALLOC_TOP_PAD_': '100000000'}
+
 Changes = Mapping[str, Any]
 
 
@@ -239,7 +243,7 @@ def train(run: Run, again: bool = False) -> None:
         program = [study_variants.__file__]
     command = [*program, '-opt', str(options), '--auto_resume']
     print('python', *command, flush=True)
-    subprocess.run([sys.executable, *command], check=True)
+    subprocess.run([sys.executable, *command], check=True, env={**KEEP_FREED_MEMORY, **os.environ})
     keep(run)
 
 
