@@ -116,9 +116,8 @@ def main_table() -> list[Run]:
         Run('main_forward', 'main', 'forward_lr', forward(LEVEL_ITER)),
         Run('paper_forward', 'main', 'forward', forward(LEVEL_ITER)),
     ]
-    for name, num_iter, lr in (('main_backward', 15000, 3e-3), ('main_backward_short', 5000, 1e-3)):
-        options = backward('main_forward', [num_iter] * (len(SPARSITY) - 1), **{'train.optim_g.lr': lr})
-        runs.append(Run(name, 'main', 'backward', options, (LATEST.format('main_forward'),)))
+    options = backward('main_forward', [15000] * (len(SPARSITY) - 1))
+    runs.append(Run('main_backward', 'main', 'backward', options, (LATEST.format('main_forward'),)))
     for name, network, num_iter in (
         ('dense_13k', edsr(8, 8), LEVEL_ITER[-1]),
         ('dense_13k_long', edsr(8, 8), sum(LEVEL_ITER)),
@@ -248,7 +247,7 @@ def train(run: Run, again: bool = False) -> None:
 
 
 def keep(run: Run) -> None:
-    """Write what a finished run gave into docs/results.json."""
+    """Write what a finished run gave into docs/results.json; if it was run before, beside what it gave then."""
     experiment = Path('experiments', run.name)
     logs, levels = read_logs(experiment), experiment / 'models' / 'levels.json'
     seconds, data_seconds = iteration_seconds(logs)
@@ -265,6 +264,9 @@ def keep(run: Run) -> None:
         'levels': json.loads(levels.read_text()) if levels.is_file() else [record_of_stock(run, logs[-1])],
     }
     results = read_results()
+    before = results.get(run.name)
+    if before is not None:
+        result['earlier'] = [*before.pop('earlier', []), before]
     results[run.name] = result
     write_whole(RESULTS, (json.dumps(results, indent=1) + '\n').encode())
 

@@ -32,7 +32,6 @@ PUBLISHED = {
 FAMILIES = {
     'main_forward': 'MSSR, own ticket of each level',
     'main_backward': '**MSSR, all levels in one set of weights**',
-    'main_backward_short': 'MSSR, all levels in one set of weights, less training, with 1e-3',
     'paper_forward': 'MSSR with rewound weights, own tickets',
     'edsr_m_forward': 'MSSR on EDSR-M, own ticket of each level',
     'edsr_m_backward': 'MSSR on EDSR-M, all levels in one set of weights',
@@ -50,9 +49,7 @@ INTRODUCTION = """# Results
 Made by `python scripts/study_report.py` from [results.json](results.json), which `python scripts/study.py` fills; do
 not edit. EDSR with 8 blocks of 32 features, x2, trained on T91 and BSDS200 (291 images), batch 8, LR patch 20, Adam
 1e-3 (backward stage: 3e-3) with cosine annealing in each level, on a CPU. PSNR (dB) and SSIM on Y, border 2. The main
-table has one seed, so differences of some hundredths mean nothing. Parameters are those kept, biases included. On the
-same machine a run gives the same bits again; on another processor it may not, and then differs as another seed would:
-`rewind_lr_seed1` gave 31.420 / 30.792 at its smaller levels on one machine, 31.412 / 30.929 on the next.
+table has one seed, so differences of some hundredths mean nothing. Parameters are those kept, biases included.
 
 ## Main table
 
@@ -60,15 +57,19 @@ Iterations of a level are its own; it starts from what the levels before it have
 many as the level of its size, or, in its second row, as all levels up to it together. `main` keeps the weights at a
 pruning step and restarts the schedule (`train.rewind: lr`), `paper` rewinds them; both distil at 2 depths. The dense
 ticket pruned at once is pruned by LAMP: global magnitude would leave nothing of its last convolution at 93.75 %."""
+REPEATS = """## How far a run repeats
+
+On the same machine a run gives the same bits again. On another processor it may not, and then differs as another seed
+would: PSNR of the runs that were done on two, the first time and what the last time changed of it."""
 CROPS = """## One photograph at every level
 
 ![A crop of a photograph by bicubic, at each level, and itself](crops.png)
 
 `python scripts/crops.py models/EDSR_8x32_x2_291.mssr -o docs/crops.png`: scikit-image's motorcycle_left.png, PSNR of
 the whole photograph."""
-TRIED = """What was tried by hand to close the gap, with one seed, on level 3 alone (its ticket: 37.20 / 32.79 / 31.69),
-by model classes such as those in [scripts/study_variants.py](../scripts/study_variants.py). No command of the study
-gives these figures again but the first and the last row's; the choices repeat most of it at a shorter schedule.
+TRIED = """What was tried by hand to close the gap, with one seed, on level 3 alone, from the tickets of the first time
+(37.20 / 32.79 / 31.69), by model classes such as those in [scripts/study_variants.py](../scripts/study_variants.py). No
+command of the study gives these figures again but the last row's; the choices repeat most of it at a shorter schedule.
 
 | level 3 | Set5 | Set14 | BSD100 |
 | --- | --- | --- | --- |
@@ -152,17 +153,43 @@ def psnr_by_level(result: Mapping[str, Any]) -> dict[int, dict[str, float]]:
     }
 
 
-def nested_gap(results: Mapping[str, Any], recipe: str, nested_names: Sequence[str]) -> str:
-    """How far each nested level is from its own ticket, in dB, in one or more backward stages."""
-    tickets = psnr_by_level(results[f'{recipe}_forward'])
-    head, rows = ['level'], [[str(level)] for level in sorted(tickets)]
-    for name in nested_names:
-        nested = psnr_by_level(results[name])
-        num_iter = max(record.get('iterations', 0) for record in results[name]['levels'])
-        head += [f'{num_iter:,} iterations a level: {SETS[0]}', *SETS[1:]]
-        for row, level in zip(rows, sorted(tickets)):
-            row += [f'{nested[level][dataset] - tickets[level][dataset]:+.3f}' for dataset in SETS]
-    return table(head, rows)
+def runs_of(results: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """What a run gave each time that it was done, the last first; nothing if it was never done."""
+    return [results[name], *reversed(results[name].get('earlier', []))] if name in results else []
+
+
+def nested_gap(tickets: Mapping[str, Any], nested: Mapping[str, Any]) -> str:
+    """How far each nested level is from its own ticket, in dB."""
+    own, shared = psnr_by_level(tickets), psnr_by_level(nested)
+    rows = [
+        [str(level), *(f'{shared[level][dataset] - own[level][dataset]:+.3f}' for dataset in SETS)]
+        for level in sorted(own)
+    ]
+    return table(['level', *SETS], rows)
+
+
+def nested_gaps(results: Mapping[str, Any], recipe: str) -> Iterator[str]:
+    """:func:`nested_gap` each time that a recipe's backward stage was done, the last first."""
+    for nested in runs_of(results, f'{recipe}_backward'):
+        smallest = max(psnr_by_level(nested))
+        for tickets in runs_of(results, f'{recipe}_forward'):
+            # The nested smallest level is its ticket: so the two belong together.
+            if psnr_by_level(tickets)[smallest] == psnr_by_level(nested)[smallest]:
+                yield nested_gap(tickets, nested)
+
+
+def repeats(results: Mapping[str, Any]) -> str:
+    """PSNR of the runs that were done more than once: what the first time gave, and what the last changed of it."""
+    rows = []
+    for name in results:
+        last, *before = runs_of(results, name)
+        for level, psnr in psnr_by_level(last).items():
+            for first in map(psnr_by_level, before[-1:]):
+                cells = [
+                    f'{first[level][dataset]:.2f} {psnr[dataset] - first[level][dataset]:+.2f}' for dataset in SETS
+                ]
+                rows.append([f'`{name}`', str(level), *cells])
+    return table(['run', 'level', *SETS], rows) if rows else ''
 
 
 def quality_of_choices(results: Mapping[str, Any], stage: str) -> dict[str, dict[str, dict[int, float]]]:
@@ -267,13 +294,17 @@ def report(results: Mapping[str, Any]) -> str:
     """The whole of docs/results.md."""
     parts = [INTRODUCTION, main_table(results), '![PSNR over parameters](results.png)']
     for recipe in ('main', 'edsr_m'):
-        nested = [name for name in (f'{recipe}_backward', f'{recipe}_backward_short') if name in results]
-        if nested:
-            parts += [f'## Nested level minus own ticket, dB (`{recipe}`)', nested_gap(results, recipe, nested)]
+        gaps = list(nested_gaps(results, recipe))
+        if gaps:
+            parts += [f'## Nested level minus own ticket, dB (`{recipe}`)', gaps[0]]
+            parts += ['The same commands on another processor:'] * bool(gaps[1:]) + gaps[1:]
             parts += [TRIED] if recipe == 'main' else []
     for stage, note in (('forward', CHOICES), ('backward', CHOICES_BACKWARD)):
         if quality_of_choices(results, stage):
             parts += [note, choices_table(results, stage)]
+    repeated = repeats(results)
+    if repeated:
+        parts += [REPEATS, repeated]
     missing = [f'`{run.name}`' for run in RUNS.values() if run.table != 'choices' and run.name not in results]
     choices_missing = sum(run.table == 'choices' and run.name not in results for run in RUNS.values())
     if choices_missing:

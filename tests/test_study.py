@@ -1,0 +1,70 @@
+"""The study: its report is what its results give, and its runs are accepted before hours are spent on them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import yaml
+from basicsr.models import build_model
+from basicsr.utils.options import parse_options
+from test_arch import pruned_mssr
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / 'scripts'))
+
+import study  # noqa: E402
+import study_report  # noqa: E402
+
+
+def test_the_report_is_made_from_the_results() -> None:
+    assert study_report.report(study.read_results()) == (ROOT / 'docs' / 'results.md').read_text('utf-8')
+
+
+@pytest.mark.parametrize('name', study.RUNS)
+def test_a_run_is_accepted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options, with the files that it needs from other runs, make a model that is ready to train."""
+    monkeypatch.chdir(tmp_path)
+    run = study.RUNS[name]
+    options = study.options_of(run)
+    start = options['path'].get('pretrain_network_g')
+    if start:
+        Path(start).parent.mkdir(parents=True)
+        network_g = {key: value for key, value in options['network_g'].items() if key not in ('type', 'level')}
+        pruned = pruned_mssr(**network_g)
+        torch.save({'params': pruned.export(0) if start == study.DENSE else pruned.state_dict()}, start)
+    Path('run.yml').write_text(yaml.safe_dump(options))
+    with mock.patch.object(sys, 'argv', ['train.py', '-opt', 'run.yml']):
+        opt, _ = parse_options(str(tmp_path), is_train=True)
+    model = build_model(opt)
+    total_iter = (
+        sum(stage.num_iter for stage in model.stages) if hasattr(model, 'stages') else opt['train']['total_iter']
+    )
+    assert total_iter == options['train']['total_iter']
+
+
+def test_a_run_done_again_keeps_what_it_gave_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, 'RESULTS', tmp_path / 'results.json')
+    experiment = tmp_path / 'experiments' / 'main_forward'
+    (experiment / 'models').mkdir(parents=True)
+    (experiment / 'train_main_forward_20260101.log').write_text(
+        '2026-01-01 00:00:00,000 INFO: Start\n'
+        '2026-01-01 00:01:00,000 INFO: [eta: 1:00:00, time (data): 0.060 (0.002)]\n'
+        '2026-01-01 00:01:30,000 INFO: [eta: 1:00:00, time (data): 0.040 (0.004)]\n'
+    )
+    for psnr in (30.0, 31.0, 32.0):
+        records = [{'level': 0, 'metrics': {'Set5': {'psnr': psnr}}}]
+        (experiment / 'models' / 'levels.json').write_text(json.dumps(records))
+        study.keep(study.RUNS['main_forward'])
+    last, *before = study_report.runs_of(study.read_results(), 'main_forward')
+    assert [study_report.psnr_by_level(run)[0]['Set5'] for run in (last, *before)] == [32, 31, 30]
+    assert [last[key] for key in ('seconds', 'seconds_per_iteration', 'data_seconds_per_iteration')] == [
+        90,
+        0.05,
+        0.003,
+    ]
