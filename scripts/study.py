@@ -39,6 +39,7 @@ RESULTS = ROOT / 'docs' / 'results.json'
 OPTIONS = 'train_MSSR_EDSR_{}_291_{}.yml'
 SPARSITY = (0, 0.5, 0.75, 0.875, 0.9375)  # of the main table
 LEVEL_ITER = [10000, 10000, 10000, 10000, 20000]  # the smallest level needs the longest training
+NESTED_ITER = [30000, 45000, 15000, 15000]  # of levels 3 to 0, in the order in which they are trained
 CHOICES_SPARSITY = (0, 0.75, 0.9375)
 CHOICES_ITER = 1000
 LATEST = 'experiments/{}/models/net_g_latest.pth'  # what a run ends with
@@ -116,8 +117,8 @@ def main_table() -> list[Run]:
         Run('main_forward', 'main', 'forward_lr', forward(LEVEL_ITER)),
         Run('paper_forward', 'main', 'forward', forward(LEVEL_ITER)),
     ]
-    options = backward('main_forward', [15000] * (len(SPARSITY) - 1))
-    runs.append(Run('main_backward', 'main', 'backward', options, (LATEST.format('main_forward'),)))
+    nested = backward('main_forward', NESTED_ITER)
+    runs.append(Run('main_backward', 'main', 'backward', nested, (LATEST.format('main_forward'),)))
     for name, network, num_iter in (
         ('dense_13k', edsr(8, 8), LEVEL_ITER[-1]),
         ('dense_13k_long', edsr(8, 8), sum(LEVEL_ITER)),
@@ -264,6 +265,9 @@ def keep(run: Run) -> None:
         'levels': json.loads(levels.read_text()) if levels.is_file() else [record_of_stock(run, logs[-1])],
     }
     results = read_results()
+    if run.stage == 'backward':  # what it is compared with; the forward stage may be run again some day
+        tickets = results[Path(run.needs[0]).parts[1]]['levels']
+        result['tickets'] = [{key: ticket[key] for key in ('level', 'metrics')} for ticket in tickets]
     before = results.get(run.name)
     if before is not None:
         result['earlier'] = [*before.pop('earlier', []), before]

@@ -59,8 +59,9 @@ pruning step and restarts the schedule (`train.rewind: lr`), `paper` rewinds the
 ticket pruned at once is pruned by LAMP: global magnitude would leave nothing of its last convolution at 93.75 %."""
 REPEATS = """## How far a run repeats
 
-On the same machine a run gives the same bits again. On another processor it may not, and then differs as another seed
-would: PSNR of the runs that were done on two, the first time and what the last time changed of it."""
+What was run twice with the same options: PSNR the first time, and what the second changed of it. `main_forward` gave
+the same bits on two machines. `rewind_lr_seed1` was run on a third in between, whose processor rounds otherwise: such a
+run differs as another seed would."""
 CROPS = """## One photograph at every level
 
 ![A crop of a photograph by bicubic, at each level, and itself](crops.png)
@@ -144,13 +145,24 @@ def main_table(results: Mapping[str, Any]) -> str:
     return table(['network', 'parameters', 'iterations', *COLUMNS], rows)
 
 
-def psnr_by_level(result: Mapping[str, Any]) -> dict[int, dict[str, float]]:
-    """PSNR by level and set, of the levels that a run has validated."""
+def psnr_by_level(records: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """PSNR by level and set, of the levels that have been validated."""
     return {
         record['level']: {dataset: metrics['psnr'] for dataset, metrics in record['metrics'].items()}
-        for record in result['levels']
+        for record in records
         if record['metrics']
     }
+
+
+def nested_gap(result: Mapping[str, Any]) -> str:
+    """How far each nested level of a backward stage is from its own ticket, in dB."""
+    tickets, nested = psnr_by_level(result['tickets']), psnr_by_level(result['levels'])
+    iterations = {record['level']: record.get('iterations', 0) for record in result['levels']}
+    rows = [
+        [str(k), f'{iterations[k]:,}', *(f'{nested[k][dataset] - tickets[k][dataset]:+.3f}' for dataset in SETS)]
+        for k in sorted(tickets)
+    ]
+    return table(['level', 'iterations', *SETS], rows)
 
 
 def runs_of(results: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
@@ -158,37 +170,17 @@ def runs_of(results: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
     return [results[name], *reversed(results[name].get('earlier', []))] if name in results else []
 
 
-def nested_gap(tickets: Mapping[str, Any], nested: Mapping[str, Any]) -> str:
-    """How far each nested level is from its own ticket, in dB."""
-    own, shared = psnr_by_level(tickets), psnr_by_level(nested)
-    rows = [
-        [str(level), *(f'{shared[level][dataset] - own[level][dataset]:+.3f}' for dataset in SETS)]
-        for level in sorted(own)
-    ]
-    return table(['level', *SETS], rows)
-
-
-def nested_gaps(results: Mapping[str, Any], recipe: str) -> Iterator[str]:
-    """:func:`nested_gap` each time that a recipe's backward stage was done, the last first."""
-    for nested in runs_of(results, f'{recipe}_backward'):
-        smallest = max(psnr_by_level(nested))
-        for tickets in runs_of(results, f'{recipe}_forward'):
-            # The nested smallest level is its ticket: so the two belong together.
-            if psnr_by_level(tickets)[smallest] == psnr_by_level(nested)[smallest]:
-                yield nested_gap(tickets, nested)
-
-
 def repeats(results: Mapping[str, Any]) -> str:
-    """PSNR of the runs that were done more than once: what the first time gave, and what the last changed of it."""
+    """PSNR of what was done more than once with the same options: what the first time gave, and the last changed."""
     rows = []
     for name in results:
         last, *before = runs_of(results, name)
-        for level, psnr in psnr_by_level(last).items():
-            for first in map(psnr_by_level, before[-1:]):
-                cells = [
-                    f'{first[level][dataset]:.2f} {psnr[dataset] - first[level][dataset]:+.2f}' for dataset in SETS
-                ]
-                rows.append([f'`{name}`', str(level), *cells])
+        for earlier in before[-1:]:
+            if earlier['changes'] == last['changes']:
+                first, again = psnr_by_level(earlier['levels']), psnr_by_level(last['levels'])
+                for level, psnr in first.items():
+                    cells = [f'{psnr[dataset]:.3f} {again[level][dataset] - psnr[dataset]:+.3f}' for dataset in SETS]
+                    rows.append([f'`{name}`', str(level), *cells])
     return table(['run', 'level', *SETS], rows) if rows else ''
 
 
@@ -201,17 +193,17 @@ def quality_of_choices(results: Mapping[str, Any], stage: str) -> dict[str, dict
     for run in RUNS.values():
         if run.table == 'choices' and run.stage == stage and run.name in results:
             choice, _, seed = run.name.replace('nested_', '').rpartition('_')
-            quality = mean_psnr(results[run.name])
+            quality = mean_psnr(results[run.name]['levels'])
             if stage == 'backward':
-                tickets = mean_psnr(results[f'rewind_lr_{seed}'])
+                tickets = mean_psnr(results[run.name]['tickets'])
                 quality = {level: value - tickets[level] for level, value in quality.items()}
             found.setdefault(choice, {})[seed] = quality
     return found
 
 
-def mean_psnr(result: Mapping[str, Any]) -> dict[int, float]:
+def mean_psnr(records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     """The mean PSNR of Set14 and BSD100 by level."""
-    return {level: mean(psnr[dataset] for dataset in SETS[1:]) for level, psnr in psnr_by_level(result).items()}
+    return {level: mean(psnr[dataset] for dataset in SETS[1:]) for level, psnr in psnr_by_level(records).items()}
 
 
 def choices_table(results: Mapping[str, Any], stage: str) -> str:
@@ -230,7 +222,7 @@ def choices_table(results: Mapping[str, Any], stage: str) -> str:
 
 def plot_choices(results: Mapping[str, Any], path: Path) -> None:
     """What each choice changes: a dot for each level and seed; of forward stages against the reference's same seed."""
-    figure, axes = plt.subplots(1, 2, figsize=(14, 5), constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(14, 7), constrained_layout=True)
     for axis, stage, against in zip(axes, ('forward', 'backward'), ('the reference', 'the own ticket')):
         choices = quality_of_choices(results, stage)
         base = choices.pop('reference') if stage == 'forward' else {}
@@ -247,7 +239,7 @@ def plot_choices(results: Mapping[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     for level, share in enumerate(CHOICES_SPARSITY):
         axes[1].plot([], [], 'o', color=f'C{level}', label=f'level {level}, {share:.2%} sparse')
-    axes[1].legend()
+    figure.legend(*axes[1].get_legend_handles_labels(), loc='outside lower center', ncols=3)
     figure.savefig(path, dpi=90)
 
 
@@ -294,10 +286,10 @@ def report(results: Mapping[str, Any]) -> str:
     """The whole of docs/results.md."""
     parts = [INTRODUCTION, main_table(results), '![PSNR over parameters](results.png)']
     for recipe in ('main', 'edsr_m'):
-        gaps = list(nested_gaps(results, recipe))
+        gaps = [nested_gap(result) for result in runs_of(results, f'{recipe}_backward')]
         if gaps:
             parts += [f'## Nested level minus own ticket, dB (`{recipe}`)', gaps[0]]
-            parts += ['The same commands on another processor:'] * bool(gaps[1:]) + gaps[1:]
+            parts += ['Run before, with other iterations:', *gaps[1:]] if gaps[1:] else []
             parts += [TRIED] if recipe == 'main' else []
     for stage, note in (('forward', CHOICES), ('backward', CHOICES_BACKWARD)):
         if quality_of_choices(results, stage):

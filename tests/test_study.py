@@ -62,7 +62,7 @@ def test_a_run_done_again_keeps_what_it_gave_before(tmp_path: Path, monkeypatch:
         (experiment / 'models' / 'levels.json').write_text(json.dumps(records))
         study.keep(study.RUNS['main_forward'])
     last, *before = study_report.runs_of(study.read_results(), 'main_forward')
-    assert [study_report.psnr_by_level(run)[0]['Set5'] for run in (last, *before)] == [32, 31, 30]
+    assert [study_report.psnr_by_level(run['levels'])[0]['Set5'] for run in (last, *before)] == [32, 31, 30]
     assert [last[key] for key in ('seconds', 'seconds_per_iteration', 'data_seconds_per_iteration')] == [
         90,
         0.05,
