@@ -65,6 +65,7 @@ def options(folder: Path, stage: str, ranks: int) -> dict[str, Any]:
         train.update(level_iter=12, total_iter=36, criterion='random', ssd_opt={'type': 'SSDLoss', 'num_depths': 2})
     else:
         train.update(expansion={'type': 'SequentialExpansion', 'level_iter': 12}, total_iter=24)
+        train['ticket_opt'] = {'type': 'L1Loss'}
     return {
         'name': stage,
         'model_type': f'MSSR{stage.capitalize()}Model',

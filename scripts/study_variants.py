@@ -6,15 +6,12 @@ python scripts/study_variants.py -opt OPTIONS   # python -m mssr_basicsr.train, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor
 
-from mssr_basicsr.checkpoints import read_checkpoint
 from mssr_basicsr.expansion.schedules import Stage
 from mssr_basicsr.models.mssr_backward_model import MSSRBackwardModel
 from mssr_basicsr.pruning.frozen_weights import FrozenWeights
@@ -41,22 +38,6 @@ class PrivateOthersModel(MSSRBackwardModel):
 
     def write_result(self) -> None:
         pass
-
-
-@MODEL_REGISTRY.register()
-class TicketTeacherModel(MSSRBackwardModel):
-    """Each level learns the images that its own ticket gives, beside the ground truth and with equal weight."""
-
-    def freeze_weights(self, stage: Stage) -> FrozenWeights:
-        self.teacher = deepcopy(self.network.backbone).requires_grad_(False)
-        ticket = Path(self.opt['path']['pretrain_network_g']).with_name(f'net_g_level{stage.level}.pth')
-        self.teacher.load_state_dict(read_checkpoint(ticket)['params'])
-        return super().freeze_weights(stage)
-
-    def init_training_settings(self) -> None:
-        super().init_training_settings()
-        pixel_loss = self.cri_pix
-        self.cri_pix = lambda output, gt: pixel_loss(output, gt) + pixel_loss(output, self.teacher(self.lq))
 
 
 @MODEL_REGISTRY.register()

@@ -131,6 +131,16 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
         'train.pixel_opt: found None; allowed: the options of a loss, with train.ssd_opt.',
     ),
     (
+        'train.ssd_opt.type',
+        'SSD',
+        "train.ssd_opt.type: found 'SSD'; allowed: ",
+    ),
+    (
+        'train.ssd_opt',
+        {'type': 'MSELoss'},
+        "train.ssd_opt.type: found 'MSELoss'; allowed: SSDLoss, or one of its kind.",
+    ),
+    (
         'train.ssd_opt.num_depths',
         4,
         "train.ssd_opt.num_depths: found 4; allowed: a whole number from 1 to 3 (the feature taps), or 'all'.",
@@ -176,6 +186,22 @@ WRONG_BACKWARD: list[tuple[str, Any, str]] = [
         'train.recover',
         'tickets',
         "train.recover: found 'tickets'; allowed: rewind, ticket, zero.",
+    ),
+    (
+        'train.ticket_opt',
+        {'loss_weight': 1.0},
+        "train.ticket_opt: found {'loss_weight': 1.0}; allowed: the options of a loss, with its type.",
+    ),
+    (
+        'train.ticket_opt',
+        {'type': 'L1'},
+        "train.ticket_opt.type: found 'L1'; allowed: ",
+    ),
+    (
+        'train.ticket_opt',
+        {'type': 'L1Loss'},
+        "net_g_level1.pth'; allowed: what the forward stage wrote as level 1's ticket, beside its last checkpoint "
+        '(there is no such file).',
     ),
     (
         'train.expansion',

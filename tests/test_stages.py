@@ -299,6 +299,34 @@ def test_what_recovered_weights_start_from(
             assert torch.equal(start['weights'][name][delta], expected[delta])
 
 
+def test_a_level_may_learn_the_images_of_its_own_ticket(
+    forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = run(forward_opt) / 'models'
+    tickets = [load(forward / f'net_g_level{level}.pth')['params'] for level in range(3)]
+    levels = []
+    optimize = MSSRBackwardModel.optimize_parameters
+
+    def spy(model: Any, current_iter: int) -> None:
+        optimize(model, current_iter)
+        ticket = build_network(TOY_EDSR)
+        ticket.load_state_dict(tickets[model.network.level])
+        with torch.no_grad():
+            expected = {
+                'l_pix': torch.nn.functional.l1_loss(model.output, model.gt),
+                'l_ticket': 0.5 * torch.nn.functional.l1_loss(model.output, ticket(model.lq)),
+            }
+        levels.append(model.network.level)
+        assert model.log_dict['l_pix'] == pytest.approx(float(expected['l_pix']))
+        assert model.log_dict['l_ticket'] == pytest.approx(float(expected['l_ticket']))
+
+    monkeypatch.setattr(MSSRBackwardModel, 'optimize_parameters', spy)
+    backward_opt['train']['ticket_opt'] = {'type': 'L1Loss', 'loss_weight': 0.5}
+    models = run(backward_opt) / 'models'
+    assert levels == [1, 1, 1, 0, 0, 0]
+    assert equal(load_network(models / 'net_g_latest.pth').export(2), tickets[2])
+
+
 def test_users_schedules_may_jump_over_levels(
     forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,9 @@ def test_a_run_is_accepted(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         Path(start).parent.mkdir(parents=True)
         network_g = {key: value for key, value in options['network_g'].items() if key not in ('type', 'level')}
         pruned = pruned_mssr(**network_g)
-        torch.save({'params': pruned.export(0) if start == study.DENSE else pruned.state_dict()}, start)
+        torch.save({'params': pruned.state_dict()}, start)
+        for level in range(len(pruned.sparsity)):
+            torch.save({'params': pruned.export(level)}, Path(start).with_name(f'net_g_level{level}.pth'))
     Path('run.yml').write_text(yaml.safe_dump(options))
     with mock.patch.object(sys, 'argv', ['train.py', '-opt', 'run.yml']):
         opt, _ = parse_options(str(tmp_path), is_train=True)

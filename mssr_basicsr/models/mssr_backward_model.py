@@ -8,12 +8,12 @@ from typing import Any
 
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
-from torch import nn
+from torch import Tensor, nn
 
-from mssr_basicsr.checkpoints import read_checkpoint
+from mssr_basicsr.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
 from mssr_basicsr.expansion.recovery import RECOVERY_STARTS, recover_weights
 from mssr_basicsr.expansion.schedules import Stage, build_expansion
-from mssr_basicsr.models.mssr_model import MSSRModel
+from mssr_basicsr.models.mssr_model import MSSRModel, frozen_copy
 from mssr_basicsr.options import OptionError, require_one_of
 from mssr_basicsr.pruning.frozen_weights import FrozenWeights
 from mssr_basicsr.pruning.level_map import count, delta_of
@@ -35,7 +35,12 @@ class MSSRBackwardModel(MSSRModel):
         expansion: options of the expansion schedule, with its type, a name in ``EXPANSION_REGISTRY``.
         recover: what recovered weights start from, ``ticket`` (default), ``rewind`` or ``zero``; see
             :func:`recover_weights`.
+        ticket_opt: options of a loss, with its type, that compares a level's images with those of its own ticket; it
+            is added to the pixel loss. The tickets are the ``net_g_level{k}.pth`` beside ``path.pretrain_network_g``;
+            ``ticket_level{k}.pth`` are copies, which a resumed run needs. Default: none.
     """
+
+    distillation_option = 'ticket_opt'
 
     def __init__(self, opt: dict[str, Any]) -> None:
         if opt['path'].get('pretrain_network_g') is None:
@@ -67,6 +72,33 @@ class MSSRBackwardModel(MSSRModel):
             raise OptionError('network_g.backbone', network.backbone_options, allowed) from error
         return build_expansion(self._train_opt.get('expansion'), delta_sizes)
 
+    def init_training_settings(self) -> None:
+        super().init_training_settings()
+        if self.cri_distill is not None:
+            self.ticket = frozen_copy(self.network.backbone)
+            for stage in self.stages:
+                self._load_ticket(stage.level)  # a wrong file is refused now, and not after days of training
+            self.add_to_pixel_loss(self._ticket_loss)
+
+    def _ticket_file(self, level: int) -> Path:
+        """The ticket of ``level``: as the forward stage wrote it or, once a stage has begun, this stage's own copy."""
+        copy = Path(self.opt['path']['models'], f'ticket_level{level}.pth')
+        begun = bool(self.opt['path'].get('resume_state')) or copy.is_file()
+        return copy if begun else Path(self.opt['path']['pretrain_network_g']).with_name(f'net_g_level{level}.pth')
+
+    def _load_ticket(self, level: int) -> None:
+        path = self._ticket_file(level)
+        try:
+            ticket = state_dict_of(read_checkpoint(path), 'params')
+            require_same_entries(ticket, self.ticket.state_dict())
+        except CheckpointError as error:
+            allowed = f"what the forward stage wrote as level {level}'s ticket, beside its last checkpoint ({error})"
+            raise OptionError('train.ticket_opt', str(path), allowed) from error
+        self.ticket.load_state_dict(ticket)
+
+    def _ticket_loss(self, output: Tensor, gt: Tensor) -> dict[str, Tensor]:
+        return {'l_ticket': self.cri_distill(output, self.ticket(self.lq))}
+
     def levels_to_validate(self) -> Sequence[int]:
         return range(self.network.level, self.network.smallest_level + 1)
 
@@ -79,6 +111,7 @@ class MSSRBackwardModel(MSSRModel):
         if stage == self.stages[0]:
             self._recover()
             self.export_level(self.network.smallest_level)
+            self._copy_tickets()
 
     def _recover(self) -> None:
         network, rewind_point = self.network, {}
@@ -90,6 +123,17 @@ class MSSRBackwardModel(MSSRModel):
             rewind_point = checkpoint['rewind']
         pruned = delta_of(network.get_level_map(), 0, network.smallest_level)
         recover_weights(network.prunable_weights(), pruned, self.recover, rewind_point)
+
+    def _copy_tickets(self) -> None:
+        if self.cri_distill is not None and self.opt['rank'] == 0:
+            for level in [stage.level for stage in self.stages]:
+                data = self._ticket_file(level).read_bytes()
+                write_whole(Path(self.opt['path']['models'], f'ticket_level{level}.pth'), data)
+
+    def _restart_optimizer(self, stage: Stage) -> None:
+        super()._restart_optimizer(stage)
+        if self.cri_distill is not None:
+            self._load_ticket(stage.level)
 
     def freeze_weights(self, stage: Stage) -> FrozenWeights:
         """Only the delta trains."""

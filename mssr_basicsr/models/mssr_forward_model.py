@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
-from basicsr.losses import build_loss
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
@@ -15,8 +13,8 @@ from torch import Tensor, nn
 from mssr_basicsr.archs.feature_taps import ImageFinisher, record_features
 from mssr_basicsr.expansion.schedules import Stage
 from mssr_basicsr.losses.ssd_loss import SSDLoss
-from mssr_basicsr.models.mssr_model import MSSRModel
-from mssr_basicsr.options import OptionError, arguments_checked, require_int, require_iterations, require_one_of
+from mssr_basicsr.models.mssr_model import MSSRModel, frozen_copy
+from mssr_basicsr.options import OptionError, require_int, require_iterations, require_one_of
 from mssr_basicsr.pruning.criteria import CRITERION_REGISTRY
 from mssr_basicsr.pruning.frozen_weights import FrozenWeights
 from mssr_basicsr.pruning.level_map import mask_of, num_kept, prune
@@ -44,6 +42,8 @@ class MSSRForwardModel(MSSRModel):
     the teacher (``ticket``), plain state dicts of the backbone. A pruned weight in it has the value it was pruned with.
     """
 
+    distillation_option = 'ssd_opt'
+
     def plan_stages(self) -> list[Stage]:
         train_opt = self._train_opt
         first_level = require_int('train.first_level', train_opt.get('first_level', 0), 0, 1)
@@ -62,24 +62,17 @@ class MSSRForwardModel(MSSRModel):
         return [Stage(level, num_iter) for level, num_iter in zip(levels, level_iter)]
 
     def init_training_settings(self) -> None:
-        ssd_opt, pixel_opt = (self.opt['train'].get(key) for key in ('ssd_opt', 'pixel_opt'))
-        if ssd_opt and not pixel_opt:
-            raise OptionError('train.pixel_opt', pixel_opt, 'the options of a loss, with train.ssd_opt')
         super().init_training_settings()
-        self.rewind_point = _frozen_copy(self.network.backbone)
-        self.teacher = _frozen_copy(self.network.backbone)
+        self.rewind_point = frozen_copy(self.network.backbone)
+        self.teacher = frozen_copy(self.network.backbone)
         self.finisher = ImageFinisher(self.teacher, self.network.feature_taps)
-        self.loss_terms: dict[str, Tensor] = {}
-        self.cri_ssd: Any = None
-        if ssd_opt:
-            self.cri_ssd = self._build_ssd_loss(ssd_opt)
-            self.cri_pixel_alone, self.cri_pix = self.cri_pix, self._pixel_and_ssd_loss
-
-    def _build_ssd_loss(self, options: dict[str, Any]) -> SSDLoss:
-        with arguments_checked('train.ssd_opt', options, 'loss'):
-            loss: SSDLoss = build_loss(options).to(self.device)
-        loss.check_depths(self.network.feature_taps)
-        return loss
+        if self.cri_distill is not None:
+            if not isinstance(self.cri_distill, SSDLoss):
+                raise OptionError(
+                    'train.ssd_opt.type', self._train_opt['ssd_opt']['type'], 'SSDLoss, or one of its kind'
+                )
+            self.cri_distill.check_depths(self.network.feature_taps)
+            self.add_to_pixel_loss(self._ssd_loss)
 
     def levels_to_validate(self) -> Sequence[int]:
         return [self.network.level]
@@ -134,8 +127,10 @@ class MSSRForwardModel(MSSRModel):
     # ------------------------------ one iteration ------------------------------ #
 
     def optimize_parameters(self, current_iter: int) -> None:  # type: ignore[override]  # as SRModel's
-        if self.cri_ssd is not None and self.network.level > 0:
-            self.taps = self.cri_ssd.sample_taps(self.network.feature_taps, f'{self.seed}, iteration {current_iter}')
+        if self.cri_distill is not None and self.network.level > 0:
+            self.taps = self.cri_distill.sample_taps(
+                self.network.feature_taps, f'{self.seed}, iteration {current_iter}'
+            )
             with record_features(self.network.backbone, self.taps) as self.features:
                 super().optimize_parameters(current_iter)
         else:
@@ -143,28 +138,17 @@ class MSSRForwardModel(MSSRModel):
         if current_iter == self.rewind_iter and self.network.level == 0:
             self._mark_rewind_point()
 
-    def _pixel_and_ssd_loss(self, output: Tensor, gt: Tensor) -> Tensor:
-        """Stands in for the pixel loss in BasicSR's iteration, which has no other place for a further term."""
-        self.loss_terms = {'l_pix': self.cri_pixel_alone(output, gt)}
-        if self.network.level > 0:
-            self.loss_terms['l_ssd'] = self._ssd_loss(gt)
-        return torch.stack(list(self.loss_terms.values())).sum()
-
-    def _ssd_loss(self, gt: Tensor) -> Tensor:
+    def _ssd_loss(self, output: Tensor, gt: Tensor) -> dict[str, Tensor]:
+        if self.network.level == 0:
+            return {}
         images = [self.finisher.finish(self.lq, tap, self.features[tap]) for tap in self.taps]
-        loss: Tensor = self.cri_ssd(images, gt, lambda: self.teacher(self.lq))
-        return loss
-
-    def reduce_loss_dict(self, loss_dict: dict[str, Tensor]) -> dict[str, float]:
-        """As in BasicSR, with the pixel loss and self-distillation apart."""
-        reduced: dict[str, float] = super().reduce_loss_dict({**loss_dict, **self.loss_terms})
-        return reduced
+        return {'l_ssd': self.cri_distill(images, gt, lambda: self.teacher(self.lq))}
 
     # ------------------------------ saving and resuming ------------------------------ #
 
     def extra_networks(self) -> dict[str, nn.Module]:
         networks = {'rewind': self.rewind_point}
-        if self.cri_ssd is not None:
+        if self.cri_distill is not None:
             networks['ticket'] = self.teacher
         return networks
 
@@ -173,7 +157,3 @@ class MSSRForwardModel(MSSRModel):
             if key not in checkpoint:
                 raise OptionError('path.resume_state', self.opt['path']['resume_state'], f'one with a {key} beside it')
             network.load_state_dict(checkpoint[key])
-
-
-def _frozen_copy(network: nn.Module) -> nn.Module:
-    return deepcopy(network).eval().requires_grad_(False)

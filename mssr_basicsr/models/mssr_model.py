@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from basicsr.data import build_dataloader, build_dataset
+from basicsr.losses import build_loss
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
-from basicsr.utils.registry import MODEL_REGISTRY
+from basicsr.utils.registry import LOSS_REGISTRY, MODEL_REGISTRY
 from torch import Tensor, nn
 
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain
 from mssr_basicsr.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
 from mssr_basicsr.expansion.schedules import Stage
-from mssr_basicsr.options import OptionError, require_bool, require_int
+from mssr_basicsr.options import OptionError, arguments_checked, require_bool, require_int, require_one_of
 from mssr_basicsr.pruning.frozen_weights import FrozenWeights
 from mssr_basicsr.ranks import broadcast_from_rank_0, gather, require_agreement, require_finite, wait_for_all
 from mssr_basicsr.report import Record, describe_level, level_table
@@ -42,6 +43,8 @@ class MSSRModel(SRModel):
     ``levels.json``, a list of what :func:`describe_level` says of each level, with its ``iterations`` and ``metrics``
     (by validation set and metric).
     """
+
+    distillation_option = ''  #: under ``train``, of a loss that stands beside the pixel loss
 
     def __init__(self, opt: dict[str, Any]) -> None:
         if opt['network_g'].get('type') != 'MSSR':
@@ -105,10 +108,45 @@ class MSSRModel(SRModel):
         seed = torch.tensor([self.opt['manual_seed']], device=self.device)
         broadcast_from_rank_0({'manual_seed': seed})  # without one in the YAML each rank has drawn its own
         self.seed = int(seed.item())
+        #: The loss that ``train.<distillation_option>`` names, None where there is no such option.
+        self.cri_distill = self._build_distillation_loss()
+        self.loss_terms: dict[str, Tensor] = {}
         super().init_training_settings()
         self.stages = self.plan_stages()
         self._check_iterations()
         self.exact_resume = require_bool('train.exact_resume', self._train_opt.get('exact_resume', True))
+
+    def _build_distillation_loss(self) -> Any:
+        key, train_opt = self.distillation_option, self._train_opt
+        options = train_opt.get(key)
+        if not options:
+            return None
+        if not isinstance(options, Mapping) or 'type' not in options:
+            found = dict(options) if isinstance(options, Mapping) else options
+            raise OptionError(f'train.{key}', found, 'the options of a loss, with its type')
+        require_one_of(f'train.{key}.type', options['type'], LOSS_REGISTRY.keys())
+        if not train_opt.get('pixel_opt'):
+            raise OptionError('train.pixel_opt', train_opt.get('pixel_opt'), f'the options of a loss, with train.{key}')
+        with arguments_checked(f'train.{key}', options, 'loss'):
+            return build_loss(options).to(self.device)
+
+    def add_to_pixel_loss(self, terms: Callable[[Tensor, Tensor], dict[str, Tensor]]) -> None:
+        """Let training also minimise what ``terms(output, gt)`` gives, each logged by its name.
+
+        They stand in for the pixel loss, since BasicSR's iteration has no other place for a further term.
+        """
+        pixel_loss = self.cri_pix
+
+        def all_terms(output: Tensor, gt: Tensor) -> Tensor:
+            self.loss_terms = {'l_pix': pixel_loss(output, gt), **terms(output, gt)}
+            return torch.stack(list(self.loss_terms.values())).sum()
+
+        self.cri_pix = all_terms
+
+    def reduce_loss_dict(self, loss_dict: dict[str, Tensor]) -> dict[str, float]:
+        """As in BasicSR, with the terms of :meth:`add_to_pixel_loss` apart."""
+        reduced: dict[str, float] = super().reduce_loss_dict({**loss_dict, **self.loss_terms})
+        return reduced
 
     def _check_iterations(self) -> None:
         train_opt = self._train_opt
@@ -380,3 +418,8 @@ class MSSRModel(SRModel):
 
     def resume_extra_networks(self, checkpoint: dict[str, Any]) -> None:
         """Take :meth:`extra_networks` out of a checkpoint."""
+
+
+def frozen_copy(network: nn.Module) -> nn.Module:
+    """A copy that does not train, in eval mode: what another network is to learn from."""
+    return deepcopy(network).eval().requires_grad_(False)
