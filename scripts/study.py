@@ -72,10 +72,14 @@ def forward(level_iter: list[int], **more: Any) -> Changes:
 
 
 def backward(start: str, level_iter: list[int], **more: Any) -> Changes:
-    """Options of a backward stage that starts from the run ``start``; iterations of each level in the order trained."""
+    """Options of a backward stage that starts from the run ``start``; iterations of each level in the order trained.
+
+    It learns the ground truth alone; the recipe also its tickets' images.
+    """
     return {
         **schedule(level_iter),
         'train.expansion.level_iter': level_iter,
+        'train.ticket_opt': None,
         'path.pretrain_network_g': LATEST.format(start),
         **more,
     }

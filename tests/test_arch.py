@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,13 @@ def pruned_mssr(backbone: dict[str, Any], sparsity: Sequence[float] = tuple(SPAR
         scores = {name: weight.detach().abs() for name, weight in weights.items()}
         network.set_level_map(prune(network.get_level_map(), scores, level, num_kept(total, sparsity[level])))
     return network
+
+
+def save_as_forward_stage(network: MSSR, checkpoint: Path) -> None:
+    """Write what a forward stage ends with: the checkpoint and, beside it, each level's ticket."""
+    torch.save({'params': network.state_dict()}, checkpoint)
+    for level in range(len(network.sparsity)):
+        torch.save({'params': network.export(level)}, checkpoint.with_name(f'net_g_level{level}.pth'))
 
 
 backbones = pytest.mark.parametrize('backbone', BACKBONES.values(), ids=BACKBONES.keys())

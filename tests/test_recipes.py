@@ -8,11 +8,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 import yaml
 from basicsr.models import build_model
 from basicsr.utils.options import parse_options
-from test_arch import pruned_mssr
+from test_arch import pruned_mssr, save_as_forward_stage
 
 OPTIONS = Path(__file__).resolve().parent.parent / 'options'
 FORWARD = {path.name: yaml.safe_load(path.read_text()) for path in sorted(OPTIONS.glob('*forward*.yml'))}
@@ -38,6 +37,6 @@ def test_a_backward_recipe_goes_on_where_a_forward_one_ends(recipe: str, tmp_pat
     (forward,) = [opt for opt in FORWARD.values() if f'/{opt["name"]}/' in start['pretrain_network_g']]
     assert forward['network_g'] == network_g
     pruned = pruned_mssr(**{key: value for key, value in network_g.items() if key != 'type'})
-    torch.save({'params': pruned.state_dict()}, tmp_path / 'start.pth')
+    save_as_forward_stage(pruned, tmp_path / 'start.pth')
     model = build(recipe, tmp_path, pretrain_network_g=str(tmp_path / 'start.pth'))
     assert [stage.level for stage in model.stages] == list(range(len(network_g['sparsity']) - 2, -1, -1))

@@ -8,11 +8,10 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 import yaml
 from basicsr.models import build_model
 from basicsr.utils.options import parse_options
-from test_arch import pruned_mssr
+from test_arch import pruned_mssr, save_as_forward_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'scripts'))
@@ -35,10 +34,7 @@ def test_a_run_is_accepted(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     if start:
         Path(start).parent.mkdir(parents=True)
         network_g = {key: value for key, value in options['network_g'].items() if key not in ('type', 'level')}
-        pruned = pruned_mssr(**network_g)
-        torch.save({'params': pruned.state_dict()}, start)
-        for level in range(len(pruned.sparsity)):
-            torch.save({'params': pruned.export(level)}, Path(start).with_name(f'net_g_level{level}.pth'))
+        save_as_forward_stage(pruned_mssr(**network_g), Path(start))
     Path('run.yml').write_text(yaml.safe_dump(options))
     with mock.patch.object(sys, 'argv', ['train.py', '-opt', 'run.yml']):
         opt, _ = parse_options(str(tmp_path), is_train=True)
