@@ -104,8 +104,8 @@ were kept (`rewind_lr`, `rewind_none`) those of all levels up to it. `rewind_wei
 level k for k + 1 times as long, so that its weights have seen as many iterations in total as those of `rewind_lr`; the
 whole run has twice as many then, and so has that of `rewind_lr_longer`, which keeps the weights.
 
-`reference` (seed 2), `rewind_weights_equal_total`, `rewind_lr_ssd_off` (seed 2) and `lamp` (seed 1) were run on another
-processor than the rest, where `rewind_lr` gave 0.13 dB more at 93.75 % (see below): less than that means nothing."""
+`rewind_weights_equal_total` and `lamp` (seed 1) were run on another processor than the rest of this table, where
+`rewind_lr` gave 0.13 dB more at 93.75 % (see below): there, less than that means nothing."""
 CHOICES_BACKWARD = """### Backward stage
 
 Each nested level minus its own ticket, from the tickets of `rewind_lr`. `reference` recovers weights as they were
