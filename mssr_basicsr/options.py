@@ -22,6 +22,13 @@ def require_one_of(option: str, found: object, allowed: Iterable[str]) -> None:
         raise OptionError(option, found, ', '.join(names))
 
 
+def require_type(option: str, found: Any, names: Iterable[str], allowed: str) -> None:
+    """Raise :class:`OptionError` unless ``found`` is a mapping of options whose ``type`` is one of ``names``."""
+    if not isinstance(found, Mapping) or 'type' not in found:
+        raise OptionError(option, dict(found) if isinstance(found, Mapping) else found, allowed)
+    require_one_of(f'{option}.type', found['type'], names)
+
+
 def require_bool(option: str, found: Any) -> bool:
     """``found``; :class:`OptionError` unless it is true or false."""
     if not isinstance(found, bool):

@@ -17,12 +17,12 @@ whose iterations follow the size of each delta::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from basicsr.utils.registry import Registry
 
-from mssr_basicsr.options import OptionError, arguments_checked, require_int, require_iterations, require_one_of
+from mssr_basicsr.options import OptionError, arguments_checked, require_int, require_iterations, require_type
 
 EXPANSION_REGISTRY = Registry('expansion')
 
@@ -70,10 +70,9 @@ def build_expansion(options: Any, delta_sizes: Sequence[int]) -> list[Stage]:
     Raises:
         OptionError: no such schedule, wrong arguments, or stages whose levels do not fall from below K to 0.
     """
-    if not isinstance(options, Mapping) or 'type' not in options:
-        raise OptionError('train.expansion', options, 'the options of a schedule, such as {type: SequentialExpansion}')
+    allowed = 'the options of a schedule, such as {type: SequentialExpansion}'
+    require_type('train.expansion', options, EXPANSION_REGISTRY.keys(), allowed)
     arguments = dict(options)
-    require_one_of('train.expansion.type', arguments['type'], EXPANSION_REGISTRY.keys())
     schedule_class = EXPANSION_REGISTRY.get(arguments.pop('type'))
     with arguments_checked('train.expansion', options, 'schedule'):
         schedule: ExpansionSchedule = schedule_class(**arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain
 from mssr_basicsr.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
 from mssr_basicsr.expansion.schedules import Stage
-from mssr_basicsr.options import OptionError, arguments_checked, require_bool, require_int, require_one_of
+from mssr_basicsr.options import OptionError, arguments_checked, require_bool, require_int, require_type
 from mssr_basicsr.pruning.frozen_weights import FrozenWeights
 from mssr_basicsr.ranks import broadcast_from_rank_0, gather, require_agreement, require_finite, wait_for_all
 from mssr_basicsr.report import Record, describe_level, level_table
@@ -121,10 +121,7 @@ class MSSRModel(SRModel):
         options = train_opt.get(key)
         if not options:
             return None
-        if not isinstance(options, Mapping) or 'type' not in options:
-            found = dict(options) if isinstance(options, Mapping) else options
-            raise OptionError(f'train.{key}', found, 'the options of a loss, with its type')
-        require_one_of(f'train.{key}.type', options['type'], LOSS_REGISTRY.keys())
+        require_type(f'train.{key}', options, LOSS_REGISTRY.keys(), 'the options of a loss, with its type')
         if not train_opt.get('pixel_opt'):
             raise OptionError('train.pixel_opt', train_opt.get('pixel_opt'), f'the options of a loss, with train.{key}')
         with arguments_checked(f'train.{key}', options, 'loss'):
