@@ -175,14 +175,16 @@ def nested_gap(result: Mapping[str, Any]) -> str:
 
 
 def targets(results: Mapping[str, Any]) -> str:
-    """What was to be reached, and whether it was."""
-    smallest = psnr_by_level(results['main_forward']['levels'])[4]
-    over = [smallest[name] - psnr for name, psnr in zip(SETS, PUBLISHED['FSRCNN'][1])]
-    lines = [
-        '- The 93.75 % sparse level (12,911 parameters) over FSRCNN (12,000) on all three sets: '
-        f'{"met" if min(over) > 0 else "missed"}, by {" / ".join(f"{dB:+.2f}" for dB in over)} dB.'
-    ]
-    for name in ('main_backward', 'main_backward_teacher'):
+    """What was to be reached, and whether it was, as far as it has been run."""
+    lines = []
+    if 'main_forward' in results:
+        smallest = psnr_by_level(results['main_forward']['levels'])[4]
+        over = [smallest[name] - psnr for name, psnr in zip(SETS, PUBLISHED['FSRCNN'][1])]
+        lines.append(
+            '- The 93.75 % sparse level (12,911 parameters) over FSRCNN (12,000) on all three sets: '
+            f'{"met" if min(over) > 0 else "missed"}, by {" / ".join(f"{dB:+.2f}" for dB in over)} dB.'
+        )
+    for name in [name for name in ('main_backward', 'main_backward_teacher') if name in results]:
         all_gaps = [gap for level in gaps(results[name]).values() for gap in level.values()]
         missed = sum(gap < -0.05 for gap in all_gaps)
         lines.append(
