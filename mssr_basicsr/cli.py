@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mssr_basicsr import __version__
+from mssr_basicsr.foundation.tables import table_with_metrics
 from mssr_basicsr.scalable.errors import ScalableFileError
-from mssr_basicsr.tables import table_with_metrics
 
 _UNITS = {'': 1, 'B': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9, 'KIB': 2**10, 'MIB': 2**20, 'GIB': 2**30}
 
@@ -119,7 +119,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def pack(arguments: argparse.Namespace) -> int:
     """``mssr pack``: a checkpoint of the backward stage becomes a ``.mssr`` file."""
-    from mssr_basicsr.saving import write_whole
+    from mssr_basicsr.foundation.saving import write_whole
     from mssr_basicsr.scalable.checkpoint import load_checkpoint
     from mssr_basicsr.scalable.packing import pack as pack_network
 
@@ -164,7 +164,7 @@ def extract(arguments: argparse.Namespace) -> int:
     import torch
 
     from mssr_basicsr import ScalableModel
-    from mssr_basicsr.saving import write_whole
+    from mssr_basicsr.foundation.saving import write_whole
     from mssr_basicsr.scalable.spandrel_names import for_spandrel
 
     output: Path = arguments.output
@@ -194,7 +194,7 @@ def export(arguments: argparse.Namespace) -> int:
     import torch
 
     from mssr_basicsr import ScalableModel
-    from mssr_basicsr.saving import write_whole
+    from mssr_basicsr.foundation.saving import write_whole
 
     try:
         import onnx

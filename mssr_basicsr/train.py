@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from mssr_basicsr.discovery import load_basicsr
+from mssr_basicsr.adapter.discovery import load_basicsr
 
 
 def main() -> None:

@@ -31,8 +31,8 @@ from basicsr.archs import build_network
 from prepare_data import DataError, prepare
 from training_logs import iteration_seconds, read_logs, wall_seconds
 
-from mssr_basicsr.report import describe_level
-from mssr_basicsr.saving import write_whole
+from mssr_basicsr.adapter.report import describe_level
+from mssr_basicsr.foundation.saving import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'docs' / 'results.json'

@@ -12,10 +12,10 @@ import torch
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor
 
-from mssr_basicsr.expansion.schedules import Stage
+from mssr_basicsr.method.frozen_weights import FrozenWeights
+from mssr_basicsr.method.level_map import delta_of
+from mssr_basicsr.method.schedules import Stage
 from mssr_basicsr.models.mssr_backward_model import MSSRBackwardModel
-from mssr_basicsr.pruning.frozen_weights import FrozenWeights
-from mssr_basicsr.pruning.level_map import delta_of
 from mssr_basicsr.train import main
 
 

@@ -13,8 +13,8 @@ from conftest import BACKBONES, SPARSITY, TOY_EDSR
 from torch import Tensor, nn
 
 from mssr_basicsr.archs.mssr_arch import MSSR, find_prunable
-from mssr_basicsr.options import OptionError
-from mssr_basicsr.pruning.level_map import mask_of, num_kept, prune
+from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.method.level_map import mask_of, num_kept, prune
 
 
 def pruned_mssr(backbone: dict[str, Any], sparsity: Sequence[float] = tuple(SPARSITY), **options: Any) -> MSSR:

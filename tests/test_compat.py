@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import call
 
-from mssr_basicsr import compat
+from mssr_basicsr.adapter import compat
 
 FUNCTIONAL_TENSOR = 'torchvision.transforms.functional_tensor'
 

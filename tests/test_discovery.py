@@ -16,11 +16,11 @@ from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY
 assert 'MSSR' in ARCH_REGISTRY and 'SSDLoss' in LOSS_REGISTRY and 'MSSRForwardModel' in MODEL_REGISTRY
 """
 # Lets stock BasicSR be imported without the hook.
-IMPORTABLE = 'from mssr_basicsr import compat; compat.before_import()\n'
+IMPORTABLE = 'from mssr_basicsr.adapter import compat; compat.before_import()\n'
 # A `basicsr` and a plugin that cost nothing to import, to try the finder on.
 TOY = """
 import sys
-from mssr_basicsr import discovery
+from mssr_basicsr.adapter import discovery
 discovery._prepare = discovery._repair = lambda: None
 discovery.REGISTERING = ('toy_plugin',)
 """
@@ -83,7 +83,7 @@ def test_plugin_joins_a_basicsr_that_came_in_without_the_hook() -> None:
 
 def test_basicsr_goes_on_without_a_plugin_that_fails_and_says_why() -> None:
     code = """
-from mssr_basicsr import discovery
+from mssr_basicsr.adapter import discovery
 discovery.REGISTERING = ('no_such_module',)
 import basicsr
 from basicsr.utils.registry import ARCH_REGISTRY
@@ -123,7 +123,7 @@ def test_registering_happens_once(toys: Path) -> None:
 
 def test_load_basicsr_from_within_basicsr(toys: Path) -> None:
     # BasicSR imports a module of ours before it is complete: the plugin waits until it is.
-    circle = 'from mssr_basicsr.discovery import load_basicsr\nload_basicsr()\ndone = True'
+    circle = 'from mssr_basicsr.adapter.discovery import load_basicsr\nload_basicsr()\ndone = True'
     (toys / 'basicsr' / '__init__.py').write_text(circle)
     assert python(TOY + 'import basicsr', path=toys) == 'registered\n'
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mssr_basicsr.pruning.criteria import CRITERION_REGISTRY
-from mssr_basicsr.pruning.level_map import buffer_tree, count, delta_of, mask_of, num_kept, prune
+from mssr_basicsr.method.criteria import CRITERION_REGISTRY
+from mssr_basicsr.method.level_map import buffer_tree, count, delta_of, mask_of, num_kept, prune
 
 
 def test_a_level_map_by_hand() -> None:

@@ -20,8 +20,8 @@ from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, call
 from test_arch import pruned_mssr
 
 from mssr_basicsr.archs.mssr_arch import MSSR
+from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.models.mssr_model import MSSRModel
-from mssr_basicsr.options import OptionError
 
 ROOT = Path(__file__).resolve().parents[1]
 

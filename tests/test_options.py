@@ -12,7 +12,7 @@ from basicsr.models.sr_model import SRModel
 from conftest import BACKBONES, TOY_EDSR, Run
 from test_arch import pruned_mssr
 
-from mssr_basicsr.options import OptionError
+from mssr_basicsr.foundation.checks import OptionError
 
 NETWORK = 'network_g'
 TRAIN = 'train'

@@ -14,12 +14,12 @@ from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run
 from torch import Tensor
 
 from mssr_basicsr.archs.mssr_arch import MSSR
-from mssr_basicsr.expansion.schedules import EXPANSION_REGISTRY, Stage
+from mssr_basicsr.method.criteria import CRITERION_REGISTRY
+from mssr_basicsr.method.level_map import num_kept
+from mssr_basicsr.method.schedules import EXPANSION_REGISTRY, Stage
 from mssr_basicsr.models.mssr_backward_model import MSSRBackwardModel
 from mssr_basicsr.models.mssr_forward_model import MSSRForwardModel
 from mssr_basicsr.models.mssr_model import MSSRModel
-from mssr_basicsr.pruning.criteria import CRITERION_REGISTRY
-from mssr_basicsr.pruning.level_map import num_kept
 
 TOTAL = sum(weight.numel() for weight in MSSR(TOY_EDSR, SPARSITY).prunable_weights().values())
 
@@ -191,7 +191,7 @@ def test_users_criteria_are_used(forward_opt: dict[str, Any], run: Run, monkeypa
     def first_weights_first(weights: Any, masks: Any, generator: Any) -> dict[str, Tensor]:
         return {name: -torch.arange(weight.numel()).view_as(weight) for name, weight in weights.items()}
 
-    monkeypatch.setattr(CRITERION_REGISTRY, '_obj_map', dict(iter(CRITERION_REGISTRY)))
+    monkeypatch.setattr(CRITERION_REGISTRY, '_entries', dict(CRITERION_REGISTRY._entries))
     CRITERION_REGISTRY.register(first_weights_first)
     forward_opt['train']['criterion'] = 'first_weights_first'
     level_map = load_network(run(forward_opt) / 'models' / 'net_g_latest.pth').get_level_map()
@@ -204,7 +204,7 @@ def test_a_layer_that_is_pruned_away_is_said(
     def last_goes_first(weights: dict[str, Tensor], masks: Any, generator: Any) -> dict[str, Tensor]:
         return {name: weight.abs() * (name != 'conv_last.weight') for name, weight in weights.items()}
 
-    monkeypatch.setattr(CRITERION_REGISTRY, '_obj_map', dict(iter(CRITERION_REGISTRY)))
+    monkeypatch.setattr(CRITERION_REGISTRY, '_entries', dict(CRITERION_REGISTRY._entries))
     CRITERION_REGISTRY.register(last_goes_first)
     forward_opt['train']['criterion'] = 'last_goes_first'
     (log,) = run(forward_opt).glob('train_*.log')
@@ -338,7 +338,7 @@ def test_users_schedules_may_jump_over_levels(
             assert sum(delta_sizes) == TOTAL
             return [Stage(0, self.num_iter)]
 
-    monkeypatch.setattr(EXPANSION_REGISTRY, '_obj_map', dict(iter(EXPANSION_REGISTRY)))
+    monkeypatch.setattr(EXPANSION_REGISTRY, '_entries', dict(EXPANSION_REGISTRY._entries))
     EXPANSION_REGISTRY.register(AtOnce)
     run(forward_opt)
     backward_opt['train'].update(expansion={'type': 'AtOnce', 'num_iter': 6})

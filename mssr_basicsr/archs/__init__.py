@@ -1,3 +1,3 @@
-from mssr_basicsr.discovery import load_basicsr
+from mssr_basicsr.adapter.discovery import load_basicsr
 
 load_basicsr()

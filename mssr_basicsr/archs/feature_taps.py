@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from mssr_basicsr.options import match_names
+from mssr_basicsr.foundation.checks import match_names
 
 
 def find_feature_taps(network: nn.Module, patterns: Sequence[str] | None = None) -> list[str]:

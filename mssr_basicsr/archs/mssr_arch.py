@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from mssr_basicsr.archs.feature_taps import find_feature_taps
-from mssr_basicsr.checkpoints import CheckpointError
-from mssr_basicsr.options import OptionError, arguments_checked, match_names, require_int
-from mssr_basicsr.pruning.level_map import LevelMap, buffer_tree, count, mask_of, num_kept
+from mssr_basicsr.foundation.checkpoints import CheckpointError
+from mssr_basicsr.foundation.checks import OptionError, arguments_checked, match_names, require_int
+from mssr_basicsr.method.level_map import LevelMap, buffer_tree, count, mask_of, num_kept
 from mssr_basicsr.scalable.container import MAX_LEVELS
 
 

@@ -11,7 +11,7 @@ from basicsr.losses import build_loss
 from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
 
-from mssr_basicsr.options import OptionError, require_int, require_one_of
+from mssr_basicsr.foundation.checks import OptionError, require_int, require_one_of
 
 
 @LOSS_REGISTRY.register()

@@ -10,15 +10,15 @@ from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
 
-from mssr_basicsr.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
-from mssr_basicsr.expansion.recovery import RECOVERY_STARTS, recover_weights
-from mssr_basicsr.expansion.schedules import Stage, build_expansion
+from mssr_basicsr.adapter.ranks import digest
+from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
+from mssr_basicsr.foundation.checks import OptionError, require_one_of
+from mssr_basicsr.foundation.saving import write_whole
+from mssr_basicsr.method.frozen_weights import FrozenWeights
+from mssr_basicsr.method.level_map import count, delta_of
+from mssr_basicsr.method.recovery import RECOVERY_STARTS, recover_weights
+from mssr_basicsr.method.schedules import Stage, build_expansion
 from mssr_basicsr.models.mssr_model import MSSRModel, frozen_copy
-from mssr_basicsr.options import OptionError, require_one_of
-from mssr_basicsr.pruning.frozen_weights import FrozenWeights
-from mssr_basicsr.pruning.level_map import count, delta_of
-from mssr_basicsr.ranks import digest
-from mssr_basicsr.saving import write_whole
 from mssr_basicsr.scalable.errors import ScalableFileError
 from mssr_basicsr.scalable.packing import level_metrics, pack
 

@@ -10,16 +10,16 @@ from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
 
+from mssr_basicsr.adapter.ranks import broadcast_from_rank_0
 from mssr_basicsr.archs.feature_taps import ImageFinisher, record_features
-from mssr_basicsr.expansion.schedules import Stage
+from mssr_basicsr.foundation.checks import OptionError, require_int, require_iterations, require_one_of
 from mssr_basicsr.losses.ssd_loss import SSDLoss
+from mssr_basicsr.method.criteria import CRITERION_REGISTRY
+from mssr_basicsr.method.frozen_weights import FrozenWeights
+from mssr_basicsr.method.level_map import mask_of, num_kept, prune
+from mssr_basicsr.method.rewinding import rewind_weights
+from mssr_basicsr.method.schedules import Stage
 from mssr_basicsr.models.mssr_model import MSSRModel, frozen_copy
-from mssr_basicsr.options import OptionError, require_int, require_iterations, require_one_of
-from mssr_basicsr.pruning.criteria import CRITERION_REGISTRY
-from mssr_basicsr.pruning.frozen_weights import FrozenWeights
-from mssr_basicsr.pruning.level_map import mask_of, num_kept, prune
-from mssr_basicsr.pruning.rewinding import rewind_weights
-from mssr_basicsr.ranks import broadcast_from_rank_0
 
 
 @MODEL_REGISTRY.register()
@@ -54,7 +54,7 @@ class MSSRForwardModel(MSSRModel):
         levels = range(first_level, self.network.smallest_level + 1)
         level_iter = require_iterations('train.level_iter', train_opt.get('level_iter'), len(levels))
         self.criterion_name = train_opt.get('criterion', 'global_magnitude')
-        require_one_of('train.criterion', self.criterion_name, CRITERION_REGISTRY.keys())
+        require_one_of('train.criterion', self.criterion_name, CRITERION_REGISTRY)
         self.rewind = train_opt.get('rewind', 'weights')
         require_one_of('train.rewind', self.rewind, ('weights', 'lr', 'none'))
         last = level_iter[0] if first_level == 0 else 0

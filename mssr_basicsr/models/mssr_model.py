@@ -18,15 +18,15 @@ from basicsr.utils import get_root_logger
 from basicsr.utils.registry import LOSS_REGISTRY, MODEL_REGISTRY
 from torch import Tensor, nn
 
+from mssr_basicsr.adapter.ranks import broadcast_from_rank_0, gather, require_agreement, require_finite, wait_for_all
+from mssr_basicsr.adapter.report import Record, describe_level, level_table
+from mssr_basicsr.adapter.resuming import random_state, resume_within_epoch
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain
-from mssr_basicsr.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
-from mssr_basicsr.expansion.schedules import Stage
-from mssr_basicsr.options import OptionError, arguments_checked, require_bool, require_int, require_type
-from mssr_basicsr.pruning.frozen_weights import FrozenWeights
-from mssr_basicsr.ranks import broadcast_from_rank_0, gather, require_agreement, require_finite, wait_for_all
-from mssr_basicsr.report import Record, describe_level, level_table
-from mssr_basicsr.resuming import random_state, resume_within_epoch
-from mssr_basicsr.saving import remove_leftovers, saved_whole, write_whole, written_whole
+from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
+from mssr_basicsr.foundation.checks import OptionError, arguments_checked, require_bool, require_int, require_type
+from mssr_basicsr.foundation.saving import remove_leftovers, saved_whole, write_whole, written_whole
+from mssr_basicsr.method.frozen_weights import FrozenWeights
+from mssr_basicsr.method.schedules import Stage
 
 STATE_VERSION = 1  # of what a ``.state`` has beside BasicSR's entries; a newer one is refused
 

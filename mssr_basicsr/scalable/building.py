@@ -27,7 +27,7 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
     Raises:
         ScalableFileError: there is no such architecture, or it does not take these options.
     """
-    from mssr_basicsr.discovery import load_basicsr
+    from mssr_basicsr.adapter.discovery import load_basicsr
 
     try:
         load_basicsr()

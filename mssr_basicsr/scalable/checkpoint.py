@@ -10,8 +10,8 @@ import yaml
 from basicsr.utils.options import ordered_yaml
 
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain
-from mssr_basicsr.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
-from mssr_basicsr.options import OptionError, require_int
+from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
+from mssr_basicsr.foundation.checks import OptionError, require_int
 from mssr_basicsr.scalable.packing import level_metrics
 
 

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from mssr_basicsr.saving import write_whole
+from mssr_basicsr.foundation.saving import write_whole
 
 Image = npt.NDArray[Any]
 
@@ -49,7 +49,7 @@ def metrics(image: Image, truth: Image, scale: int) -> dict[str, float]:
 
     Both are BGR uint8. The truth is cut to the image's size: its own may have been no multiple of the scale.
     """
-    from mssr_basicsr.discovery import load_basicsr
+    from mssr_basicsr.adapter.discovery import load_basicsr
 
     load_basicsr()
     from basicsr.metrics import calculate_psnr, calculate_ssim
@@ -66,7 +66,7 @@ def metrics(image: Image, truth: Image, scale: int) -> dict[str, float]:
 
 def resize_bicubic(image: Image, factor: float) -> Image:
     """A uint8 image resized by BasicSR's ``imresize`` (MATLAB's bicubic), and rounded to uint8 again."""
-    from mssr_basicsr.discovery import load_basicsr
+    from mssr_basicsr.adapter.discovery import load_basicsr
 
     load_basicsr()
     from basicsr.utils.matlab_functions import imresize

@@ -74,7 +74,7 @@ def _surround(loader: Any, hook: Any) -> None:
 
 
 def _prepare() -> None:
-    from mssr_basicsr import compat
+    from mssr_basicsr.adapter import compat
 
     compat.before_import()
 
@@ -88,7 +88,7 @@ def _register() -> None:
 
 
 def _repair() -> None:
-    from mssr_basicsr import compat
+    from mssr_basicsr.adapter import compat
 
     compat.after_import()
 

@@ -20,9 +20,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from basicsr.utils.registry import Registry
-
-from mssr_basicsr.options import OptionError, arguments_checked, require_int, require_iterations, require_type
+from mssr_basicsr.foundation.checks import OptionError, arguments_checked, require_int, require_iterations, require_type
+from mssr_basicsr.foundation.registry import Registry
 
 EXPANSION_REGISTRY = Registry('expansion')
 
@@ -71,7 +70,7 @@ def build_expansion(options: Any, delta_sizes: Sequence[int]) -> list[Stage]:
         OptionError: no such schedule, wrong arguments, or stages whose levels do not fall from below K to 0.
     """
     allowed = 'the options of a schedule, such as {type: SequentialExpansion}'
-    require_type('train.expansion', options, EXPANSION_REGISTRY.keys(), allowed)
+    require_type('train.expansion', options, EXPANSION_REGISTRY, allowed)
     arguments = dict(options)
     schedule_class = EXPANSION_REGISTRY.get(arguments.pop('type'))
     with arguments_checked('train.expansion', options, 'schedule'):

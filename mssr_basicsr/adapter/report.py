@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mssr_basicsr.archs.mssr_arch import MSSR
-from mssr_basicsr.pruning.level_map import count, mask_of
-from mssr_basicsr.tables import table_with_metrics
+from mssr_basicsr.foundation.tables import table_with_metrics
+from mssr_basicsr.method.level_map import count, mask_of
 
 Record = dict[str, Any]
 

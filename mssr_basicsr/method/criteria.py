@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import Callable
 
 import torch
-from basicsr.utils.registry import Registry
 from torch import Tensor
+
+from mssr_basicsr.foundation.registry import Registry
 
 Criterion = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], torch.Generator], Mapping[str, Tensor]]
 

@@ -1,7 +1,7 @@
 """BasicSR on current software: one function per defect, each of which acts only where the defect is present.
 
-:func:`before_import` and :func:`after_import` apply them all; :mod:`mssr_basicsr.discovery` calls both around the
-import of BasicSR. Wherever CUDA is in use, BasicSR does exactly what it did.
+:func:`before_import` and :func:`after_import` apply them all; :mod:`mssr_basicsr.adapter.discovery` calls both around
+the import of BasicSR. Wherever CUDA is in use, BasicSR does exactly what it did.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any, Callable
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from mssr_basicsr.checkpoints import first_line
-from mssr_basicsr.options import OptionError
+from mssr_basicsr.foundation.checkpoints import first_line
+from mssr_basicsr.foundation.checks import OptionError
 
 _FUNCTIONAL_TENSOR = 'torchvision.transforms.functional_tensor'
 

@@ -1,3 +1,0 @@
-from mssr_basicsr.discovery import load_basicsr
-
-load_basicsr()
