@@ -109,7 +109,7 @@ def child() -> None:
     """BasicSR's training, which kills itself at the event that the environment names, the so manieth of its kind."""
     from basicsr.train import train_pipeline
 
-    from mssr_basicsr.models.mssr_model import MSSRModel
+    from mssr_basicsr.models.levelwise_training import LevelwiseTraining as Training
 
     torch.set_num_threads(1)
     aimed_at = os.environ['CHAOS_EVENT'] if os.environ['CHAOS_RANK'] == os.environ.get('RANK', '0') else NO_EVENT
@@ -149,9 +149,9 @@ def child() -> None:
         save(thing, file, **kwargs)
 
     torch.save = save_or_half
-    MSSRModel._start = surrounded(MSSRModel._start, 'a level begins')  # type: ignore[method-assign]
-    MSSRModel.finish_stage = surrounded(MSSRModel.finish_stage, 'a level ends')  # type: ignore[method-assign]
-    MSSRModel.resume_training = surrounded(MSSRModel.resume_training, 'resuming')  # type: ignore[method-assign]
+    Training.begin_level = surrounded(Training.begin_level, 'a level begins')  # type: ignore[method-assign]
+    Training.end_level = surrounded(Training.end_level, 'a level ends')  # type: ignore[method-assign]
+    Training.resume_training = surrounded(Training.resume_training, 'resuming')  # type: ignore[method-assign]
     sys.addaudithook(audit)
     train_pipeline(str(Path.cwd()))
     # All is saved. Python's own end would now and then abort a rank in gloo's threads (seen with torch 2.15).

@@ -31,7 +31,7 @@ from basicsr.archs import build_network
 from prepare_data import DataError, prepare
 from training_logs import iteration_seconds, read_logs, wall_seconds
 
-from mssr_basicsr.adapter.report import describe_level
+from mssr_basicsr.adapter.records import describe_level
 from mssr_basicsr.foundation.saving import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -287,7 +287,8 @@ def record_of_stock(run: Run, log: str) -> dict[str, Any]:
     network = build_network(options)
     if options['type'] == 'MSSR':
         network.load_state_dict(torch.load(LATEST.format(run.name), weights_only=True)['params'])
-        record = describe_level(network, options['level'])
+        parameters = sum(parameter.numel() for parameter in network.backbone.parameters())
+        record: Any = describe_level(network.get_level_map(), parameters, options['level'])
     else:
         record = {'level': 0, 'parameters_kept': sum(parameter.numel() for parameter in network.parameters())}
     metrics: dict[str, dict[str, float]] = {}

@@ -70,7 +70,7 @@ def test_broken_plugin_breaks_neither_python_nor_basicsr(toys: Path, fault: str 
 
 @pytest.mark.parametrize(
     ('first', 'hook'),
-    [('basicsr', True), ('mssr_basicsr.archs.mssr_arch', True), ('mssr_basicsr.models.mssr_backward_model', False)],
+    [('basicsr', True), ('mssr_basicsr.archs.mssr_arch', True), ('mssr_basicsr.models.backward_stage', False)],
 )
 def test_import_registers_the_plugin(first: str, hook: bool) -> None:
     python(f'import {first}' + REGISTERED, hook=hook)

@@ -21,7 +21,7 @@ from test_arch import pruned_mssr
 
 from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.foundation.checks import OptionError
-from mssr_basicsr.models.mssr_model import MSSRModel
+from mssr_basicsr.models.levelwise_training import LevelwiseTraining
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -131,7 +131,7 @@ def test_a_save_of_an_earlier_run_is_not_paired_with_a_new_one(
     def killed(model: Any, epoch: int, current_iter: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(MSSRModel, 'save_training_state', killed)
+    monkeypatch.setattr(LevelwiseTraining, 'save_training_state', killed)
     with pytest.raises(KeyboardInterrupt):
         run(forward_opt)
     assert sorted(path.name for path in experiment.glob('training_states/*')) == ['12.state', '4.state']

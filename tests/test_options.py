@@ -63,7 +63,8 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'network_g.level',
         1,
-        'network_g.level: found 1; allowed: nothing, MSSRForwardModel sets the level (SRModel takes a fixed one).',
+        'network_g.level: found 1; allowed: nothing, MSSRForwardModel sets the level (other model classes take a fixed '
+        'one).',
     ),
     (
         'network_g.prunable',
@@ -124,11 +125,6 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
         'train.rewind_iter',
         5,
         'train.rewind_iter: found 5; allowed: a whole number from 0 to 4.',
-    ),
-    (
-        'train.pixel_opt',
-        DELETE,
-        'train.pixel_opt: found None; allowed: the options of a loss, with train.ssd_opt.',
     ),
     (
         'train.ssd_opt.type',

@@ -15,13 +15,14 @@ from conftest import call
 DRIVER = """
 import os, sys, time
 import torch
-from mssr_basicsr.models.mssr_forward_model import MSSRForwardModel
-from mssr_basicsr.models.mssr_model import MSSRModel
+from mssr_basicsr.models.forward_stage import ForwardStage
+from mssr_basicsr.models.levelwise_training import LevelwiseTraining
+from basicsr.models.sr_model import SRModel
 from basicsr.train import train_pipeline
 
 torch.set_num_threads(1)
 rank, harm = os.environ['RANK'], {'differ': 1e-3, 'diverge': float('nan')}.get(sys.argv[-1])
-save, optimize, depths = MSSRModel.save, MSSRForwardModel.optimize_parameters, []
+save, optimize, depths = LevelwiseTraining.save, ForwardStage.optimize_parameters, []
 
 def spy_on_save(model, epoch, current_iter):
     save(model, epoch, current_iter)
@@ -33,15 +34,15 @@ def spy_on_optimize(model, current_iter):
     if harm and rank == '1' and current_iter == 3:
         model.net_g_ema.backbone.conv_first.weight.data[0, 0, 0, 0] += harm
     optimize(model, current_iter)
-    depths.extend(getattr(model, 'taps', []))
+    depths.extend(model.self_distillation._drawn if model.self_distillation else [])
 
 def slow_validation(model, *arguments):
     time.sleep(1)
     validate(model, *arguments)
     open('validated', 'a').write('x')
 
-MSSRModel.save, MSSRForwardModel.optimize_parameters = spy_on_save, spy_on_optimize
-validate, MSSRModel.nondist_validation = MSSRModel.nondist_validation, slow_validation
+LevelwiseTraining.save, ForwardStage.optimize_parameters = spy_on_save, spy_on_optimize
+validate, SRModel.nondist_validation = SRModel.nondist_validation, slow_validation
 sys.argv = [argument for argument in sys.argv if argument not in ('differ', 'diverge')]
 try:
     train_pipeline(os.getcwd())

@@ -28,7 +28,9 @@ def build(recipe: str, folder: Path, **path: str) -> Any:
 @pytest.mark.parametrize('recipe', FORWARD)
 def test_a_forward_recipe_is_accepted(recipe: str, tmp_path: Path) -> None:
     model = build(recipe, tmp_path)
-    assert [stage.level for stage in model.stages] == list(range(len(FORWARD[recipe]['network_g']['sparsity'])))
+    assert [training.level for training in model.plan.trainings] == list(
+        range(len(FORWARD[recipe]['network_g']['sparsity']))
+    )
 
 
 @pytest.mark.parametrize('recipe', BACKWARD)
@@ -39,4 +41,4 @@ def test_a_backward_recipe_goes_on_where_a_forward_one_ends(recipe: str, tmp_pat
     pruned = pruned_mssr(**{key: value for key, value in network_g.items() if key != 'type'})
     save_as_forward_stage(pruned, tmp_path / 'start.pth')
     model = build(recipe, tmp_path, pretrain_network_g=str(tmp_path / 'start.pth'))
-    assert [stage.level for stage in model.stages] == list(range(len(network_g['sparsity']) - 2, -1, -1))
+    assert [training.level for training in model.plan.trainings] == list(range(len(network_g['sparsity']) - 2, -1, -1))

@@ -16,10 +16,10 @@ from torch import Tensor
 from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.method.criteria import CRITERION_REGISTRY
 from mssr_basicsr.method.level_map import num_kept
-from mssr_basicsr.method.schedules import EXPANSION_REGISTRY, Stage
-from mssr_basicsr.models.mssr_backward_model import MSSRBackwardModel
-from mssr_basicsr.models.mssr_forward_model import MSSRForwardModel
-from mssr_basicsr.models.mssr_model import MSSRModel
+from mssr_basicsr.method.schedules import EXPANSION_REGISTRY, LevelTraining
+from mssr_basicsr.models.backward_stage import BackwardStage
+from mssr_basicsr.models.forward_stage import ForwardStage
+from mssr_basicsr.models.levelwise_training import LevelwiseTraining
 
 TOTAL = sum(weight.numel() for weight in MSSR(TOY_EDSR, SPARSITY).prunable_weights().values())
 
@@ -43,13 +43,13 @@ class Starts(list):  # type: ignore[type-arg]
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        start = MSSRModel._start
+        begin = LevelwiseTraining.begin_level
 
-        def spy(model: Any, stage: Stage) -> None:
-            start(model, stage)
+        def spy(model: Any, training: LevelTraining) -> None:
+            begin(model, training)
             self.append(
                 {
-                    'level': stage.level,
+                    'level': training.level,
                     'weights': deepcopy(model.network.backbone.state_dict()),
                     'ema': deepcopy(model.net_g_ema.state_dict()),
                     'network': deepcopy(model.network.state_dict()),
@@ -60,7 +60,7 @@ class Starts(list):  # type: ignore[type-arg]
                 }
             )
 
-        monkeypatch.setattr(MSSRModel, '_start', spy)
+        monkeypatch.setattr(LevelwiseTraining, 'begin_level', spy)
 
 
 # ------------------------------ forward ------------------------------ #
@@ -74,7 +74,7 @@ def test_the_forward_stage(forward_opt: dict[str, Any], run: Run, monkeypatch: p
     models = run(forward_opt) / 'models'
 
     final = load(models / 'net_g_latest.pth')
-    assert final.keys() == {'params', 'params_ema', 'rewind', 'ticket'}
+    assert final.keys() == {'params', 'params_ema', 'rewind', 'teacher'}
     level_map = load_network(models / 'net_g_latest.pth').get_level_map()
     tickets = [load(models / f'net_g_level{level}.pth') for level in range(3)]
     for level, ticket in enumerate(tickets):
@@ -122,13 +122,13 @@ def test_the_rewind_point_is_the_weights_at_rewind_iter(
     forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = {}
-    optimize = MSSRForwardModel.optimize_parameters
+    optimize = ForwardStage.optimize_parameters
 
     def spy(model: Any, current_iter: int) -> None:
         optimize(model, current_iter)
         seen[current_iter] = deepcopy(model.network.backbone.state_dict())
 
-    monkeypatch.setattr(MSSRForwardModel, 'optimize_parameters', spy)
+    monkeypatch.setattr(ForwardStage, 'optimize_parameters', spy)
     models = run(forward_opt) / 'models'
     assert equal(load(models / 'net_g_latest.pth')['rewind'], seen[2])
     assert not equal(seen[2], seen[3])
@@ -156,7 +156,7 @@ def test_ssd_with_each_target_with_and_without_ema(
 ) -> None:
     forward_opt['train'].update(ema_decay=ema_decay, ssd_opt={'type': 'SSDLoss', 'num_depths': 'all', 'target': target})
     models = run(forward_opt) / 'models'
-    teacher = load(models / 'net_g_latest.pth')['ticket']
+    teacher = load(models / 'net_g_latest.pth')['teacher']
     assert equal(teacher, load(models / 'net_g_level1.pth')['params'])
 
 
@@ -218,13 +218,13 @@ def test_a_layer_that_is_pruned_away_is_said(
 def test_a_diverged_training_stops_and_names_the_weight(
     forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    optimize = MSSRForwardModel.optimize_parameters
+    optimize = ForwardStage.optimize_parameters
 
     def diverge(model: Any, current_iter: int) -> None:
         optimize(model, current_iter)
         model.net_g_ema.backbone.body[1].conv1.weight.data[0, 0, 0, 0] = float('nan')
 
-    monkeypatch.setattr(MSSRForwardModel, 'optimize_parameters', diverge)
+    monkeypatch.setattr(ForwardStage, 'optimize_parameters', diverge)
     with pytest.raises(FloatingPointError, match=r'End of level 0: body\.1\.conv1\.weight is not finite'):
         run(forward_opt)
 
@@ -305,7 +305,7 @@ def test_a_level_may_learn_the_images_of_its_own_ticket(
     forward = run(forward_opt) / 'models'
     tickets = [load(forward / f'net_g_level{level}.pth')['params'] for level in range(3)]
     levels = []
-    optimize = MSSRBackwardModel.optimize_parameters
+    optimize = BackwardStage.optimize_parameters
 
     def spy(model: Any, current_iter: int) -> None:
         optimize(model, current_iter)
@@ -320,7 +320,7 @@ def test_a_level_may_learn_the_images_of_its_own_ticket(
         assert model.log_dict['l_pix'] == pytest.approx(float(expected['l_pix']))
         assert model.log_dict['l_ticket'] == pytest.approx(float(expected['l_ticket']))
 
-    monkeypatch.setattr(MSSRBackwardModel, 'optimize_parameters', spy)
+    monkeypatch.setattr(BackwardStage, 'optimize_parameters', spy)
     backward_opt['train']['ticket_opt'] = {'type': 'L1Loss', 'loss_weight': 0.5}
     models = run(backward_opt) / 'models'
     assert levels == [1, 1, 1, 0, 0, 0]
@@ -334,9 +334,9 @@ def test_users_schedules_may_jump_over_levels(
         def __init__(self, num_iter: int) -> None:
             self.num_iter = num_iter
 
-        def stages(self, delta_sizes: list[int]) -> list[Stage]:
+        def plan(self, delta_sizes: list[int]) -> list[LevelTraining]:
             assert sum(delta_sizes) == TOTAL
-            return [Stage(0, self.num_iter)]
+            return [LevelTraining(0, self.num_iter)]
 
     monkeypatch.setattr(EXPANSION_REGISTRY, '_entries', dict(EXPANSION_REGISTRY._entries))
     EXPANSION_REGISTRY.register(AtOnce)
@@ -352,14 +352,14 @@ def test_a_frozen_weight_that_moved_is_noticed(
     forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(forward_opt)
-    optimize = MSSRBackwardModel.optimize_parameters
+    optimize = BackwardStage.optimize_parameters
 
     def meddle(model: Any, current_iter: int) -> None:
         optimize(model, current_iter)
         model.net_g_ema.backbone.conv_last.bias.data[0] += 1e-7
 
-    monkeypatch.setattr(MSSRBackwardModel, 'optimize_parameters', meddle)
-    with pytest.raises(RuntimeError, match=r'End of level 1: smaller levels \[2\] are not what they were'):
+    monkeypatch.setattr(BackwardStage, 'optimize_parameters', meddle)
+    with pytest.raises(RuntimeError, match=r'Training level 1 has changed the smaller levels \[2\]'):
         run(backward_opt)
 
 

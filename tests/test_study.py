@@ -40,7 +40,9 @@ def test_a_run_is_accepted(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         opt, _ = parse_options(str(tmp_path), is_train=True)
     model = build_model(opt)
     total_iter = (
-        sum(stage.num_iter for stage in model.stages) if hasattr(model, 'stages') else opt['train']['total_iter']
+        sum(training.num_iter for training in model.plan.trainings)
+        if hasattr(model, 'plan')
+        else opt['train']['total_iter']
     )
     assert total_iter == options['train']['total_iter']
 

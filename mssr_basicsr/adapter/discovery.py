@@ -25,8 +25,6 @@ REGISTERING = (
     'mssr_basicsr.archs.mssr_arch',
     'mssr_basicsr.losses.ssd_loss',
     'mssr_basicsr.models.mssr_model',
-    'mssr_basicsr.models.mssr_forward_model',
-    'mssr_basicsr.models.mssr_backward_model',
 )
 
 _registered = False
@@ -88,9 +86,10 @@ def _register() -> None:
 
 
 def _repair() -> None:
-    from mssr_basicsr.adapter import compat
+    from mssr_basicsr.adapter import backbone_options, compat
 
     compat.after_import()
+    backbone_options.install()
 
 
 def _import_plugin() -> None:

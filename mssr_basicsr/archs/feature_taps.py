@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
-from unittest import mock
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from mssr_basicsr.foundation.checks import match_names
+from mssr_basicsr.foundation.checks import OptionError, match_names
 
 
 def find_feature_taps(network: nn.Module, patterns: Sequence[str] | None = None) -> list[str]:
@@ -58,22 +57,52 @@ def record_features(network: nn.Module, taps: Sequence[str]) -> Iterator[dict[st
     """
     features: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            if not isinstance(output, Tensor):
-                raise TypeError(
-                    f'network_g.feature_taps: {name} gives a {type(output).__name__}, a tap gives one tensor'
-                )
-            features[name] = output
+    def keep(name: str, output: Tensor) -> None:
+        features[name] = output
 
-        return hook
-
-    handles = [network.get_submodule(name).register_forward_hook(keep(name)) for name in taps]
-    try:
+    with _hooked(network, taps, keep):
         yield features
+
+
+@contextmanager
+def _hooked(network: nn.Module, taps: Sequence[str], keep: Callable[[str, Any], None]) -> Iterator[None]:
+    """While the context is open, ``keep`` gets the name and the output of each tap whenever it runs."""
+
+    def hook_of(name: str) -> Any:
+        return lambda module, inputs, output: keep(name, output)
+
+    handles = [network.get_submodule(name).register_forward_hook(hook_of(name)) for name in taps]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def check_feature_taps(network: nn.Module, taps: Sequence[str], x: Tensor) -> None:
+    """Raise OptionError unless each of the ``taps`` runs once in ``network(x)`` and gives one tensor.
+
+    A recurrent network runs its modules once for each frame: of it, no tap gives the features of the whole input.
+    """
+    outputs: dict[str, list[object]] = {tap: [] for tap in taps}
+    with _hooked(network, taps, lambda name, output: outputs[name].append(output)):
+        network(x)
+    for tap, given in outputs.items():
+        if len(given) != 1 or not isinstance(given[0], Tensor):
+            what = f'runs {len(given)} times' if len(given) != 1 else f'gives a {type(given[0]).__name__}'
+            allowed = 'modules that run once in a forward and give one tensor (or no train.ssd_opt)'
+            raise OptionError('network_g.feature_taps', f'{tap}, which {what}', allowed)
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While the context is open, ``module`` computes ``forward`` in place of its own."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward  # what was assigned to the instance: the class's own is there again
 
 
 class ImageFinisher:
@@ -106,9 +135,9 @@ class ImageFinisher:
     def _run(self, x: Tensor, tap: str, features: Tensor, replaced: Sequence[nn.Module]) -> Tensor:
         with ExitStack() as stack:
             for module in replaced:
-                stack.enter_context(mock.patch.object(module, 'forward', lambda features, *args, **kwargs: features))
+                stack.enter_context(_forward_replaced(module, lambda features, *args, **kwargs: features))
             module = self.network.get_submodule(tap)
-            stack.enter_context(mock.patch.object(module, 'forward', lambda *args, **kwargs: features))
+            stack.enter_context(_forward_replaced(module, lambda *args, **kwargs: features))
             return self.network(x)  # type: ignore[no-any-return]
 
     @torch.no_grad()

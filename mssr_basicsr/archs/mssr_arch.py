@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from operator import attrgetter
@@ -11,11 +12,12 @@ import torch
 from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from mssr_basicsr.archs.feature_taps import find_feature_taps
 from mssr_basicsr.foundation.checkpoints import CheckpointError
-from mssr_basicsr.foundation.checks import OptionError, arguments_checked, match_names, require_int
+from mssr_basicsr.foundation.checks import OptionError, arguments_checked, closest, match_names, require_int
 from mssr_basicsr.method.level_map import LevelMap, buffer_tree, count, mask_of, num_kept
 from mssr_basicsr.scalable.container import MAX_LEVELS
 
@@ -58,6 +60,27 @@ def is_plain(state_dict: Mapping[str, Any]) -> bool:
     return not any(key.startswith('level_map.') for key in state_dict)
 
 
+def refuse_unknown(unknown: Mapping[str, Any], backbone: Any) -> None:
+    """Raise OptionError for options that :class:`MSSR` does not have, which are misspelt or the backbone's."""
+    for key, found in unknown.items():
+        known = [name for name in inspect.signature(MSSR).parameters if name != 'unknown']
+        if isinstance(backbone, Mapping) and key in backbone:
+            raise OptionError(f'network_g.{key}', found, f'network_g.backbone.{key} alone')
+        nearest = closest(key, known)
+        allowed = f'no such option; the nearest is {nearest}' if nearest else f'one of {", ".join(known)}'
+        raise OptionError(f'network_g.{key}', found, f"{allowed} (the architecture's own stand in network_g.backbone)")
+
+
+def running_statistics(network: nn.Module) -> dict[str, Tensor]:
+    """By name, the buffers that normalisation layers keep of the data seen in training; the buffers themselves."""
+    return {
+        f'{name}.{key}': buffer
+        for name, module in network.named_modules()
+        if isinstance(module, _NormBase) and module.track_running_stats
+        for key, buffer in module.named_buffers(recurse=False)
+    }
+
+
 @ARCH_REGISTRY.register()
 class MSSR(nn.Module):
     """An SR network that holds nested sub-networks of itself, its levels (Lin et al., CVPR 2023).
@@ -87,20 +110,24 @@ class MSSR(nn.Module):
 
     def __init__(
         self,
-        backbone: Mapping[str, Any],
-        sparsity: Sequence[float],
+        backbone: Mapping[str, Any] | None = None,
+        sparsity: Sequence[float] | None = None,
         level: int = 0,
         prunable: Sequence[str] = ('*',),
         unprunable: Sequence[str] = (),
         feature_taps: Sequence[str] | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        refuse_unknown(unknown, backbone)
         self.sparsity = check_sparsity(sparsity)
         self._level = require_int('network_g.level', level, 0, self.smallest_level)
         if not isinstance(backbone, Mapping) or 'type' not in backbone:
             raise OptionError('network_g.backbone', backbone, 'the options of an architecture, with its type')
         if backbone['type'] not in ARCH_REGISTRY and f'{backbone["type"]}_basicsr' not in ARCH_REGISTRY:
-            raise OptionError('network_g.backbone.type', backbone['type'], ', '.join(sorted(ARCH_REGISTRY.keys())))
+            names = ', '.join(sorted(ARCH_REGISTRY.keys()))
+            allowed = f'{names}; of another package, import it first: its own train.py does, and mssr --import PACKAGE'
+            raise OptionError('network_g.backbone.type', backbone['type'], allowed)
         self.backbone_options = deepcopy(dict(backbone))
         with arguments_checked('network_g.backbone', backbone, 'architecture'):
             self.backbone: nn.Module = build_network(backbone)
@@ -114,6 +141,9 @@ class MSSR(nn.Module):
         self.mask = buffer_tree(
             {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}, persistent=False
         )
+        #: Whether normalisation layers use, and leave as they are, the running statistics that they have, as they do
+        #: in the backward stage, since all levels share them.
+        self.keep_statistics = False
         self._mask_is_current = False
         self._masked_weights: list[Tensor] | None = None
         self._masked_from: list[tuple[int, int]] | None = None
@@ -209,9 +239,17 @@ class MSSR(nn.Module):
         self._mask_is_current = True
 
     def train(self, mode: bool = True) -> MSSR:
-        """As of ``nn.Module``; also forgets the masked weights that are kept for eval mode."""
+        """As of ``nn.Module``; also forgets the masked weights that are kept for eval mode.
+
+        With :attr:`keep_statistics` normalisation layers stay in eval mode.
+        """
         self._masked_weights = None
-        return super().train(mode)
+        super().train(mode)
+        if self.keep_statistics:
+            for module in self.backbone.modules():
+                if isinstance(module, _NormBase):
+                    module.eval()
+        return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of ``nn.Module``, for a state dict of this class or a plain one of the backbone.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Callable, TypeVar
+
+Options = TypeVar('Options')
 
 
 class OptionError(ValueError):
@@ -15,11 +19,42 @@ class OptionError(ValueError):
         super().__init__(f'{option}: found {found!r}; allowed: {allowed}.')
 
 
-def require_one_of(option: str, found: object, allowed: Iterable[str]) -> None:
-    """Raise :class:`OptionError` unless ``found`` is one of the names ``allowed``."""
+def option(help: str, check: Callable[[str, Any], Any] | None = None, default: Any = None) -> Any:
+    """A field of a dataclass of options, the one place where an option of the YAML is declared.
+
+    Args:
+        help: what the option does, for people.
+        check: ``check(name, found)`` returns the option's value, or raises :class:`OptionError`. It also sees the
+            default. Without a check, whoever uses the option checks it.
+        default: the value without the option in the YAML.
+    """
+    return dataclasses.field(default=default, metadata={'help': help, 'check': check})
+
+
+def read_options(declared: type[Options], section: str, found: Mapping[str, Any]) -> Options:
+    """The options that the dataclass ``declared`` declares, taken out of ``found``, a section of the YAML.
+
+    Raises:
+        OptionError: a check does not allow what was found.
+    """
+    values = {}
+    for field in dataclasses.fields(declared):  # type: ignore[arg-type]
+        value, check = found.get(field.name, field.default), field.metadata['check']
+        values[field.name] = value if check is None else check(f'{section}.{field.name}', value)
+    return declared(**values)
+
+
+def closest(name: str, names: Iterable[str]) -> str | None:
+    """The one of ``names`` that ``name`` is most likely a misspelling of, None if none is near."""
+    return next(iter(difflib.get_close_matches(name, list(names), 1, 0.75)), None)
+
+
+def require_one_of(option: str, found: Any, allowed: Iterable[str]) -> str:
+    """``found``; :class:`OptionError` unless it is one of the names ``allowed``."""
     names = sorted(allowed)
     if found not in names:
         raise OptionError(option, found, ', '.join(names))
+    return str(found)
 
 
 def require_type(option: str, found: Any, names: Iterable[str], allowed: str) -> None:

@@ -1,7 +1,7 @@
-"""Stages of training, and expansion schedules: in which stages the backward stage grows the network back.
+"""Expansion schedules: at which levels, and for how long at each, the backward stage trains to grow the network back.
 
-A schedule is a class that is built from the options under ``train.expansion`` and whose ``stages(delta_sizes)`` lists
-the stages. Users add theirs with ``@EXPANSION_REGISTRY.register()``, for example one that jumps over levels or one
+A schedule is a class that is built from the options under ``train.expansion`` and whose ``plan(delta_sizes)`` lists
+what to train. Users add theirs with ``@EXPANSION_REGISTRY.register()``, for example one that jumps over levels or one
 whose iterations follow the size of each delta::
 
     @EXPANSION_REGISTRY.register()
@@ -9,10 +9,11 @@ whose iterations follow the size of each delta::
         def __init__(self, total_iter: int) -> None:
             self.total_iter = total_iter
 
-        def stages(self, delta_sizes: Sequence[int]) -> list[Stage]:
+        def plan(self, delta_sizes: Sequence[int]) -> list[LevelTraining]:
             levels = range(len(delta_sizes) - 2, -1, -1)
             total = sum(delta_sizes[:-1])
-            return [Stage(level, round(self.total_iter * delta_sizes[level] / total)) for level in levels]
+            iterations = [round(self.total_iter * delta_sizes[level] / total) for level in levels]
+            return [LevelTraining(level, num_iter) for level, num_iter in zip(levels, iterations)]
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mssr_basicsr.foundation.registry import Registry
 EXPANSION_REGISTRY = Registry('expansion')
 
 
-class Stage(NamedTuple):
+class LevelTraining(NamedTuple):
     """Training at ``level`` for ``num_iter`` iterations."""
 
     level: int
@@ -36,10 +37,10 @@ class Stage(NamedTuple):
 class ExpansionSchedule(Protocol):
     """What a schedule must offer."""
 
-    def stages(self, delta_sizes: Sequence[int]) -> list[Stage]:
-        """The stages in order, their levels falling from below K down to 0.
+    def plan(self, delta_sizes: Sequence[int]) -> list[LevelTraining]:
+        """At which levels to train, in order: they fall from below K down to 0.
 
-        Each stage recovers and trains what its level has and the level of the stage before lacks.
+        Each recovers and trains what its level has and the level before lacks.
 
         Args:
             delta_sizes: for each level from 0 to K, how many weights it has that the next smaller one lacks; the last
@@ -57,17 +58,17 @@ class SequentialExpansion:
     def __init__(self, level_iter: int | Sequence[int]) -> None:
         self.level_iter = level_iter
 
-    def stages(self, delta_sizes: Sequence[int]) -> list[Stage]:
+    def plan(self, delta_sizes: Sequence[int]) -> list[LevelTraining]:
         levels = range(len(delta_sizes) - 2, -1, -1)
         level_iter = require_iterations('train.expansion.level_iter', self.level_iter, len(levels))
-        return [Stage(level, num_iter) for level, num_iter in zip(levels, level_iter)]
+        return [LevelTraining(level, num_iter) for level, num_iter in zip(levels, level_iter)]
 
 
-def build_expansion(options: Any, delta_sizes: Sequence[int]) -> list[Stage]:
-    """The stages of the schedule that ``options`` (``train.expansion``) name.
+def build_expansion(options: Any, delta_sizes: Sequence[int]) -> list[LevelTraining]:
+    """The plan of the schedule that ``options`` (``train.expansion``) name.
 
     Raises:
-        OptionError: no such schedule, wrong arguments, or stages whose levels do not fall from below K to 0.
+        OptionError: no such schedule, wrong arguments, or a plan whose levels do not fall from below K to 0.
     """
     allowed = 'the options of a schedule, such as {type: SequentialExpansion}'
     require_type('train.expansion', options, EXPANSION_REGISTRY, allowed)
@@ -75,10 +76,10 @@ def build_expansion(options: Any, delta_sizes: Sequence[int]) -> list[Stage]:
     schedule_class = EXPANSION_REGISTRY.get(arguments.pop('type'))
     with arguments_checked('train.expansion', options, 'schedule'):
         schedule: ExpansionSchedule = schedule_class(**arguments)
-    stages = schedule.stages(delta_sizes)
-    levels = [len(delta_sizes) - 1] + [stage.level for stage in stages]
+    plan = schedule.plan(delta_sizes)
+    levels = [len(delta_sizes) - 1] + [training.level for training in plan]
     if levels[-1] != 0 or any(nxt >= level for level, nxt in zip(levels, levels[1:])):
-        raise OptionError('train.expansion', levels[1:], f'stages whose levels fall from below {levels[0]} down to 0')
-    for i, stage in enumerate(stages):
-        require_int(f'train.expansion: stage {i}', stage.num_iter, 1)
-    return stages
+        raise OptionError('train.expansion', levels[1:], f'a plan whose levels fall from below {levels[0]} down to 0')
+    for i, training in enumerate(plan):
+        require_int(f'train.expansion: iterations of training {i}', training.num_iter, 1)
+    return plan

@@ -1,0 +1,55 @@
+"""What the levels are and how good: records that machines read, and a table of them that people read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypedDict
+
+from mssr_basicsr.foundation.tables import table_with_metrics
+from mssr_basicsr.method.level_map import LevelMap, count, mask_of
+
+
+class LevelRecord(TypedDict, total=False):
+    """One level's entry in ``levels.json``."""
+
+    level: int  #: its number
+    sparsity: float  #: the removed share of the prunable weights
+    prunable_kept: int  #: prunable weights that the level has
+    prunable_total: int  #: prunable weights of the dense network
+    parameters_kept: int  #: parameters that the level has, of all kinds
+    parameters_total: int  #: parameters of the dense network
+    density: dict[str, float]  #: by the name of a prunable weight, the kept share of its elements
+    iterations: int  #: for how many the level was trained, once it is done
+    metrics: dict[str, dict[str, float]]  #: by validation set and metric
+
+
+def describe_level(level_map: LevelMap, num_parameters: int, level: int) -> LevelRecord:
+    """The sizes of one level of a backbone with ``num_parameters`` parameters in all."""
+    masks = mask_of(level_map, level)
+    kept, total = count(masks), sum(mask.numel() for mask in masks.values())
+    return {
+        'level': level,
+        'sparsity': 1 - kept / total,
+        'prunable_kept': kept,
+        'prunable_total': total,
+        'parameters_kept': num_parameters - total + kept,
+        'parameters_total': num_parameters,
+        'density': {name: int(mask.sum()) / mask.numel() for name, mask in masks.items()},
+    }
+
+
+def level_table(records: Iterable[LevelRecord]) -> str:
+    """The records as a table, a level a row: sizes, then a column for each validation set's metrics."""
+    rows = sorted(records, key=lambda record: record['level'])
+    head = ['level', 'sparsity of prunable', 'prunable kept', 'parameters kept', 'iterations']
+    cells = [
+        [
+            str(row['level']),
+            f'{row["sparsity"]:.4%}',
+            f'{row["prunable_kept"]:,}',
+            f'{row["parameters_kept"]:,}',
+            str(row.get('iterations', '-')),
+        ]
+        for row in rows
+    ]
+    return table_with_metrics(head, cells, rows)

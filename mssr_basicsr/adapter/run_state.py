@@ -1,0 +1,85 @@
+"""What a resumed run needs beside BasicSR's ``.state``: what it holds, and whether it is of the run that goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from basicsr.utils import get_root_logger
+
+from mssr_basicsr.adapter.records import LevelRecord
+from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.method.schedules import LevelTraining
+
+VERSION = 2  #: of :class:`RunState`; any other is refused
+
+#: Attributes that base model classes keep from one iteration to the next: Real-ESRGAN's pool of training pairs.
+KEPT_BETWEEN_ITERATIONS = ('queue_lr', 'queue_gt', 'queue_ptr')
+
+
+@dataclasses.dataclass
+class RunState:
+    """The entry ``mssr`` of a ``.state``. It consists of types that torch loads with ``weights_only``."""
+
+    seed: int
+    plan: Sequence[Sequence[int]]  #: (level, iterations) of all that the stage trains
+    options: dict[str, Any]  #: by name, the options that decide about levels to come
+    records: dict[int, LevelRecord]  #: by level
+    untrained: list[str]  #: names of the parameters that a phase of the base class has switched off
+    random_states: list[dict[str, Any]]  #: of each rank
+    kept: list[dict[str, Any]]  #: of each rank, :data:`KEPT_BETWEEN_ITERATIONS`
+    version: int = VERSION
+
+    def entry(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def kept_between_iterations(model: Any) -> dict[str, Any]:
+    """What ``model`` has of :data:`KEPT_BETWEEN_ITERATIONS`, its tensors on the CPU."""
+    found = {name: getattr(model, name) for name in KEPT_BETWEEN_ITERATIONS if hasattr(model, name)}
+    return {name: value.cpu() if hasattr(value, 'cpu') else value for name, value in found.items()}
+
+
+def put_back_kept(model: Any, kept: Mapping[str, Any]) -> None:
+    """Give ``model`` what :func:`kept_between_iterations` took from it, on its device."""
+    for name, value in kept.items():
+        setattr(model, name, value.to(model.device) if hasattr(value, 'to') else value)
+
+
+def read_run_state(
+    resume_state: Mapping[str, Any], path: str, model_type: str, begun: Sequence[LevelTraining], options: dict[str, Any]
+) -> RunState:
+    """Our entry in a ``.state``; options that have changed since are a warning that names them.
+
+    Args:
+        resume_state: what BasicSR has loaded.
+        path: where from, for errors.
+        model_type: the model that goes on.
+        begun: what the plan of this run has trained, or begun to train, by then.
+        options: of this run, as :attr:`RunState.options`.
+
+    Raises:
+        OptionError: it is not of this kind of model, of another version, or of a run that began with another plan.
+    """
+    entry = resume_state.get('mssr')
+    if entry is None:
+        raise OptionError('path.resume_state', path, f'a state that {model_type} saved')
+    if entry['version'] != VERSION:
+        allowed = f'a state of version {VERSION}, its version is {entry["version"]}: resume it with the mssr-basicsr '
+        raise OptionError('path.resume_state', path, allowed + 'that saved it')
+    state = RunState(**entry)
+    began = [LevelTraining(*training) for training in state.plan[: len(begun)]]
+    if began != list(begun):
+        here, there = (
+            ', '.join(f'{num_iter} iterations at level {level}' for level, num_iter in plan) for plan in (begun, began)
+        )
+        raise OptionError('path.resume_state', path, f'a state of a run that began with {here}; this one: {there}')
+    changed = [
+        f'{name}: the run began with {state.options.get(name)!r} and goes on with {value!r}'
+        for name, value in options.items()
+        if state.options.get(name) != value
+    ]
+    if changed:
+        get_root_logger().warning('Options have changed. ' + '; '.join(changed) + '.')
+    return state

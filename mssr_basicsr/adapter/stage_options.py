@@ -1,0 +1,86 @@
+"""The options that the two stages read under ``train``, each declared once: its default, its bounds and its meaning.
+
+BasicSR's own options, and those of the base model class, stay as they are beside these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mssr_basicsr.foundation.checks import option, require_bool, require_int, require_one_of
+from mssr_basicsr.method.criteria import CRITERION_REGISTRY
+from mssr_basicsr.method.recovery import RECOVERY_STARTS
+
+
+def _first_level(name: str, found: Any) -> int:
+    return require_int(name, found, 0, 1)
+
+
+def _criterion(name: str, found: Any) -> str:
+    return require_one_of(name, found, CRITERION_REGISTRY)
+
+
+def _rewind(name: str, found: Any) -> str:
+    return require_one_of(name, found, ('weights', 'lr', 'none'))
+
+
+def _recover(name: str, found: Any) -> str:
+    return require_one_of(name, found, RECOVERY_STARTS)
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """What both stages read under ``train``."""
+
+    exact_resume: bool = option(
+        'Whether a resumed run sees the data and draws the random numbers that the uninterrupted run would have; '
+        'without it, the epoch that it resumes in begins anew.',
+        require_bool,
+        True,
+    )
+
+
+@dataclass(frozen=True)
+class ForwardOptions(StageOptions):
+    """What the forward stage reads under ``train``."""
+
+    level_iter: int | Sequence[int] | None = option(
+        'Iterations of each level that is trained, or a list with those of each level; total_iter is their sum.'
+    )
+    first_level: int = option(
+        '1 takes path.pretrain_network_g, a trained network, as level 0 and starts by pruning it; the rewind point is '
+        'then this network.',
+        _first_level,
+        0,
+    )
+    criterion: str = option('Which weights are pruned: a name in CRITERION_REGISTRY.', _criterion, 'global_magnitude')
+    rewind: str = option(
+        'What happens to the weights that survive pruning: weights sets them to the rewind point (the paper); lr keeps '
+        'them and restarts the learning-rate schedule (Renda et al. 2020); none keeps them and goes on with the last '
+        'learning rate of level 0 (fine-tuning).',
+        _rewind,
+        'weights',
+    )
+    rewind_iter: int | None = option(
+        "The iteration of level 0 whose weights are the rewind point. Default: 10 % of level 0's iterations."
+    )
+    ssd_opt: Any = option(
+        'Options of SSDLoss, the loss of stochastic self-distillation; without them there is none. The teacher of '
+        "level k is level k - 1's ticket; level 0 has no teacher."
+    )
+
+
+@dataclass(frozen=True)
+class BackwardOptions(StageOptions):
+    """What the backward stage reads under ``train``."""
+
+    expansion: Any = option('Options of the expansion schedule, with its type, a name in EXPANSION_REGISTRY.')
+    recover: str = option(
+        'What recovered weights start from: ticket, rewind or zero; see recover_weights.', _recover, 'ticket'
+    )
+    ticket_opt: Any = option(
+        "Options of a loss, with its type, that compares a level's images with those of its own ticket; it is added to "
+        'the pixel loss. The tickets are the net_g_level{k}.pth beside path.pretrain_network_g. Default: none.'
+    )

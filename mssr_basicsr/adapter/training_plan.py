@@ -1,0 +1,68 @@
+"""The plan of a stage: at which levels it trains, for how many iterations each, and where an iteration lies in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mssr_basicsr.foundation.checks import OptionError, require_int
+from mssr_basicsr.method.schedules import LevelTraining
+
+
+class TrainingPlan:
+    """The levels that a stage trains, one after the other.
+
+    Args:
+        trainings: in order.
+    """
+
+    def __init__(self, trainings: Sequence[LevelTraining]) -> None:
+        self.trainings = list(trainings)
+
+    @property
+    def first(self) -> LevelTraining:
+        return self.trainings[0]
+
+    @property
+    def last(self) -> LevelTraining:
+        return self.trainings[-1]
+
+    def before(self, training: LevelTraining) -> LevelTraining | None:
+        """The one before ``training``, None if it is the first."""
+        index = self.trainings.index(training)
+        return self.trainings[index - 1] if index > 0 else None
+
+    def locate(self, current_iter: int) -> tuple[LevelTraining, int]:
+        """What iteration ``current_iter`` of the run (from 1) belongs to, and the iteration within that (from 1)."""
+        step = current_iter
+        for training in self.trainings:
+            if step <= training.num_iter:
+                return training, step
+            step -= training.num_iter
+        return self.last, self.last.num_iter
+
+    def begun(self, current_iter: int) -> list[LevelTraining]:
+        """The trainings that have begun, or are done, after ``current_iter`` iterations."""
+        return self.trainings[: self.trainings.index(self.locate(current_iter)[0]) + 1]
+
+    def check(self, opt: Mapping[str, Any]) -> None:
+        """Raise OptionError unless the YAML's iterations, validations and learning-rate schedule fit the plan."""
+        train_opt = opt['train']
+        iterations = [training.num_iter for training in self.trainings]
+        if train_opt.get('total_iter') != sum(iterations):
+            parts = ' + '.join(f'{training.num_iter} at level {training.level}' for training in self.trainings)
+            raise OptionError('train.total_iter', train_opt.get('total_iter'), f'{sum(iterations)} ({parts})')
+        if opt.get('val') is not None and 'debug' not in opt['name']:  # --debug sets a val_freq of its own
+            val_freq = require_int('val.val_freq', opt['val'].get('val_freq'), 1)
+            if any(num_iter % val_freq for num_iter in iterations):
+                allowed = f"a divisor of each level's iterations, {iterations}, so that each level ends validated"
+                raise OptionError('val.val_freq', val_freq, allowed)
+        for key in ('print_freq', 'save_checkpoint_freq'):
+            require_int(f'logger.{key}', opt['logger'].get(key), 1)
+        periods = train_opt['scheduler'].get('periods')
+        if periods is not None and sum(periods) < max(iterations):
+            allowed = f'periods of {max(iterations)} or more in all (the schedule is for one level)'
+            raise OptionError('train.scheduler.periods', periods, allowed)
+
+    def __str__(self) -> str:
+        return ', '.join(f'{training.num_iter} iterations at level {training.level}' for training in self.trainings)

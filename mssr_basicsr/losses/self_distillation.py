@@ -1,0 +1,59 @@
+"""Stochastic self-distillation in one iteration: the small network's features, judged by the larger network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from mssr_basicsr.archs.feature_taps import ImageFinisher, record_features
+from mssr_basicsr.losses.ssd_loss import SSDLoss
+
+
+class SelfDistillation:
+    """Feeds the small network's features at random depths to its teacher and compares the images that come out.
+
+    Args:
+        loss: which depths, and how the images are compared.
+        teacher: the larger network, frozen and in eval mode.
+        taps: names of the modules at which features are handed over, shallowest first.
+    """
+
+    def __init__(self, loss: SSDLoss, teacher: nn.Module, taps: Sequence[str]) -> None:
+        self.loss, self.teacher, self.taps = loss, teacher, taps
+        self._finisher = ImageFinisher(teacher, taps)
+        self._drawn: list[str] = []
+        self._features: dict[str, Tensor] = {}
+        self._x: Tensor | None = None
+
+    @contextmanager
+    def watching(self, student: nn.Module, x: Tensor, seed: str) -> Iterator[None]:
+        """While the context is open, ``student(x)`` leaves its features at depths that ``seed`` draws.
+
+        Args:
+            student: the small network.
+            x: its input, (N, C, H, W).
+            seed: the same one draws the same depths on every rank.
+        """
+        self._drawn = self.loss.sample_taps(self.taps, seed)
+        try:
+            with record_features(student, self._drawn) as self._features:
+                self._x = x
+                yield
+        finally:
+            self._features, self._x = {}, None
+
+    def term(self, output: Tensor, gt: Tensor) -> Tensor | None:
+        """The self-distillation loss of the iteration that is being watched, None if none is.
+
+        Args:
+            output: the small network's images, of which nothing is needed.
+            gt: the ground truth, (N, C, H, W).
+        """
+        x = self._x
+        if x is None:
+            return None
+        images = [self._finisher.finish(x, tap, self._features[tap]) for tap in self._drawn]
+        loss: Tensor = self.loss(images, gt, lambda: self.teacher(x))
+        return loss

@@ -1,0 +1,151 @@
+"""The backward stage: recovering and fine-tuning just the pruned weights, from the smallest level to the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from basicsr.utils import get_root_logger
+from torch import Tensor
+
+from mssr_basicsr.adapter.ranks import digest
+from mssr_basicsr.adapter.stage_options import BackwardOptions
+from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
+from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.foundation.saving import write_whole
+from mssr_basicsr.losses.pixel_and_distillation_loss import PixelAndDistillationLoss
+from mssr_basicsr.method.frozen_weights import FrozenWeights
+from mssr_basicsr.method.level_map import count, delta_of
+from mssr_basicsr.method.recovery import recover_weights
+from mssr_basicsr.method.schedules import LevelTraining, build_expansion
+from mssr_basicsr.models.levelwise_training import LevelwiseTraining, frozen_copy
+
+
+class BackwardStage(LevelwiseTraining):
+    """Grows the smallest level back: recovers the weights that the last pruning step took, trains those alone; again.
+
+    It starts from the forward stage's last checkpoint (``path.pretrain_network_g``, read from ``params_ema`` if there
+    is one). All that a smaller level has, biases, norms and running statistics included, stays bit-identical, so that
+    the one set of weights in the result is every level. That is checked when a level has begun and when it ends.
+
+    The options are :class:`BackwardOptions`. Beside the models it writes ``net_g.mssr``, every level in one file, and,
+    with ``ticket_opt``, ``ticket_level{k}.pth``, copies of the tickets, which a resumed run needs.
+    """
+
+    options_class = BackwardOptions
+    options: BackwardOptions
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        if opt['path'].get('pretrain_network_g') is None:
+            raise OptionError('path.pretrain_network_g', None, "the forward stage's last checkpoint")
+        if not opt['path'].get('resume_state'):
+            opt['path'].setdefault('param_key_g', 'params_ema')  # BasicSR takes params where there is no params_ema
+        super().__init__(opt)
+
+    def make_plan(self) -> list[LevelTraining]:
+        network = self.network
+        delta_sizes = [count(delta_of(network.get_level_map(), k)) for k in range(network.smallest_level + 1)]
+        if sum(delta_sizes[:-1]) == 0:
+            allowed = "the forward stage's last checkpoint (in this one nothing is pruned)"
+            raise OptionError('path.pretrain_network_g', self.opt['path']['pretrain_network_g'], allowed)
+        for level in range(1, network.smallest_level + 1):  # raises unless the checkpoint's level map has them all
+            network.level = level
+            network.update_mask()
+        network.level = 0
+        return build_expansion(self.options.expansion, delta_sizes)
+
+    def init_training_settings(self) -> None:
+        super().init_training_settings()
+        self.network.keep_statistics = True
+        self.network.train()
+        self.cri_ticket = self.build_distillation_loss('ticket_opt', self.options.ticket_opt)
+        if self.cri_ticket is not None:
+            self.ticket = frozen_copy(self.network.backbone)
+            for training in self.plan.trainings:
+                self._load_ticket(training.level)  # a wrong file is refused now, and not after days of training
+            self.cri_pix = PixelAndDistillationLoss(self.cri_pix, 'l_ticket', self._ticket_loss)
+
+    def levels_to_validate(self) -> Sequence[int]:
+        return range(self.network.level, self.network.smallest_level + 1)
+
+    # ------------------------------ from level to level ------------------------------ #
+
+    def begin_run(self) -> None:
+        """Recover the pruned weights, from which each level's training then takes its own."""
+        self._recover()
+        self.export_level(self.network.smallest_level)
+        self._copy_tickets()
+
+    def _recover(self) -> None:
+        network, rewind_point = self.network, {}
+        if self.options.recover == 'rewind':
+            path = self.opt['path']['pretrain_network_g']
+            checkpoint = read_checkpoint(path)
+            if 'rewind' not in checkpoint:
+                raise OptionError('train.recover', 'rewind', f'ticket, zero ({path} has no rewind point)')
+            rewind_point = checkpoint['rewind']
+        pruned = delta_of(network.get_level_map(), 0, network.smallest_level)
+        recover_weights(network.prunable_weights(), pruned, self.options.recover, rewind_point)
+
+    def freeze_weights(self, training: LevelTraining) -> FrozenWeights:
+        """Only the delta trains."""
+        before = self.plan.before(training)
+        smaller = self.network.smallest_level if before is None else before.level
+        self._digests = {level: self._digest(level) for level in range(smaller, self.network.smallest_level + 1)}
+        delta = delta_of(self.network.get_level_map(), training.level, smaller)
+        return FrozenWeights(self.network.backbone, delta, others_train=False)
+
+    def restart_training(self, training: LevelTraining) -> None:
+        super().restart_training(training)
+        if self.cri_ticket is not None:
+            self._load_ticket(training.level)
+
+    def check_result(self, training: LevelTraining) -> None:
+        """Raise RuntimeError unless every smaller level is, bit for bit, what it was before this level's training."""
+        changed = [level for level, before in self._digests.items() if self._digest(level) != before]
+        if changed:
+            raise RuntimeError(f'Training level {training.level} has changed the smaller levels {changed}')
+
+    def _digest(self, level: int) -> str:
+        return digest(self.network.export(level))
+
+    def end_level(self, training: LevelTraining) -> None:
+        super().end_level(training)
+        get_root_logger().info(f'Levels {sorted(self._digests)} are bit-identical to before level {training.level}.')
+
+    def write_result(self) -> None:
+        """Write ``net_g.mssr``, every level in one file. Rank 0 does."""
+        if self.opt['rank'] == 0:
+            path = Path(self.opt['path']['models'], 'net_g.mssr')
+            data = self.pack()
+            write_whole(path, data)
+            get_root_logger().info(f'All levels in one file of {len(data):,} bytes: {path}')
+
+    # ------------------------------ tickets ------------------------------ #
+
+    def _ticket_loss(self, output: Tensor, gt: Tensor) -> Tensor:
+        loss: Tensor = self.cri_ticket(output, self.ticket(self.lq))
+        return loss
+
+    def _ticket_file(self, level: int) -> Path:
+        """The ticket of ``level``: as the forward stage wrote it or, once this stage has begun, its own copy."""
+        copy = Path(self.opt['path']['models'], f'ticket_level{level}.pth')
+        begun = bool(self.opt['path'].get('resume_state')) or copy.is_file()
+        return copy if begun else Path(self.opt['path']['pretrain_network_g']).with_name(f'net_g_level{level}.pth')
+
+    def _load_ticket(self, level: int) -> None:
+        path = self._ticket_file(level)
+        try:
+            ticket = state_dict_of(read_checkpoint(path), 'params')
+            require_same_entries(ticket, self.ticket.state_dict())
+        except CheckpointError as error:
+            allowed = f"what the forward stage wrote as level {level}'s ticket, beside its last checkpoint ({error})"
+            raise OptionError('train.ticket_opt', str(path), allowed) from error
+        self.ticket.load_state_dict(ticket)
+
+    def _copy_tickets(self) -> None:
+        if self.cri_ticket is not None and self.opt['rank'] == 0:
+            for level in [training.level for training in self.plan.trainings]:
+                data = self._ticket_file(level).read_bytes()
+                write_whole(Path(self.opt['path']['models'], f'ticket_level{level}.pth'), data)

@@ -1,0 +1,154 @@
+"""The forward stage: iterative magnitude pruning with rewinding and stochastic self-distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from basicsr.utils import get_root_logger
+from torch import nn
+
+from mssr_basicsr.adapter.ranks import broadcast_from_rank_0
+from mssr_basicsr.adapter.stage_options import ForwardOptions
+from mssr_basicsr.archs.feature_taps import check_feature_taps
+from mssr_basicsr.foundation.checks import OptionError, require_int, require_iterations
+from mssr_basicsr.losses.pixel_and_distillation_loss import PixelAndDistillationLoss
+from mssr_basicsr.losses.self_distillation import SelfDistillation
+from mssr_basicsr.losses.ssd_loss import SSDLoss
+from mssr_basicsr.method.criteria import CRITERION_REGISTRY
+from mssr_basicsr.method.frozen_weights import FrozenWeights
+from mssr_basicsr.method.level_map import mask_of, num_kept, prune
+from mssr_basicsr.method.rewinding import rewind_weights
+from mssr_basicsr.method.schedules import LevelTraining
+from mssr_basicsr.models.levelwise_training import LevelwiseTraining, frozen_copy
+
+
+class ForwardStage(LevelwiseTraining):
+    """Trains the dense network, prunes its smallest weights, rewinds the survivors, trains again; level by level.
+
+    The options are :class:`ForwardOptions`. The checkpoint holds, beside BasicSR's ``params`` and ``params_ema``, the
+    rewind point (``rewind``) and, with self-distillation, the ``teacher``, both plain state dicts of the backbone. A
+    pruned weight in it has the value it was pruned with.
+    """
+
+    options_class = ForwardOptions
+    options: ForwardOptions
+
+    def make_plan(self) -> list[LevelTraining]:
+        options = self.options
+        if options.first_level == 1 and self.opt['path'].get('pretrain_network_g') is None:
+            allowed = 'a checkpoint of the backbone, with train.first_level: 1'
+            raise OptionError('path.pretrain_network_g', None, allowed)
+        levels = range(options.first_level, self.network.smallest_level + 1)
+        level_iter = require_iterations('train.level_iter', options.level_iter, len(levels))
+        last = level_iter[0] if options.first_level == 0 else 0
+        rewind_iter = last // 10 if options.rewind_iter is None else options.rewind_iter
+        self.rewind_iter = require_int('train.rewind_iter', rewind_iter, 0, last)
+        return [LevelTraining(level, num_iter) for level, num_iter in zip(levels, level_iter)]
+
+    def init_training_settings(self) -> None:
+        super().init_training_settings()
+        self.rewind_point = frozen_copy(self.network.backbone)
+        self.teacher = frozen_copy(self.network.backbone)
+        self.self_distillation = self._build_self_distillation()
+        if self.self_distillation is not None:
+            self.cri_pix = PixelAndDistillationLoss(self.cri_pix, 'l_ssd', self.self_distillation.term)
+
+    def _build_self_distillation(self) -> SelfDistillation | None:
+        loss, taps = self.build_distillation_loss('ssd_opt', self.options.ssd_opt), self.network.feature_taps
+        if loss is None:
+            return None
+        if not isinstance(loss, SSDLoss):
+            raise OptionError('train.ssd_opt.type', self.options.ssd_opt['type'], 'SSDLoss, or one of its kind')
+        loss.check_depths(taps)
+        return SelfDistillation(loss, self.teacher, taps)
+
+    def levels_to_validate(self) -> Sequence[int]:
+        return [self.network.level]
+
+    # ------------------------------ from level to level ------------------------------ #
+
+    def begin_run(self) -> None:
+        """Everything that the network starts with is in its level 0, also what is scalable already."""
+        network = self.network
+        whole = {name: torch.full_like(m, network.smallest_level) for name, m in network.get_level_map().items()}
+        network.set_level_map(whole)
+        self._mark_rewind_point()
+        if self.plan.first.level == 1:
+            self.validate_now(0)  # no training of level 0 is there to be validated
+
+    def prepare_weights(self, training: LevelTraining) -> None:
+        """Prune, then rewind: the larger network, as it is now, becomes the teacher."""
+        level = training.level
+        if level == 0:
+            return
+        self.teacher.load_state_dict(self.network.export(level - 1))
+        self._prune_to(level)
+        if self.options.rewind == 'weights':
+            masks = mask_of(self.network.get_level_map(), level)
+            rewind_weights(self.network.backbone, self.rewind_point, masks)
+
+    def _prune_to(self, level: int) -> None:
+        """Remove the weights with the lowest scores; rank 0 decides which."""
+        network = self.network
+        level_map, weights = network.get_level_map(), network.prunable_weights()
+        if self.opt['rank'] == 0:
+            generator = torch.Generator().manual_seed(self.seed + level)
+            scores = CRITERION_REGISTRY.get(self.options.criterion)(
+                {name: weight.detach() for name, weight in weights.items()}, mask_of(level_map, level), generator
+            )
+            total = sum(weight.numel() for weight in weights.values())
+            network.set_level_map(prune(level_map, scores, level, num_kept(total, network.sparsity[level])))
+        broadcast_from_rank_0(network.get_level_map())
+        network.level = level
+        emptied = [name for name, mask in mask_of(network.get_level_map(), level).items() if not mask.any()]
+        if emptied:  # a residual branch may go, but without its last convolution a network gives one flat image
+            get_root_logger().warning(f'Level {level} has nothing left of {", ".join(emptied)}.')
+
+    def _mark_rewind_point(self) -> None:
+        self.rewind_point.load_state_dict(self.network.backbone.state_dict())
+
+    def freeze_weights(self, training: LevelTraining) -> FrozenWeights:
+        """Pruned weights stay what they were when they were pruned, whatever the weight decay."""
+        masks = mask_of(self.network.get_level_map(), training.level)
+        return FrozenWeights(self.network.backbone, masks, others_train=True)
+
+    def restart_training(self, training: LevelTraining) -> None:
+        last_rates = [[group['lr'] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        super().restart_training(training)
+        if self.options.rewind == 'none' and training != self.plan.first:
+            self.schedulers.clear()
+            for optimizer, rates in zip(self.optimizers, last_rates):
+                for group, rate in zip(optimizer.param_groups, rates):
+                    group['lr'] = group['initial_lr'] = rate
+
+    # ------------------------------ one iteration ------------------------------ #
+
+    def optimize_parameters(self, current_iter: int) -> None:  # type: ignore[override]  # as SRModel's
+        super().optimize_parameters(current_iter)
+        if current_iter == self.rewind_iter and self.network.level == 0:
+            self._mark_rewind_point()
+
+    @contextmanager
+    def distilling(self, current_iter: int) -> Iterator[None]:
+        """Below level 0, the network's features at random depths go into the larger network."""
+        if self.self_distillation is None:
+            yield
+        elif self.network.level == 0:
+            if current_iter == 1:
+                check_feature_taps(self.teacher, self.network.feature_taps, self.lq[:1])
+            yield
+        else:
+            seed = f'{self.seed}, iteration {current_iter}'
+            with self.self_distillation.watching(self.network.backbone, self.lq, seed):
+                yield
+
+    # ------------------------------ saving ------------------------------ #
+
+    def extra_networks(self) -> dict[str, nn.Module]:
+        networks: dict[str, Any] = {'rewind': self.rewind_point}
+        if self.self_distillation is not None:
+            networks['teacher'] = self.teacher
+        return networks

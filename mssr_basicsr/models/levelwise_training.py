@@ -1,0 +1,314 @@
+"""Training level by level, which both stages do: how a level begins, trains and ends, is saved and resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from basicsr.losses import build_loss
+from basicsr.utils import get_root_logger
+from basicsr.utils.registry import LOSS_REGISTRY
+from torch import Tensor, nn
+
+from mssr_basicsr.adapter.ranks import (
+    broadcast_from_rank_0,
+    gather,
+    require_agreement,
+    require_finite,
+    wait_for_all,
+)
+from mssr_basicsr.adapter.records import level_table
+from mssr_basicsr.adapter.resuming import random_state, resume_within_epoch
+from mssr_basicsr.adapter.run_state import RunState, kept_between_iterations, put_back_kept, read_run_state
+from mssr_basicsr.adapter.stage_options import StageOptions
+from mssr_basicsr.adapter.training_plan import TrainingPlan
+from mssr_basicsr.archs.mssr_arch import running_statistics
+from mssr_basicsr.foundation.checkpoints import read_checkpoint
+from mssr_basicsr.foundation.checks import OptionError, arguments_checked, read_options, require_type
+from mssr_basicsr.foundation.saving import remove_leftovers, saved_whole, written_whole
+from mssr_basicsr.losses.pixel_and_distillation_loss import PixelAndDistillationLoss
+from mssr_basicsr.method.frozen_weights import FrozenWeights
+from mssr_basicsr.method.schedules import LevelTraining
+from mssr_basicsr.models.nested_levels import NestedLevels
+from mssr_basicsr.scalable.errors import ScalableFileError
+from mssr_basicsr.scalable.packing import level_metrics, pack
+
+
+class LevelwiseTraining(NestedLevels):
+    """A mixin for any of BasicSR's model classes: it trains the levels of a plan, one after the other.
+
+    Each level is trained as the YAML trains a network: optimizers, EMA and learning-rate schedule start anew, and so
+    do the phases that a model class counts in iterations (``tsa_iter``, ``net_d_init_iters``), since it is told the
+    iteration within the level. What is not a part of ``net_g``, a discriminator above all, goes on from level to level.
+    What a level ended with, the EMA's weights if there is one, is its result.
+    """
+
+    options_class: ClassVar[type[StageOptions]] = StageOptions
+    options: Any  #: an instance of :attr:`options_class`
+    plan: TrainingPlan
+    _untrained_at_first: list[str]
+
+    # ------------------------------ what a stage says ------------------------------ #
+
+    def make_plan(self) -> list[LevelTraining]:
+        """At which levels to train, in order; OptionError if an option of the stage is wrong."""
+        raise NotImplementedError
+
+    def begin_run(self) -> None:
+        """What comes before the first level, once in a run."""
+
+    def prepare_weights(self, training: LevelTraining) -> None:
+        """Make the weights ready for ``training``."""
+
+    def freeze_weights(self, training: LevelTraining) -> FrozenWeights:
+        """The weights that do not train in ``training``."""
+        raise NotImplementedError
+
+    def check_result(self, training: LevelTraining) -> None:
+        """Raise unless the weights are what ``training`` promises."""
+
+    def write_result(self) -> None:
+        """After the last save: write what the stage is for, if it is not a checkpoint."""
+
+    def extra_networks(self) -> dict[str, nn.Module]:
+        """Networks without which a resumed run could not go on, by the key they have in a checkpoint."""
+        return {}
+
+    # ------------------------------ a level's life ------------------------------ #
+
+    def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
+        """As in BasicSR, within the level. BasicSR calls it first in each iteration: here a level begins."""
+        training, self.step = self.plan.locate(current_iter)
+        if self.step == 1:
+            before = self.plan.before(training)
+            if before is None:
+                self.begin_run()
+            else:
+                self.end_level(before)
+            self.begin_level(training)
+        super().update_learning_rate(self.step, warmup_iter)
+
+    def begin_level(self, training: LevelTraining) -> None:
+        """Prepare the weights, then start optimizers, learning-rate schedule and EMA anew."""
+        self._require_finite(f'Start of level {training.level}')
+        self.prepare_weights(training)
+        get_root_logger().info(f'Level {training.level}: {training.num_iter} iterations begin.')
+        self.restart_training(training)
+        if self.ema_decay > 0:
+            self.net_g_ema.load_state_dict(self.network.state_dict())
+        self.best_metric_results: dict[str, Any] = {}  # BasicSR's log line of the best so far: the best of this level
+        self._require_agreement(f'Start of level {training.level}')
+
+    def end_level(self, training: LevelTraining) -> None:
+        """Take the level's result over into the network, export it as a plain checkpoint and record it.
+
+        Raises:
+            FloatingPointError: on every rank, if a parameter of one is not finite; the text names it.
+            RuntimeError: on every rank, if they differ; or the result is not what the stage promises.
+        """
+        if self.ema_decay > 0:
+            self.network.load_state_dict(self.net_g_ema.state_dict())
+        self._require_finite(f'End of level {training.level}')
+        self._require_agreement(f'End of level {training.level}')
+        self.check_result(training)
+        self.export_level(training.level)
+        self.record(training.level).update(self.describe(training.level))
+        self.record(training.level)['iterations'] = training.num_iter
+        self.write_records()
+        get_root_logger().info(f'Level {training.level} is done.\n{level_table(self.records.values())}')
+
+    def restart_training(self, training: LevelTraining) -> None:
+        """New optimizers and learning-rate schedules for ``training``, at its level and with its frozen weights."""
+        self.set_level(training.level)
+        self.frozen = self.freeze_weights(training)
+        self._set_untrained(self._untrained_at_first)
+        self.opt['train'] = deepcopy(self._train_opt)
+        self.optimizers.clear()
+        self.schedulers.clear()
+        self.setup_optimizers()
+        self.setup_schedulers()
+
+    # ------------------------------ one iteration ------------------------------ #
+
+    def optimize_parameters(self, current_iter: int) -> None:  # type: ignore[override]  # as SRModel's
+        """The model class's iteration, after which the frozen weights have their values again."""
+        with self.distilling(current_iter):
+            super().optimize_parameters(self.step)
+        self.frozen.put_back(self.network.backbone)
+        if self.ema_decay > 0:
+            self.frozen.put_back(self.net_g_ema.backbone)
+        if self.step == 1:  # what changes frozen weights does so at once: not only after days of training
+            self.check_result(self.plan.locate(current_iter)[0])
+
+    @contextmanager
+    def distilling(self, current_iter: int) -> Iterator[None]:
+        """While the context is open, iteration ``current_iter`` runs and leaves what a distillation needs of it."""
+        yield
+
+    def model_ema(self, decay: float = 0.999) -> None:
+        """As in BasicSR, and running statistics, which it leaves at those of before the training, are the network's."""
+        super().model_ema(decay)
+        ema = running_statistics(self.net_g_ema)
+        for name, buffer in running_statistics(self.network).items():
+            ema[name].copy_(buffer)
+
+    def reduce_loss_dict(self, loss_dict: dict[str, Tensor]) -> dict[str, float]:
+        """As in BasicSR, with the distillation term apart from the pixel loss."""
+        if isinstance(getattr(self, 'cri_pix', None), PixelAndDistillationLoss):
+            loss_dict = self.cri_pix.split(loss_dict)
+        reduced: dict[str, float] = super().reduce_loss_dict(loss_dict)
+        return reduced
+
+    # ------------------------------ before training ------------------------------ #
+
+    def init_training_settings(self) -> None:
+        # BasicSR takes the types out of these options when it builds an optimizer, which here happens at each level.
+        self._train_opt = deepcopy(self.opt['train'])
+        self.options = read_options(self.options_class, 'train', self._train_opt)
+        seed = torch.tensor([self.opt['manual_seed']], device=self.device)
+        broadcast_from_rank_0({'manual_seed': seed})  # without one in the YAML each rank has drawn its own
+        self.seed = int(seed.item())
+        self.step = 0
+        self._untrained_at_first = self._untrained()
+        super().init_training_settings()
+        self.plan = TrainingPlan(self.make_plan())
+        self.plan.check({**self.opt, 'train': self._train_opt})
+        self._warn_of_unprunable()
+        try:
+            self.pack()  # what the file cannot hold is refused now, and not after days of training
+        except ScalableFileError as error:
+            allowed = f'one that a .mssr file can hold ({error})'
+            raise OptionError('network_g.backbone', self.network.backbone_options, allowed) from error
+
+    def build_distillation_loss(self, key: str, found: Any) -> Any:
+        """The loss that ``train.<key>`` names, None without one. Its weight is by default that of the pixel loss."""
+        if not found:
+            return None
+        require_type(f'train.{key}', found, LOSS_REGISTRY.keys(), 'the options of a loss, with its type')
+        pixel_opt = self._train_opt.get('pixel_opt') or {}
+        options = {'loss_weight': pixel_opt.get('loss_weight', 1.0), **found}
+        with arguments_checked(f'train.{key}', options, 'loss'):
+            return build_loss(options).to(self.device)
+
+    def _warn_of_unprunable(self) -> None:
+        total = sum(parameter.numel() for parameter in self.network.backbone.parameters())
+        prunable = sum(weight.numel() for weight in self.network.prunable_weights().values())
+        if prunable < total / 2:
+            get_root_logger().warning(
+                f'Only {prunable:,} of the {total:,} parameters ({prunable / total:.0%}) are prunable: the weights of '
+                'convolutions and linear layers that network_g.prunable matches. '
+                f'Every level has the other {total - prunable:,}.'
+            )
+
+    def pack(self) -> bytes:
+        """All levels as a ``.mssr`` file."""
+        return pack(self.result, self.opt.get('scale', 1), level_metrics(self.records.values()))
+
+    def _untrained(self) -> list[str]:
+        return [name for name, parameter in self.network.backbone.named_parameters() if not parameter.requires_grad]
+
+    def _set_untrained(self, names: list[str]) -> None:
+        for name, parameter in self.network.backbone.named_parameters():
+            parameter.requires_grad_(name not in names)
+
+    def _require_finite(self, when: str) -> None:
+        require_finite(dict(self.network.backbone.named_parameters()), when)
+
+    def _require_agreement(self, when: str) -> None:
+        """Raise unless all ranks have the same weights, level map and seed, from which masks and depths follow."""
+        seed = torch.tensor(self.seed, device=self.device)
+        require_agreement({**self.network.state_dict(), 'manual_seed': seed}, when)
+
+    # ------------------------------ saving and resuming ------------------------------ #
+
+    def save(self, epoch: int, current_iter: int) -> None:
+        if current_iter == -1:  # BasicSR's call after the last iteration
+            self.end_level(self.plan.last)
+        if self.opt['rank'] == 0:  # of a run that was resumed from an earlier state: no longer of the network to come
+            Path(self.opt['path']['training_states'], f'{current_iter}.state').unlink(missing_ok=True)
+        super().save(epoch, current_iter)
+        if current_iter == -1:
+            self.write_result()
+            wait_for_all()  # torchrun may stop rank 0 when the process of another rank ends
+
+    def save_network(self, net: Any, net_label: str, current_iter: int, param_key: str | list[str] = 'params') -> None:
+        """As in BasicSR, with :meth:`extra_networks` beside ``net_g``; whole or absent, and never passed over."""
+        if self.opt['rank'] != 0:
+            return
+        extra = self.extra_networks() if net_label == 'net_g' else {}
+        nets = (net if isinstance(net, list) else [net]) + list(extra.values())
+        keys = (param_key if isinstance(param_key, list) else [param_key]) + list(extra)
+        with saved_whole(self.opt['path'], 'models'):
+            super().save_network(nets, net_label, current_iter, keys)
+
+    def save_training_state(self, epoch: int, current_iter: int) -> None:
+        """As in BasicSR, with a :class:`RunState` in it; whole or absent, and never passed over."""
+        if current_iter == -1:
+            return
+        exact = self.options.exact_resume
+        run_state = RunState(
+            seed=self.seed,
+            plan=[tuple(training) for training in self.plan.trainings],
+            options=self._decisive_options(),
+            records=self.records,
+            untrained=self._untrained(),
+            random_states=gather(random_state()),
+            kept=gather(kept_between_iterations(self)) if exact else [],
+        )
+        if self.opt['rank'] == 0:
+            with saved_whole(self.opt['path'], 'training_states') as folder:
+                super().save_training_state(epoch, current_iter)
+                (file,) = written_whole(folder)
+                state = torch.load(file, weights_only=True)
+                state['mssr'] = run_state.entry()
+                torch.save(state, file)
+
+    def resume_training(self, resume_state: dict[str, Any]) -> None:
+        """Go on where ``resume_state`` was saved: level, frozen weights, optimizers, records, random numbers, data."""
+        current_iter, paths = resume_state['iter'], self.opt['path']
+        training, step = self.plan.locate(current_iter)
+        state = read_run_state(
+            resume_state,
+            paths['resume_state'],
+            self.opt['model_type'],
+            self.plan.begun(current_iter),
+            self._decisive_options(),
+        )
+        if self.opt['rank'] == 0:
+            remove_leftovers(paths['models'], paths['training_states'])
+        self.seed, self.records = state.seed, state.records
+        self._resume_extra_networks(read_checkpoint(paths['pretrain_network_g']))
+        self.restart_training(training)
+        super().resume_training(resume_state)
+        self._set_untrained(state.untrained)
+        self._require_agreement(f'Resuming at iteration {current_iter}')
+        self.write_records()
+        if step == training.num_iter:  # BasicSR validates after saving: the level's metrics may be lacking
+            self.validate_now(current_iter)
+        if self.options.exact_resume:
+            rank = self.opt['rank']
+            if state.kept:
+                put_back_kept(self, state.kept[rank % len(state.kept)])
+            resume_within_epoch(
+                resume_state['epoch'], current_iter, state.random_states[rank % len(state.random_states)]
+            )
+
+    def _resume_extra_networks(self, checkpoint: dict[str, Any]) -> None:
+        for key, network in self.extra_networks().items():
+            if key not in checkpoint:
+                raise OptionError('path.resume_state', self.opt['path']['resume_state'], f'one with a {key} beside it')
+            network.load_state_dict(checkpoint[key])
+
+    def _decisive_options(self) -> dict[str, Any]:
+        """The options that decide about levels to come, which had better not change in a run."""
+        own = {f'train.{name}': value for name, value in vars(self.options).items()}
+        return deepcopy({'network_g.sparsity': self.network.sparsity, **own})
+
+
+def frozen_copy(network: nn.Module) -> nn.Module:
+    """A copy that does not train, in eval mode: what another network is to learn from."""
+    return deepcopy(network).eval().requires_grad_(False)

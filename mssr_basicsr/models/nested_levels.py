@@ -1,0 +1,207 @@
+"""What every MSSR model does with levels: it validates, exports and records them. By itself: testing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from basicsr.data import build_dataloader, build_dataset
+from basicsr.models.sr_model import SRModel
+from basicsr.utils import get_root_logger
+from torch import Tensor, nn
+
+from mssr_basicsr.adapter.ranks import wait_for_all
+from mssr_basicsr.adapter.records import LevelRecord, describe_level, level_table
+from mssr_basicsr.adapter.resuming import random_state, set_random_state
+from mssr_basicsr.archs.mssr_arch import MSSR, is_plain
+from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
+from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.foundation.saving import saved_whole, write_whole
+
+if TYPE_CHECKING:
+    Base = SRModel
+else:
+    Base = object
+
+
+class NestedLevels(Base):
+    """A mixin for any of BasicSR's model classes whose ``net_g`` is an :class:`MSSR` network.
+
+    Whatever the model class does with data, padding, tiles and metrics goes on: a validation is one of its own for each
+    level. Beside the models this writes ``net_g_level{k}.pth``, each level as a plain checkpoint of the unmodified
+    backbone, and ``levels.json``, a list of :class:`LevelRecord`; in a test, ``levels.json`` among the results.
+    """
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        if opt['network_g'].get('type') != 'MSSR':
+            raise OptionError('network_g.type', opt['network_g'].get('type'), f'MSSR, with {opt["model_type"]}')
+        if 'level' in opt['network_g']:
+            allowed = f'nothing, {opt["model_type"]} sets the level (other model classes take a fixed one)'
+            raise OptionError('network_g.level', opt['network_g']['level'], allowed)
+        if opt['num_gpu'] > 1 and not opt['dist']:
+            logger = get_root_logger()
+            logger.warning(f'{opt["num_gpu"]} GPUs but no launcher: one is used; to use all, start with torchrun.')
+            opt['num_gpu'] = 1
+        self.records: dict[int, LevelRecord] = {}
+        self._measured: dict[str, float] = {}
+        super().__init__(opt)
+
+    @property
+    def network(self) -> MSSR:
+        """The network in training, without a DDP wrapper."""
+        return self.get_bare_model(self.net_g)  # type: ignore[no-any-return]
+
+    @property
+    def result(self) -> MSSR:
+        """The network whose weights count, are validated and exported: the EMA if there is one."""
+        return getattr(self, 'net_g_ema', self.network)
+
+    def set_level(self, level: int) -> None:
+        """Put the network and its EMA at ``level``."""
+        self.network.level = self.result.level = level
+
+    def levels_to_validate(self) -> Sequence[int]:
+        """The levels that exist, which one validation goes through."""
+        return range(self.network.smallest_level + 1)
+
+    # ------------------------------ validation ------------------------------ #
+
+    def validation(self, dataloader: Any, current_iter: int | str, tb_logger: Any, save_img: bool = False) -> None:
+        """The model class's validation for each of :meth:`levels_to_validate`, then one row for each in a table.
+
+        The training is left as it was (level, modes, random generators). No rank goes on before all are done.
+        """
+        name, levels = dataloader.dataset.opt['name'], self.levels_to_validate()
+        with self._training_left_as_it_was():
+            for level in levels:
+                self.set_level(level)
+                with self._reported_apart(dataloader.dataset.opt, level, len(levels) > 1):
+                    tags = _LevelTags(tb_logger, f'_level{level}') if tb_logger and len(levels) > 1 else tb_logger
+                    super().validation(dataloader, current_iter, tags, save_img)
+                self._record_validation(level, name, tb_logger)
+        self.write_records()
+        if len(levels) > 1:
+            get_root_logger().info(f'Validation {name}\n{level_table(self.records[level] for level in levels)}')
+        wait_for_all()
+
+    @contextmanager
+    def _training_left_as_it_was(self) -> Iterator[None]:
+        """While the context is open, ``net_g`` has no DDP wrapper, in which one rank would wait for the others."""
+        state, level, wrapped = random_state(), self.network.level, self.net_g
+        training = wrapped.training
+        self.net_g = self.network
+        try:
+            yield
+        finally:
+            self.net_g = wrapped
+            self.net_g.train(training)  # not every model class does
+            self.set_level(level)
+            set_random_state(state)
+
+    @contextmanager
+    def _reported_apart(self, dataset_opt: dict[str, Any], level: int, apart: bool) -> Iterator[None]:
+        """While the context is open, log lines, images and best results of a validation carry the level."""
+        name, folder = dataset_opt['name'], self.opt['path']['visualization']
+        self._measured = {}
+        self.__dict__.pop('metric_results', None)  # video classes keep those of the first set that they validated
+        if apart:
+            dataset_opt['name'] = f'{name}_level{level}'
+            self.opt['path']['visualization'] = os.path.join(folder, f'level{level}')
+        try:
+            yield
+        finally:
+            dataset_opt['name'], self.opt['path']['visualization'] = name, folder
+
+    def _update_best_metric_result(self, dataset_name: str, metric: str, val: float, current_iter: int | str) -> None:
+        # Called by every model class, for images and for videos, with a metric's mean over the whole set.
+        self._measured[metric] = float(val)
+        super()._update_best_metric_result(dataset_name, metric, val, current_iter)
+
+    def _record_validation(self, level: int, name: str, tb_logger: Any) -> None:
+        record = self.record(level)
+        record.update(self.describe(level))
+        if self._measured:
+            record['metrics'][name] = dict(self._measured)
+        if tb_logger:
+            for metric, value in self._measured.items():
+                tb_logger.add_scalar(f'levels/{name}/{metric}', value, level)
+            for layer, density in record['density'].items():
+                tb_logger.add_scalar(f'density/{layer}', density, level)
+
+    def validate_now(self, current_iter: int) -> None:
+        """Validate out of turn on every validation set, where there is one."""
+        for phase, dataset_opt in self.opt['datasets'].items():
+            if phase.split('_')[0] == 'val' and self.opt.get('val') is not None:
+                self.validation(build_dataloader(build_dataset(dataset_opt), dataset_opt), current_iter, None, False)
+
+    # ------------------------------ records and exports ------------------------------ #
+
+    def describe(self, level: int) -> LevelRecord:
+        """The sizes of ``level``."""
+        network = self.result
+        num_parameters = sum(parameter.numel() for parameter in network.backbone.parameters())
+        return describe_level(network.get_level_map(), num_parameters, level)
+
+    def record(self, level: int) -> LevelRecord:
+        """The record of ``level``, begun here if there is none."""
+        return self.records.setdefault(level, {'level': level, 'metrics': {}})
+
+    def write_records(self) -> None:
+        """Write ``levels.json`` beside the models, in a test among the results. Rank 0 does."""
+        if self.opt['rank'] == 0:
+            records = [self.records[level] for level in sorted(self.records)]
+            folder = self.opt['path']['models' if self.opt['is_train'] else 'results_root']
+            write_whole(Path(folder, 'levels.json'), json.dumps(records, indent=2).encode())
+
+    def export_level(self, level: int) -> None:
+        """Write ``net_g_level{level}.pth``, ``{'params': ...}`` of the plain backbone. Rank 0 does."""
+        if self.opt['rank'] == 0:
+            with saved_whole(self.opt['path'], 'models'):
+                state: dict[str, Tensor] = self.network.export(level)
+                torch.save({'params': state}, Path(self.opt['path']['models'], f'net_g_level{level}.pth'))
+
+    # ------------------------------ loading ------------------------------ #
+
+    def load_network(
+        self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'
+    ) -> None:
+        """As in BasicSR; a file that is not a checkpoint of the network is an OptionError that says why."""
+        try:
+            state = state_dict_of(read_checkpoint(load_path), param_key)
+            if strict:
+                require_same_entries(state, self._as_saved(net, state).state_dict())
+            super().load_network(net, load_path, strict, param_key)
+        except CheckpointError as error:
+            paths = self.opt['path']
+            named = next((key for key, path in paths.items() if path == load_path), 'pretrain_network_g')
+            key = 'resume_state' if paths.get('resume_state') else named
+            network = named.replace('pretrain_', '')
+            raise OptionError(f'path.{key}', load_path, f'a checkpoint of {network}; {error}') from error
+
+    def _print_different_keys_loading(
+        self, crt_net: nn.Module, load_net: dict[str, Tensor], strict: bool = True
+    ) -> None:
+        super()._print_different_keys_loading(self._as_saved(crt_net, load_net), load_net, strict)
+
+    def _as_saved(self, net: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+        """What of ``net`` has a checkpoint's entries: of an MSSR network and a plain checkpoint, the backbone."""
+        bare: nn.Module = self.get_bare_model(net)
+        return bare.backbone if isinstance(bare, MSSR) and is_plain(state) else bare
+
+
+class _LevelTags:
+    """A TensorBoard writer whose tags carry the level, where the model class has not put the set's name into them."""
+
+    def __init__(self, tb_logger: Any, suffix: str) -> None:
+        self._tb_logger, self._suffix = tb_logger, suffix
+
+    def add_scalar(self, tag: str, *args: Any, **kwargs: Any) -> None:
+        self._tb_logger.add_scalar(tag if self._suffix in tag else tag + self._suffix, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tb_logger, name)
