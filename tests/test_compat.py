@@ -6,17 +6,29 @@ import importlib
 import inspect
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
 
 import basicsr.data.degradations
+import basicsr.data.prefetch_dataloader
 import basicsr.models.base_model
+import basicsr.models.realesrgan_model
+import basicsr.models.realesrnet_model
 import basicsr.train
 import basicsr.utils.dist_util
+import basicsr.utils.img_process_util
 import basicsr.utils.options
 import pytest
 import torch
-from conftest import call
+from basicsr.archs.basicvsrpp_arch import BasicVSRPlusPlus
+from basicsr.data.prefetch_dataloader import CPUPrefetcher, CUDAPrefetcher
+from basicsr.models import build_model
+from basicsr.models.base_model import BaseModel
+from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
+from conftest import TOY_EDSR, call
 
 from mssr_basicsr.adapter import compat
 
@@ -178,6 +190,30 @@ torch.distributed.destroy_process_group()
         pytest.skip('this BasicSR launches on a CPU')
 
 
+def test_slurm_on_cpu(tmp_path: Path) -> None:
+    (tmp_path / 'scontrol').write_text('#!/bin/sh\necho 127.0.0.1\n')
+    (tmp_path / 'scontrol').chmod(0o755)
+    (tmp_path / 'script.py').write_text("""
+import inspect, os, socket, torch
+from basicsr.utils import dist_util
+os.environ.update(SLURM_PROCID='0', SLURM_NTASKS='1', SLURM_NODELIST='here')
+os.environ['PATH'] = os.getcwd() + os.pathsep + os.environ['PATH']
+with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+try:
+    inspect.unwrap(dist_util._init_dist_slurm)('nccl')
+except Exception as error:
+    print(f'stock: {error!r}')
+count, choose = torch.cuda.device_count, torch.cuda.set_device
+dist_util.init_dist('slurm', port=port)
+assert torch.distributed.get_backend() == 'gloo' and dist_util.get_dist_info() == (0, 1)
+assert (os.environ['MASTER_ADDR'], os.environ['LOCAL_RANK']) == ('127.0.0.1', '0')
+assert torch.cuda.device_count is count and torch.cuda.set_device is choose
+""")
+    assert 'stock: ZeroDivisionError' in run(tmp_path, 'script.py')
+
+
 def test_stock_scripts_on_cpu(tmp_path: Path) -> None:
     """Train and test below the current folder, then resume through BasicSR's own script and launcher."""
     from PIL import Image
@@ -205,13 +241,193 @@ def test_stock_scripts_on_cpu(tmp_path: Path) -> None:
     assert len(list((tmp_path / 'results' / 'tiny').rglob('*.png'))) == 2
 
 
+def needs_cuda() -> AbstractContextManager[object]:
+    """What is run in it asks for CUDA: it fails where there is none."""
+    return nullcontext() if torch.cuda.is_available() else pytest.raises((RuntimeError, AssertionError))
+
+
+class Degrading(BaseModel):
+    """A third party's model class with every way to ask for CUDA that BasicSR's own have, and some more."""
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        super().__init__(opt)
+        self.blur = torch.nn.Conv2d(3, 3, 1).cuda()
+
+    @torch.no_grad()
+    def enqueue(self) -> torch.Tensor:
+        return torch.zeros(2, 3).cuda()
+
+    def tensors(self) -> list[torch.Tensor]:
+        named = [torch.ones(1).to(device) for device in ('cuda', 'cuda:0', torch.device('cuda'))]
+        return [*named, torch.zeros(1, device='cuda'), *(x.cuda(non_blocking=True) for x in torch.ones(2, 3))]
+
+    def free(self) -> None:
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def degrading(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Degrading]]:
+    """Registered by BasicSR's rule for a name that is taken twice; what is patched in it is undone."""
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Degrading_basicsr', Degrading)
+    with pytest.MonkeyPatch.context() as undo:
+        for name in ('__init__', 'enqueue', 'tensors', 'free'):
+            undo.setattr(Degrading, name, vars(Degrading)[name])
+        yield Degrading
+
+
+def test_model_classes_that_call_cuda(degrading: type[Degrading]) -> None:
+    opt = {'num_gpu': 0, 'is_train': True}
+    with needs_cuda():
+        degrading(opt)
+    assert MODEL_REGISTRY.get('Degrading') is degrading
+    patched = dict(vars(degrading))
+    assert degrading.free is stock(degrading.free), 'which needs no CUDA'
+    model = degrading(opt)
+    tensors = [*model.blur.parameters(), model.enqueue(), *model.tensors()]
+    assert {tensor.device.type for tensor in tensors} == {'cpu'}
+    assert [tensor.tolist() for tensor in model.tensors()] == [[1], [1], [1], [0], [1, 1, 1], [1, 1, 1]]
+    with needs_cuda():
+        torch.zeros(1, device='cuda')
+
+    class Stage:
+        def enqueue(self) -> torch.Tensor:
+            return super().enqueue() + 1  # type: ignore[misc]
+
+    stage = type('DegradingStage', (Stage, MODEL_REGISTRY.get('Degrading')), {})(opt)
+    assert torch.equal(stage.enqueue(), torch.ones(2, 3))
+    assert dict(vars(degrading)) == patched, 'once, however often it is taken'
+
+
+def test_model_classes_on_cuda_stay_there(degrading: type[Degrading]) -> None:
+    MODEL_REGISTRY.get('Degrading')
+    with needs_cuda():
+        model = degrading({'num_gpu': 1, 'is_train': True})
+        assert {t.device.type for t in (*model.blur.parameters(), model.enqueue(), *model.tensors())} == {'cuda'}
+
+
+@pytest.mark.parametrize('model_type', ['RealESRNetModel', 'RealESRGANModel'])
+def test_real_esrgan_on_cpu(model_type: str) -> None:
+    """Both degrade images by layers, and keep training pairs in tensors, that BasicSR asks CUDA for."""
+    optimizer = {'type': 'Adam', 'lr': 1e-4}
+    no_kernel = torch.zeros(2, 21, 21)
+    no_kernel[:, 10, 10] = 1
+    opt = {
+        'model_type': model_type, 'num_gpu': 0, 'is_train': True, 'dist': False, 'scale': 2, 'path': {},
+        'gt_size': 32, 'queue_size': 4, 'gt_usm': True, 'l1_gt_usm': True, 'percep_gt_usm': True, 'gan_gt_usm': False,
+        'resize_prob': [0.2, 0.7, 0.1], 'resize_range': [0.5, 1.5], 'gaussian_noise_prob': 0.5,
+        'noise_range': [1, 30], 'poisson_scale_range': [0.05, 3], 'gray_noise_prob': 0.4, 'jpeg_range': [30, 95],
+        'second_blur_prob': 0.8, 'resize_prob2': [0.3, 0.4, 0.3], 'resize_range2': [0.5, 1.2],
+        'gaussian_noise_prob2': 0.5, 'noise_range2': [1, 25], 'poisson_scale_range2': [0.05, 2.5],
+        'gray_noise_prob2': 0.4, 'jpeg_range2': [30, 95],
+        'network_g': dict(TOY_EDSR), 'network_d': {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 4},
+        'train': {
+            'ema_decay': 0.9, 'optim_g': dict(optimizer), 'optim_d': dict(optimizer),
+            'scheduler': {'type': 'MultiStepLR', 'milestones': [10]}, 'pixel_opt': {'type': 'L1Loss'},
+            'gan_opt': {'type': 'GANLoss', 'gan_type': 'vanilla', 'loss_weight': 0.1},
+        },
+    }  # fmt: skip
+    model = build_model(opt)
+    kernels = dict.fromkeys(('kernel1', 'kernel2', 'sinc_kernel'), no_kernel)
+    for iteration in (1, 2, 3):  # the pool of pairs is full after the second
+        model.feed_data({'gt': torch.rand(2, 3, 32, 32), **kernels})
+        model.optimize_parameters(iteration)
+    assert model.lq.shape == (2, 3, 16, 16) and model.queue_lr.shape == (4, 3, 16, 16)
+    assert ('l_d_fake' in model.log_dict) == (model_type == 'RealESRGANModel')
+    with needs_cuda():
+        del model.queue_lr
+        stock(type(model)._dequeue_and_enqueue)(model)
+
+
+def test_filter2d_of_any_strides_on_cpu() -> None:
+    image = torch.rand(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    mean = torch.full((2, 3, 3), 1 / 9)
+    inner = torch.nn.functional.avg_pool2d(image, 3, stride=1)
+    for module in (basicsr.utils.img_process_util, basicsr.models.realesrgan_model, basicsr.models.realesrnet_model):
+        assert torch.allclose(module.filter2D(image, mean)[..., 1:-1, 1:-1], inner, atol=1e-6)
+    with pytest.raises(RuntimeError, match='view size is not compatible'):
+        stock(basicsr.utils.img_process_util.filter2D)(image, mean)
+
+
+class Clips(list):  # type: ignore[type-arg]
+    """What video validation asks of a data set."""
+
+    opt = MappingProxyType({'name': 'clips'})
+    data_info = MappingProxyType({'folder': ['000'] * 3})
+
+
+@pytest.mark.parametrize('model_type', ['VideoBaseModel', 'VideoRecurrentModel'])
+def test_video_validation_on_cpu(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Enlarge(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            clip = x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+            return clip if model_type == 'VideoRecurrentModel' else clip[:, 1]
+
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Enlarge', Enlarge)
+    psnr = {'type': 'calculate_psnr', 'crop_border': 0}
+    opt = {'num_gpu': 0, 'is_train': False, 'dist': False, 'network_g': {'type': 'Enlarge'}, 'path': {}}
+    model = build_model({**opt, 'model_type': model_type, 'name': 'x', 'val': {'metrics': {'psnr': psnr}}})
+    grey, white = torch.full((3, 3, 4, 4), 0.5), torch.ones(3, 3, 8, 8)
+    if model_type == 'VideoRecurrentModel':
+        clips = Clips([{'folder': '000', 'lq': grey, 'gt': white}])
+    else:
+        frames = [{'folder': '000', 'lq': grey.clone(), 'gt': white[0].clone(), 'idx': f'{i}/3'} for i in range(3)]
+        clips = Clips([{**frame, 'lq_path': 'x.png'} for frame in frames])
+    model.validation(SimpleNamespace(dataset=clips), 1, None, False)
+    assert model.metric_results['000'].device.type == 'cpu'
+    expected = pytest.approx(20 * torch.log10(torch.tensor(255 / (255 - 128))).item())  # 0.5 is saved as 128
+    assert model.metric_results['000'].flatten().tolist() == [expected] * 3
+    if not torch.cuda.is_available():
+        del model.metric_results
+        with pytest.raises((RuntimeError, AssertionError)):
+            stock(type(model).dist_validation)(model, SimpleNamespace(dataset=clips), 1, None, False)
+
+
+def test_cuda_prefetcher_on_cpu() -> None:
+    loader = torch.utils.data.DataLoader([{'x': 1}, {'x': 2}])
+    if not torch.cuda.is_available():
+        with needs_cuda():
+            stock(CUDAPrefetcher.__init__)(CUDAPrefetcher.__new__(CUDAPrefetcher), loader, {'num_gpu': 0})
+    prefetcher = CUDAPrefetcher(loader, {'num_gpu': 0})
+    assert type(prefetcher) is CPUPrefetcher
+    for _ in range(2):  # as BasicSR's training loop does it
+        prefetcher.reset()
+        batches = [prefetcher.next() for _ in range(3)]
+        assert [batch and batch['x'].item() for batch in batches] == [1, 2, None]
+
+
+def test_basicvsrpp_on_cpu() -> None:
+    network = ARCH_REGISTRY.get('BasicVSRPlusPlus')(mid_channels=16, num_blocks=1, cpu_cache_length=2)
+    assert set(network.deform_align) == {'backward_1', 'forward_1', 'backward_2', 'forward_2'}
+    if not torch.cuda.is_available():
+        without = BasicVSRPlusPlus.__new__(BasicVSRPlusPlus)
+        stock(BasicVSRPlusPlus.__init__)(without, mid_channels=16, num_blocks=1)
+        assert not without.deform_align, 'stock makes a smaller network'
+    clip = torch.rand(1, 3, 3, 64, 64)
+    with torch.no_grad():
+        cached = network(clip)
+        network.cpu_cache_length = 3
+        assert torch.allclose(cached, network(clip), atol=1e-5)
+    if not torch.cuda.is_available():
+        network.cpu_cache = True
+        with needs_cuda():
+            stock(BasicVSRPlusPlus.upsample)(network, clip, {'spatial': [clip[:, 0]], 'backward_1': [clip[:, 0]]})
+
+
 def test_applied_once_and_signatures_kept() -> None:
     places = [
         (basicsr, 'parse_options'),
         (basicsr.train, 'parse_options'),
         (basicsr.utils.options, 'parse_options'),
         (basicsr.utils.dist_util, '_init_dist_pytorch'),
+        (basicsr.utils.dist_util, '_init_dist_slurm'),
         (basicsr.models.base_model.BaseModel, 'model_to_device'),
+        (CUDAPrefetcher, '__init__'),
+        (BasicVSRPlusPlus, '__init__'),
+        (basicsr.utils.img_process_util, 'filter2D'),
+        (basicsr.models.realesrnet_model, 'filter2D'),
+        (basicsr.models.realesrgan_model, 'filter2D'),
+        (MODEL_REGISTRY, 'get'),
+        (ARCH_REGISTRY, 'get'),
     ]
     before = [getattr(owner, name) for owner, name in places]
     assert all(function is not stock(function) for function in before)
@@ -231,6 +447,9 @@ def test_nothing_changes_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     state = compat.load_resume_state_on_cpu(lambda opt: (opt, torch.load is load), 'opt')
     model = SimpleNamespace(device=torch.device('cuda'), opt={'dist': True})
     assert compat.parallel_on_cpu(lambda model, net: net, model, 'net') == 'net'
+    prefetcher = CUDAPrefetcher.__new__(CUDAPrefetcher)
+    compat.prefetch_on_cpu(lambda *args: called.append(args), prefetcher, 'loader', {'num_gpu': 1})
+    assert called.pop() == (prefetcher, 'loader', {'num_gpu': 1}) and type(prefetcher) is CUDAPrefetcher
     assert (called, state) == ([('nccl', {'timeout': 1})], ('opt', True))
 
 
