@@ -75,6 +75,6 @@ setup(
             'wheel',
         ],
     },
-    entry_points={'console_scripts': ['mssr = mssr_basicsr.cli:main']},
+    entry_points={'console_scripts': ['mssr = mssr_basicsr.commands.main:main']},
     zip_safe=False,
 )

@@ -19,7 +19,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 from mssr_basicsr import ScalableFile
-from mssr_basicsr.cli import describe
+from mssr_basicsr.scalable.description import describe
 from mssr_basicsr.scalable.images import read_image, resize_bicubic
 
 

@@ -138,8 +138,8 @@ def test_a_save_of_an_earlier_run_is_not_paired_with_a_new_one(
 
 
 def chaos(kills: int, ranks: int) -> None:
-    """scripts/chaos.py, which exits with 1 where a killed and resumed training differs."""
-    said = call(sys.executable, ROOT / 'scripts' / 'chaos.py', '--kills', str(kills), '--ranks', str(ranks))
+    """scripts/checks/chaos.py, which exits with 1 where a killed and resumed training differs."""
+    said = call(sys.executable, ROOT / 'scripts' / 'checks' / 'chaos.py', '--kills', str(kills), '--ranks', str(ranks))
     assert re.search(rf'{kills} kills, \d+ resumes, 1 pairs of stages compared, 0 mismatches', said)
 
 

@@ -21,7 +21,7 @@ from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.scalable.building import AllocationLimit, _TooLarge, build_backbone
 from mssr_basicsr.scalable.positions import decode_positions, encode_positions, entropy_bound
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'scripts'))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'scripts' / 'checks'))
 import fuzz_file
 
 
@@ -323,7 +323,7 @@ def test_the_backward_stage_writes_the_file(
             assert_same(model.network.state_dict(), expected)
             assert model.header.metrics[str(level)]['toyval']['psnr'] > 0
     yml, checkpoint = models.parents[2] / 'backward.yml', models / 'net_g_latest.pth'
-    mssr = (sys.executable, '-m', 'mssr_basicsr.cli')
+    mssr = (sys.executable, '-m', 'mssr_basicsr.commands.main')
     call(*mssr, 'pack', checkpoint, '--opt', yml, '-o', 'again.mssr')
     assert Path('again.mssr').read_bytes() == (models / 'net_g.mssr').read_bytes()
     forward = 'experiments/forward/models/net_g_latest.pth'

@@ -14,14 +14,14 @@ from basicsr.utils.options import parse_options
 from test_arch import pruned_mssr, save_as_forward_stage
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / 'scripts'))
+sys.path.insert(0, str(ROOT / 'scripts' / 'study'))
 
+import report  # noqa: E402
 import study  # noqa: E402
-import study_report  # noqa: E402
 
 
 def test_the_report_is_made_from_the_results() -> None:
-    assert study_report.report(study.read_results()) == (ROOT / 'docs' / 'results.md').read_text('utf-8')
+    assert report.report(study.read_results()) == (ROOT / 'docs' / 'results.md').read_text('utf-8')
 
 
 @pytest.mark.parametrize('name', study.RUNS)
@@ -61,8 +61,8 @@ def test_a_run_done_again_keeps_what_it_gave_before(tmp_path: Path, monkeypatch:
         records = [{'level': 0, 'metrics': {'Set5': {'psnr': psnr}}}]
         (experiment / 'models' / 'levels.json').write_text(json.dumps(records))
         study.keep(study.RUNS['main_forward'])
-    last, *before = study_report.runs_of(study.read_results(), 'main_forward')
-    assert [study_report.psnr_by_level(run['levels'])[0]['Set5'] for run in (last, *before)] == [32, 31, 30]
+    last, *before = report.runs_of(study.read_results(), 'main_forward')
+    assert [report.psnr_by_level(run['levels'])[0]['Set5'] for run in (last, *before)] == [32, 31, 30]
     assert [last[key] for key in ('seconds', 'seconds_per_iteration', 'data_seconds_per_iteration')] == [
         90,
         0.05,

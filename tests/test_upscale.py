@@ -16,7 +16,8 @@ from conftest import BACKBONES
 from test_scalable_file import assert_same, network
 
 from mssr_basicsr import ScalableModel, pack
-from mssr_basicsr.cli import main, parse_size
+from mssr_basicsr.commands.main import main
+from mssr_basicsr.commands.upscale import parse_size
 
 
 def model_of(name: str = 'EDSR', level: int = 1) -> ScalableModel:

@@ -1,6 +1,6 @@
-"""Write docs/results.md, and the figure in it, from docs/results.json (which scripts/study.py fills).
+"""Write docs/results.md, and the figure in it, from docs/results.json (which scripts/study/study.py fills).
 
-    python scripts/study_report.py
+    python scripts/study/report.py
 
 What has not been run yet is left out of the tables, and named.
 """
@@ -19,7 +19,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from study import CHOICES_SPARSITY, RUNS, read_results
 
-DOCS = Path(__file__).resolve().parent.parent / 'docs'
+DOCS = Path(__file__).resolve().parents[2] / 'docs'
 SETS = ('Set5', 'Set14', 'BSD100')
 # PSNR on SETS as commonly tabulated, and parameters. All saw the 291 images, but for FSRCNN: T91 and General-100.
 PUBLISHED = {
@@ -47,8 +47,8 @@ COLUMNS = ('PSNR Set5', 'Set14', 'BSD100', 'SSIM Set5', 'Set14', 'BSD100')
 
 INTRODUCTION = """# Results
 
-Made by `python scripts/study_report.py` from [results.json](results.json), which `python scripts/study.py` fills; do
-not edit. EDSR with 8 blocks of 32 features, x2, trained on T91 and BSDS200 (291 images), batch 8, LR patch 20, Adam
+Made by `python scripts/study/report.py` from [results.json](results.json), which `python scripts/study/study.py` fills;
+do not edit. EDSR with 8 blocks of 32 features, x2, trained on T91 and BSDS200 (291 images), batch 8, LR patch 20, Adam
 1e-3 (backward stage: 3e-3) with cosine annealing in each level, on a CPU. PSNR (dB) and SSIM on Y, border 2. The main
 table has one seed, so differences of some hundredths mean nothing. Parameters are those kept, biases included.
 
@@ -66,10 +66,10 @@ CROPS = """## One photograph at every level
 
 ![A crop of a photograph by bicubic, at each level, and itself](crops.png)
 
-`python scripts/crops.py models/EDSR_8x32_x2_291.mssr -o docs/crops.png`: scikit-image's motorcycle_left.png, PSNR of
-the whole photograph."""
+`python scripts/study/crops.py models/EDSR_8x32_x2_291.mssr -o docs/crops.png`: scikit-image's motorcycle_left.png,
+PSNR of the whole photograph."""
 TRIED = """What was tried by hand to close the gap, with one seed, on level 3 alone, whose ticket has 37.20 / 32.79 /
-31.69, by model classes such as those in [scripts/study_variants.py](../scripts/study_variants.py). The choices repeat
+31.69, by model classes such as those in [scripts/study/variants.py](../scripts/study/variants.py). The choices repeat
 most of it at a shorter schedule.
 
 | level 3 | Set5 | Set14 | BSD100 |
@@ -112,7 +112,7 @@ Each nested level minus its own ticket, from the tickets of `rewind_lr`. `refere
 pruned (`train.recover: ticket`) and trains with a learning rate of 3e-3. `private_others` trains biases at each level,
 as if each level had its own. `ticket_teacher` adds the ticket's image as a second target (`train.ticket_opt`). `joint`
 first trains all weights for 1,000 iterations, at the smallest level and a random larger one together, and only then
-freezes; this and `private_others` are in [scripts/study_variants.py](../scripts/study_variants.py). `longer` trains
+freezes; this and `private_others` are in [scripts/study/variants.py](../scripts/study/variants.py). `longer` trains
 each level for 3,000 iterations."""
 
 
@@ -331,11 +331,11 @@ def report(results: Mapping[str, Any]) -> str:
     missing = [f'`{run.name}`' for run in RUNS.values() if run.table != 'choices' and run.name not in results]
     choices_missing = sum(run.table == 'choices' and run.name not in results for run in RUNS.values())
     if choices_missing:
-        missing.append(f'{choices_missing} runs of the choices (`python scripts/study.py list` names them)')
+        missing.append(f'{choices_missing} runs of the choices (`python scripts/study/study.py list` names them)')
     parts += [
         CROPS,
         '## How to make them',
-        '`python scripts/study.py data --images FOLDER`, then (wall times while the machine had other work)',
+        '`python scripts/study/study.py data --images FOLDER`, then (wall times while the machine had other work)',
         runs_table(results),
     ]
     if missing:

@@ -1,6 +1,6 @@
 """Time per training iteration: MSSR's forward stage against BasicSR's SRModel, same network, same batch, one run.
 
-    python scripts/benchmark_iteration.py [--rounds 60] [--num-feat 64 --num-block 16]
+    python scripts/checks/benchmark_iteration.py [--rounds 60] [--num-feat 64 --num-block 16]
 
 The contenders take turns, an iteration each and each round in another order, so that a busy machine slows all of them
 alike. A ratio is the median over the rounds of the ratios within a round. Beside it stands the ratio of floating point

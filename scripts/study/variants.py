@@ -1,6 +1,6 @@
-"""Backward stages that were tried and are not in the plugin: model classes for scripts/study.py.
+"""Backward stages that were tried and are not in the plugin: model classes for scripts/study/study.py.
 
-python scripts/study_variants.py -opt OPTIONS   # python -m mssr_basicsr.train, with these classes registered
+python scripts/study/variants.py -opt OPTIONS   # python -m mssr_basicsr.train, with these classes registered
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Shows a crop of a photograph at every level of a file, beside bicubic and the photograph itself, with PSNR on Y.
 
-    python scripts/crops.py MODEL.mssr [PHOTO.png] [--crop X Y SIZE] [-o crops.png]
+    python scripts/study/crops.py MODEL.mssr [PHOTO.png] [--crop X Y SIZE] [-o crops.png]
 
 The photograph is made smaller by bicubic and upscaled again. By default it is one that scikit-image ships. The crop is
 in its pixels; PSNR is the whole photograph's.

@@ -1,13 +1,13 @@
 """Measure what MSSR gives on Set5, Set14 and BSD100, x2, with an EDSR of a size that a processor can train.
 
-    python scripts/study.py data --images FOLDER   # FOLDER holds T91, BSDS200, Set5, Set14 and BSD100
-    python scripts/study.py run main               # or the name of any run or table; see: study.py list
-    python scripts/study.py list
+    python scripts/study/study.py data --images FOLDER   # FOLDER holds T91, BSDS200, Set5, Set14 and BSD100
+    python scripts/study/study.py run main               # or the name of any run or table; see: study.py list
+    python scripts/study/study.py list
 
 Every run is one of BasicSR's trainings, with the options of options/train_MSSR_EDSR_8x32_x2_291_*.yml (of the table
 `edsr_m`, which is for a GPU, options/train_MSSR_EDSR_Mx2_291_*.yml) and the changes that stand below. A run that was
 stopped goes on where it was saved; one that is done is not done again. What a run gave is kept in docs/results.json,
-from which scripts/study_report.py makes docs/results.md.
+from which scripts/study/report.py makes docs/results.md.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import study_variants
 import torch
 import yaml
 from basicsr.archs import build_network
-from prepare_data import DataError, prepare
-from training_logs import iteration_seconds, read_logs, wall_seconds
 
 from mssr_basicsr.adapter.records import describe_level
 from mssr_basicsr.foundation.saving import write_whole
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / 'scripts'))
+
+import variants  # noqa: E402
+from prepare_data import DataError, prepare  # noqa: E402
+from training_logs import iteration_seconds, read_logs, wall_seconds  # noqa: E402
+
 RESULTS = ROOT / 'docs' / 'results.json'
 OPTIONS = 'train_MSSR_EDSR_{}_291_{}.yml'
 SPARSITY = (0, 0.5, 0.75, 0.875, 0.9375)  # of the main table
@@ -245,8 +248,8 @@ def train(run: Run, again: bool = False) -> None:
     options.parent.mkdir(exist_ok=True)
     options.write_text(yaml.safe_dump(options_of(run), sort_keys=False))
     program = ['-m', 'mssr_basicsr.train']
-    if hasattr(study_variants, run.changes.get('model_type', '')):
-        program = [study_variants.__file__]
+    if hasattr(variants, run.changes.get('model_type', '')):
+        program = [variants.__file__]
     command = [*program, '-opt', str(options), '--auto_resume']
     print('python', *command, flush=True)
     subprocess.run([sys.executable, *command], check=True, env={**KEEP_FREED_MEMORY, **os.environ})
@@ -260,7 +263,7 @@ def keep(run: Run) -> None:
     seconds, data_seconds = iteration_seconds(logs)
     result = {
         'table': run.table,
-        'command': f'python scripts/study.py run {run.name}',
+        'command': f'python scripts/study/study.py run {run.name}',
         'changes': dict(run.changes),
         'seed': options_of(run)['manual_seed'],
         'iterations': options_of(run)['train']['total_iter'],

@@ -1,6 +1,6 @@
 """Kill both stages of a tiny training with SIGKILL, again and again, and see that nothing is lost.
 
-    python scripts/chaos.py [--kills 40] [--ranks 1 2] [--seed 0]
+    python scripts/checks/chaos.py [--kills 40] [--ranks 1 2] [--seed 0]
 
 For each number of ranks (1: plain; more: under torchrun) the two stages run once undisturbed. Then they run again and
 are killed at random instants, half of them aimed: at a file of a save being made, written half, renamed or removed, and

@@ -1,6 +1,6 @@
 """What the start hook costs: medians of the time that Python takes to start and end, with the hook on, off and absent.
 
-    python scripts/benchmark_discovery.py [--runs 40]
+    python scripts/checks/benchmark_discovery.py [--runs 40]
 
 Measured in two fresh environments that differ in the hook only; the three cases take turns.
 """
@@ -17,7 +17,7 @@ import time
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def seconds_to_start(python: Path, hook: str) -> float:

@@ -1,6 +1,6 @@
 """What the scalable file saves: bytes on disk beside what else there is, and the time to grow beside loading anew.
 
-    python scripts/benchmark_file.py [--rounds 30] [--checkpoint net_g_latest.pth --opt options/mssr_backward.yml]
+    python scripts/checks/benchmark_file.py [--rounds 30] [--checkpoint net_g_latest.pth --opt YML]
 
 Without a checkpoint the network is EDSR-M x2 (1.37 M parameters), newly built and pruned by the global magnitude of its
 weights, level by level as the forward stage does: sizes depend on the masks, and these on the layers' magnitudes.

@@ -1,6 +1,6 @@
 """Corrupts a scalable model file in every way we could think of, and reads it: no wrong weight may come out.
 
-    python scripts/fuzz_file.py [--cases 20000] [--seed 0]
+    python scripts/checks/fuzz_file.py [--cases 20000] [--seed 0]
 
 Each case is read to the right bits (a cut behind a section leaves the smaller levels whole), or refused with one
 ScalableFileError. Anything else ends the script with status 1: a wrong weight, another exception, more than 10 s, or
@@ -28,8 +28,8 @@ import xxhash
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mssr_basicsr.archs.mssr_arch import MSSR
-from mssr_basicsr.cli import describe, level_table
 from mssr_basicsr.scalable.container import _PREAMBLE, MAGIC, VERSION, ScalableFile
+from mssr_basicsr.scalable.description import describe, level_table
 from mssr_basicsr.scalable.errors import ScalableFileError
 from mssr_basicsr.scalable.model import ScalableModel
 from mssr_basicsr.scalable.packing import pack

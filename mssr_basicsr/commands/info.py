@@ -1,0 +1,32 @@
+"""``mssr info``: the table of levels."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from mssr_basicsr.scalable.container import ScalableFile
+from mssr_basicsr.scalable.description import describe, level_table
+
+HELP = 'the table of levels: parameters, bytes, PSNR'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('file', metavar='FILE.mssr', type=Path)
+    parser.add_argument('--json', action='store_true', help='print JSON')
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """``mssr info``: the table of levels."""
+    with ScalableFile(arguments.file) as file:
+        found = describe(file)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    options = ', '.join(f'{key}={value}' for key, value in found['backbone'].items() if key != 'type')
+    state = 'whole' if found['file_bytes'] == found['whole_bytes'] else f'of {found["whole_bytes"]:,}'
+    print(f'{found["file"]}: {found["backbone"]["type"]} x{found["scale"]} ({options})')
+    print(f'{found["file_bytes"]:,} bytes ({state}), values {found["dtype"]}')
+    print(level_table(found['levels']))
+    return 0
