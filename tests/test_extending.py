@@ -1,0 +1,56 @@
+"""The examples of docs/extending.md, as they stand there: each is registered and takes part in a training."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from basicsr.utils.registry import LOSS_REGISTRY, MODEL_REGISTRY
+from conftest import Run
+
+from mssr_basicsr.method.criteria import CRITERION_REGISTRY
+from mssr_basicsr.method.schedules import EXPANSION_REGISTRY
+
+DOCUMENT = Path(__file__).resolve().parents[1] / 'docs' / 'extending.md'
+ENTRIES = [
+    registry._entries if hasattr(registry, '_entries') else registry._obj_map
+    for registry in (CRITERION_REGISTRY, EXPANSION_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY)
+]
+
+
+@pytest.fixture(autouse=True)
+def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the document's Python registers, for one test."""
+    before = [dict(entries) for entries in ENTRIES]
+    module = types.ModuleType('my_extensions')
+    monkeypatch.setitem(sys.modules, 'my_extensions', module)
+    _, *blocks = re.findall(
+        r'```python\n(.*?)```', DOCUMENT.read_text('utf-8'), re.DOTALL
+    )  # the first starts a training
+    for block in blocks:
+        exec(compile(block, str(DOCUMENT), 'exec'), module.__dict__)
+    yield
+    for entries, old in zip(ENTRIES, before):
+        entries.clear()
+        entries.update(old)
+
+
+def test_criterion_loss_base_model_and_schedule_train(
+    run: Run, forward_opt: dict[str, Any], backward_opt: dict[str, Any]
+) -> None:
+    forward_opt['base_model_type'] = backward_opt['base_model_type'] = 'NoisyInputModel'
+    forward_opt['train'].update(criterion='magnitude_per_output_channel', noise_sigma=0.02)
+    forward_opt['train']['ssd_opt']['criterion'] = {'type': 'GradientLoss'}
+    run(forward_opt)
+    backward_opt['train']['expansion'] = {'type': 'ProportionalExpansion', 'total_iter': 6}
+    backward_opt['val']['val_freq'] = 2
+    models = run(backward_opt) / 'models'
+    # Of the weights, half are recovered for level 0 and a quarter for level 1: 4 and 2 of the 6 iterations.
+    records = json.loads((models / 'levels.json').read_text())
+    assert [record.get('iterations') for record in records] == [4, 2, None]
