@@ -50,9 +50,10 @@ class ExpansionSchedule(Protocol):
 
 @EXPANSION_REGISTRY.register()
 class SequentialExpansion:
-    """The paper's: one level after the other, from K - 1 to 0, each for ``level_iter`` iterations.
+    """The paper's: one level after the other, from K - 1 to 0.
 
-    A list gives those of each level in the order in which they are trained.
+    Args:
+        level_iter: iterations of each level, or a list with those of each level in the order in which they are trained.
     """
 
     def __init__(self, level_iter: int | Sequence[int]) -> None:
