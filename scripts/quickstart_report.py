@@ -63,14 +63,14 @@ def main() -> None:
         level, metrics = record['level'], record['metrics'][dataset]
         ticket = tickets[level]['metrics'][dataset]
         cells = [str(level), f'{opt["network_g"]["sparsity"][level]:.2%}', f'{record["sparsity"]:.3%}']
-        cells += [f'{record["parameters_kept"]:,}', f'{ticket["psnr"]:.2f} / {ticket["ssim"]:.4f}']
+        cells += [f'{record["parameters"]:,}', f'{ticket["psnr"]:.2f} / {ticket["ssim"]:.4f}']
         cells += [f'{metrics["psnr"]:.2f} / {metrics["ssim"]:.4f}', f'{metrics["psnr"] - base["psnr"]:+.2f} dB']
         print('  '.join(f'{cell:>15}' for cell in cells))
     total, data = (1000 * seconds for seconds in iteration_seconds(read_logs(FORWARD)))
     print(f'An iteration of the forward stage took {total:.0f} ms, {data:.0f} ms of them waiting for data.')
 
     figure, axes = plt.subplots(figsize=(6.4, 4), layout='constrained')
-    sizes = [record['parameters_kept'] for record in nested]
+    sizes = [record['parameters'] for record in nested]
     own = [tickets[record['level']] for record in nested]
     for label, marker, records in (('tickets (one network each)', 'o--', own), ('nested', 's-', nested)):
         axes.plot(sizes, [record['metrics'][dataset]['psnr'] for record in records], marker, label=label)

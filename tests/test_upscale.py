@@ -119,7 +119,7 @@ def test_info(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert [row['level'] for row in found['levels']] == [0, 1, 2]
     assert found['levels'][0]['cumulative_bytes'] == found['file_bytes'] == file.stat().st_size
-    assert found['levels'][0]['density'] == 1
+    assert found['levels'][0]['sparsity'] == 0
 
 
 def test_verify(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,8 @@ from torch.nn.modules.conv import _ConvNd
 from mssr_basicsr.archs.feature_taps import find_feature_taps
 from mssr_basicsr.foundation.checkpoints import CheckpointError
 from mssr_basicsr.foundation.checks import OptionError, arguments_checked, closest, match_names, require_int
-from mssr_basicsr.method.level_map import LevelMap, buffer_tree, count, mask_of, num_kept
-from mssr_basicsr.scalable.container import MAX_LEVELS
+from mssr_basicsr.method.level_map import MAX_LEVELS, LevelMap, buffer_tree, count, mask_of, num_kept
+from mssr_basicsr.scalable.architectures import known_of
 
 
 def check_sparsity(sparsity: Any) -> list[float]:
@@ -133,7 +133,7 @@ class MSSR(nn.Module):
             self.backbone: nn.Module = build_network(backbone)
 
         self.prunable_names = find_prunable(self.backbone, prunable, unprunable)
-        self.feature_taps = find_feature_taps(self.backbone, feature_taps)
+        self.feature_taps = find_feature_taps(self.backbone, feature_taps, known_of(backbone['type']).trunk)
         weights = self.prunable_weights()
         self.level_map = buffer_tree(
             {name: torch.full_like(w, self.smallest_level, dtype=torch.uint8) for name, w in weights.items()}

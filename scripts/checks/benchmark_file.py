@@ -22,10 +22,10 @@ import safetensors.torch
 import torch
 from basicsr.archs import build_network
 
+from mssr_basicsr.archs.checkpoint import load_checkpoint
 from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.method.criteria import global_magnitude
 from mssr_basicsr.method.level_map import mask_of, num_kept, prune
-from mssr_basicsr.scalable.checkpoint import load_checkpoint
 from mssr_basicsr.scalable.container import ScalableFile
 from mssr_basicsr.scalable.model import ScalableModel
 from mssr_basicsr.scalable.packing import pack

@@ -146,7 +146,7 @@ def main_table(results: Mapping[str, Any]) -> str:
         # The backward stage takes over the smallest level as it is; of a stock training all iterations are one level's.
         iterations = record.get('iterations', 0 if 'backward' in name else result['iterations'])
         what = '' if name.startswith('dense') else f', level {level}'
-        rows.append([FAMILIES[family(name)] + what, f'{record["parameters_kept"]:,}', f'{iterations:,}', *quality])
+        rows.append([FAMILIES[family(name)] + what, f'{record["parameters"]:,}', f'{iterations:,}', *quality])
     for name, (parameters, psnr) in PUBLISHED.items():
         rows.append([f'{name}, published', f'{parameters:,}', '', *(f'{value:.2f}' for value in psnr), '', '', ''])
     return table(['network', 'parameters', 'iterations', *COLUMNS], rows)
@@ -299,7 +299,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         lines.setdefault(family(name), []).append(record)
     for i, (dataset, axis) in enumerate(zip(SETS, axes)):
         for name, records in lines.items():
-            sizes = [record['parameters_kept'] for record in records]
+            sizes = [record['parameters'] for record in records]
             quality = [record['metrics'][dataset]['psnr'] for record in records]
             axis.plot(sizes, quality, 'o-' if len(records) > 1 else 's', label=FAMILIES[name].replace('*', ''))
         for name, (parameters, psnr) in PUBLISHED.items():

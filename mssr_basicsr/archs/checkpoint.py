@@ -1,0 +1,84 @@
+"""Reading the checkpoint that a ``.mssr`` file is made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from basicsr.utils.options import ordered_yaml
+
+from mssr_basicsr.archs.mssr_arch import MSSR, is_plain
+from mssr_basicsr.foundation.checkpoints import (
+    CheckpointError,
+    first_line,
+    read_checkpoint,
+    require_same_entries,
+    state_dict_of,
+)
+from mssr_basicsr.foundation.checks import OptionError, require_int
+from mssr_basicsr.scalable.architectures import check_scale
+from mssr_basicsr.scalable.packing import level_metrics
+
+
+def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[str, Any]]:
+    """The network in a checkpoint of the backward stage, its upscaling factor, and its levels' metrics where known.
+
+    Args:
+        checkpoint: as BasicSR saved it; of its EMA if there is one. ``levels.json`` beside it has the metrics.
+        options: the YAML that it was trained or tested with: ``network_g`` and ``scale`` are read.
+            Running the network on a small image decides its factor; a ``scale`` that differs is refused.
+
+    Raises:
+        ValueError: a wrong option, or not a checkpoint of this network's backward stage; the text says which.
+        OSError: a file cannot be read.
+    """
+    opt = read_yaml(options)
+    network_opt = opt.get('network_g')
+    if not isinstance(network_opt, dict) or network_opt.get('type') != 'MSSR':
+        found = network_opt.get('type') if isinstance(network_opt, dict) else network_opt
+        raise OptionError('network_g.type', found, f'MSSR, in {options}')
+    scale = None if opt.get('scale') is None else require_int('scale', opt['scale'], 1)
+    network = MSSR(**{key: value for key, value in network_opt.items() if key not in ('type', 'level')})
+    try:
+        loaded = read_checkpoint(checkpoint)
+        state = state_dict_of(loaded, 'params_ema')
+        if is_plain(state):
+            raise CheckpointError('it is of no MSSR network (net_g_latest.pth of the backward stage is one)')
+        if 'rewind' in loaded:
+            raise CheckpointError('it is of the forward stage; the levels are nested after the backward stage only')
+        require_same_entries(state, network.state_dict())
+        network.load_state_dict(state)
+    except CheckpointError as error:
+        raise CheckpointError(f'{checkpoint}: {error}') from error
+    scale = check_scale(network.backbone, network.backbone_options, scale)
+    return network, scale, _metrics_beside(checkpoint)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The options in a YAML, as BasicSR reads them; OptionError, which names the file, if it is no mapping of any."""
+    try:
+        opt = yaml.load(path.read_text('utf-8'), Loader=ordered_yaml()[0])
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, 'problem_mark', None), getattr(error, 'problem', None) or first_line(error)
+        where = '' if mark is None else f' in line {mark.line + 1}'
+        raise OptionError(str(path), f'{problem}{where}', 'a YAML (which is indented by spaces)') from error
+    except UnicodeDecodeError as error:
+        raise OptionError(str(path), 'bytes that are not UTF-8', 'a YAML') from error
+    if not isinstance(opt, dict):
+        what = 'nothing' if opt is None else f'a {type(opt).__name__}'
+        raise OptionError(str(path), what, 'a mapping of options, network_g and scale among them')
+    return opt
+
+
+def _metrics_beside(checkpoint: Path) -> dict[str, Any]:
+    """What ``levels.json`` beside a checkpoint says of its levels, nothing if there is none."""
+    records = checkpoint.with_name('levels.json')
+    if not records.is_file():
+        return {}
+    try:
+        return level_metrics(json.loads(records.read_text('utf-8')))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        allowed = f'records of levels, as training writes them ({first_line(error)}); or no such file'
+        raise OptionError(str(records), 'something else', allowed) from error

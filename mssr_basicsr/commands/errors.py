@@ -1,0 +1,15 @@
+"""What went wrong, in one line."""
+
+from __future__ import annotations
+
+import os
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; of one that is not ours also its type."""
+    text = ' '.join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f'{os.fsdecode(error.filename)}: {error.strerror}'  # as other commands say it
+    if isinstance(error, (ValueError, OSError)) and text:
+        return text
+    return f'{type(error).__name__}: {text} (--debug shows where)'
