@@ -57,18 +57,18 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The options in a YAML, as BasicSR reads them; OptionError, which names the file, if it is no mapping of any."""
+    """The options in a YAML, as BasicSR reads them; ValueError, which names the file, if it has none."""
     try:
         opt = yaml.load(path.read_text('utf-8'), Loader=ordered_yaml()[0])
     except yaml.YAMLError as error:
         mark, problem = getattr(error, 'problem_mark', None), getattr(error, 'problem', None) or first_line(error)
         where = '' if mark is None else f' in line {mark.line + 1}'
-        raise OptionError(str(path), f'{problem}{where}', 'a YAML (which is indented by spaces)') from error
+        raise ValueError(f'{path}: {problem}{where}; allowed: a YAML, indented by spaces') from error
     except UnicodeDecodeError as error:
-        raise OptionError(str(path), 'bytes that are not UTF-8', 'a YAML') from error
+        raise ValueError(f'{path}: found bytes that are not UTF-8; allowed: a YAML') from error
     if not isinstance(opt, dict):
         what = 'nothing' if opt is None else f'a {type(opt).__name__}'
-        raise OptionError(str(path), what, 'a mapping of options, network_g and scale among them')
+        raise ValueError(f'{path}: found {what}; allowed: a mapping of options, network_g and scale among them')
     return opt
 
 
@@ -80,5 +80,5 @@ def _metrics_beside(checkpoint: Path) -> dict[str, Any]:
     try:
         return level_metrics(json.loads(records.read_text('utf-8')))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        allowed = f'records of levels, as training writes them ({first_line(error)}); or no such file'
-        raise OptionError(str(records), 'something else', allowed) from error
+        allowed = 'the records of levels that training writes, or no such file'
+        raise ValueError(f'{records}: {first_line(error)}; allowed: {allowed}') from error

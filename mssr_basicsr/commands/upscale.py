@@ -121,7 +121,7 @@ def _device(name: str | None) -> str:
         torch.zeros(1, device=name).cpu()
     except Exception as error:  # torch raises RuntimeError, AssertionError and what its backends do
         here = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
-        raise OptionError('--device', name, f'{", ".join(here)}, which are here ({one_line(error)[:120]})') from error
+        raise OptionError('--device', name, f'{", ".join(here)}, or another that torch has here') from error
     return name
 
 

@@ -69,7 +69,9 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def require_other_file(output: str | os.PathLike[str], *inputs: str | os.PathLike[str]) -> None:
+def require_other_file(
+    output: str | os.PathLike[str], *inputs: str | os.PathLike[str], option: str = '--output'
+) -> None:
     """Raise OptionError if ``output`` is one of the ``inputs``, also by another spelling or a link.
 
     Any other file that exists is overwritten, as by ``cp`` and ``convert``.
@@ -77,7 +79,7 @@ def require_other_file(output: str | os.PathLike[str], *inputs: str | os.PathLik
     for path in inputs:
         linked = os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path)
         if linked or os.path.realpath(output) == os.path.realpath(path):
-            raise OptionError('--output', str(output), f'another file than the input {path}')
+            raise OptionError(option, str(output), f'another file than the input {path}')
 
 
 def remove_leftovers(*folders: str) -> None:

@@ -106,7 +106,7 @@ def images_of(network: nn.Module, options: Mapping[str, Any]) -> Images:
     with _undisturbed(network):
         for channels in all_channels:
             for multiple in multiples:
-                # Without a common divisor, these times ``multiple`` are both multiples of its divisors alone; and they are
+                # Without a common divisor: so, times ``multiple``, both are multiples of nothing larger than it. And
                 # large enough for what a network mirrors at its edges.
                 sides = (11, 13) if multiple < 8 else (2, 3)
                 shape = (1, channels, *(side * multiple for side in sides))
