@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,25 +70,17 @@ def run(arguments: argparse.Namespace) -> int:
         model.network.to(device)
         header, level, upscaler = model.header, model.level, model.upscaler
     tiles = functools.partial(tqdm, unit='tile', leave=False, disable=None, file=sys.stderr)
-    records, failures = [], []
-    with tqdm(total=len(jobs), unit='image', disable=None, file=sys.stderr) as bar:
-        for source, target in jobs:
-            bar.set_postfix_str(source.name)
-            try:
-                result = upscaler.upscale(read_image(source), arguments.tile, bgr=True, progress=tiles)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                write_image(target, result)
-                record: dict[str, Any] = {'input': str(source), 'output': str(target)}
-                records.append(record)
-                if arguments.gt is not None:
-                    record.update(metrics(result, read_image(_truth(arguments.gt, truths, source)), header.scale))
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(f'{len(records)} of {len(jobs)} images upscaled') from None
-            except Exception as error:  # whatever OpenCV or torch raises of this image, the others are done
-                if arguments.debug:
-                    traceback.print_exc()
-                failures.append(_named(source, error))
-            bar.update()
+
+    def upscale(source: Path, target: Path) -> dict[str, Any]:
+        result = upscaler.upscale(read_image(source), arguments.tile, bgr=True, progress=tiles)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_image(target, result)
+        record: dict[str, Any] = {'input': str(source), 'output': str(target)}
+        if arguments.gt is not None:
+            record.update(metrics(result, read_image(_truth(arguments.gt, truths, source)), header.scale))
+        return record
+
+    records, failures = _each(jobs, upscale, arguments)
     measured = [record for record in records if 'psnr' in record]
     means = {key: sum(one[key] for one in measured) / len(measured) for key in ('psnr', 'ssim') if measured}
     parameters, read = header.num_parameters(level), header.section(level).end
@@ -103,6 +95,29 @@ def run(arguments: argparse.Namespace) -> int:
     for failure in failures:
         print(f'mssr: error: {failure}', file=sys.stderr)
     return 1 if failures else 0
+
+
+def _each(
+    jobs: Sequence[tuple[Path, Path]], work: Callable[[Path, Path], dict[str, Any]], arguments: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What ``work`` gives for each image, and a line for each that it fails for: the others are done."""
+    from tqdm import tqdm
+
+    records, failures = [], []
+    try:
+        with tqdm(total=len(jobs), unit='image', disable=None, file=sys.stderr) as bar:
+            for source, target in jobs:
+                bar.set_postfix_str(source.name)
+                try:
+                    records.append(work(source, target))
+                except Exception as error:  # whatever OpenCV or torch raises of this image
+                    if arguments.debug:
+                        traceback.print_exc()
+                    failures.append(_named(source, error))
+                bar.update()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f'{len(records)} of {len(jobs)} images were upscaled') from None
+    return records, failures
 
 
 def _named(source: Path, error: Exception) -> str:
