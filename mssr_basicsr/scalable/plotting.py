@@ -21,7 +21,9 @@ def new_figure(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
     return pyplot.subplots(*args, **{'constrained_layout': True, **kwargs})
 
 
-def draw_psnr(axis: Any, lines: Mapping[str, Sequence[tuple[float, float]]], sizes: str, **styles: str) -> None:
+def draw_psnr(
+    axis: Any, lines: Mapping[str, Sequence[tuple[float, float]]], sizes: str, styles: Mapping[str, str] | None = None
+) -> None:
     """Draw PSNR over size into a matplotlib axis, whose sizes become logarithmic.
 
     Args:
@@ -31,7 +33,7 @@ def draw_psnr(axis: Any, lines: Mapping[str, Sequence[tuple[float, float]]], siz
         styles: by label, of the lines, as matplotlib's format; default: dots joined by a line.
     """
     for label, points in lines.items():
-        axis.plot(*zip(*points), styles.get(label, 'o-'), label=label)
+        axis.plot(*zip(*points), (styles or {}).get(label, 'o-'), label=label)
     axis.set(xscale='log', xlabel=sizes, ylabel='PSNR (dB)')
     axis.grid(alpha=0.3, which='both')
 
