@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import cv2
 
 from mssr_basicsr import ScalableModel
-from mssr_basicsr.foundation.saving import require_other_file
+from mssr_basicsr.foundation.saving import require_output
 from mssr_basicsr.scalable.images import metrics, resize_bicubic, validation_pairs
 from mssr_basicsr.scalable.plotting import new_figure, save_figure
 
@@ -66,7 +66,7 @@ def draw(panels: list[Panel], crop: tuple[int, int, int], output: Path) -> None:
 
 def side_by_side(arguments: argparse.Namespace) -> None:
     photo: Path = arguments.photo or photo_of_skimage()
-    require_other_file(arguments.output, arguments.model, photo)
+    require_output(arguments.output, arguments.model, photo)
     with ScalableModel(arguments.model) as model:
         scale, smallest = model.header.scale, model.header.smallest_level
         ((small, whole),) = validation_pairs(photo, None, scale)

@@ -127,9 +127,12 @@ FAULTS = {
     'info a.png': 'a.png: not a scalable model file',
     'verify none.mssr': 'none.mssr: No such file or directory',
     'extract m.mssr -o x': '--output: found x; allowed: a name that ends in .pth, .safetensors or .mssr',
-    'extract m.mssr -o gone/x.pth': 'gone/x.pth: saving failed',
-    'extract m.mssr -o x.pth --level 7': 'level 7: this model has levels 0 to 2',
-    'extract m.mssr -o x.pth --spandrel': '--spandrel: found EDSR; allowed: RCAN, RRDBNet, SRVGGNetCompact, SwinIR',
+    'extract m.mssr -o gone/x.pth': "--output: found 'gone/x.pth'; allowed: a file in a folder that is there",
+    'extract m.mssr -o x.pth --level 1': "--output: found 'x.pth'; allowed: a file; this is a folder",
+    'pack net.pth --opt net.yml -o x': "--output: found 'x'; allowed: a file; this is a folder",
+    'export m.mssr --onnx x': "--onnx: found 'x'; allowed: a file; this is a folder",
+    'extract m.mssr -o y.pth --level 7': 'level 7: this model has levels 0 to 2',
+    'extract m.mssr -o y.pth --spandrel': '--spandrel: found EDSR; allowed: RCAN, RRDBNet, SRVGGNetCompact, SwinIR',
     'extract m.mssr -o x.mssr --spandrel': '--spandrel: found x.mssr; allowed: a name that ends in .pth',
     'plot m.mssr -o x.xyz': '--output: found x.xyz; allowed: a name that ends in .',
     'plot m.mssr none.mssr -o x.png': 'none.mssr: No such file or directory',
@@ -157,7 +160,7 @@ FAULTS = {
 
 @pytest.mark.parametrize(('command', 'message'), FAULTS.items())
 def test_a_failure_is_one_line(command: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for folder in ('x', 'records'):
+    for folder in ('x', 'x.pth', 'records'):
         Path(folder).mkdir()
     Path('text.png').write_text('no image\n')
     Path('records/net.pth').write_bytes(Path('net.pth').read_bytes())
@@ -180,6 +183,7 @@ def test_a_failure_is_one_line(command: str, message: str, here: Path, capsys: p
         ),
         (MemoryError(), 'MemoryError: '),
         (KeyError('conv'), "KeyError: 'conv'"),
+        (RuntimeError('x ' * 5000), 'RuntimeError: ' + 'x ' * 150 + '...'),
     ],
 )
 def test_what_nobody_foresaw_is_one_line_too(
@@ -194,6 +198,13 @@ def test_what_nobody_foresaw_is_one_line_too(
     assert error('info m.mssr', capsys) == f'{line} (--debug shows where)'
     assert main(['info', 'm.mssr', '--debug']) == 1
     assert 'Traceback' in capsys.readouterr().err
+
+
+def test_names_of_files_that_are_no_text(here: Path) -> None:
+    name = os.fsdecode(b'caf\xe9.pth')
+    said = call(sys.executable, '-m', 'mssr_basicsr', 'extract', 'm.mssr', '--level', '2', '-o', name, cwd=here)
+    assert said.startswith('caf\\udce9.pth: level 2, ')
+    assert Path(name).is_file()
 
 
 def test_an_interruption_says_what_was_done(

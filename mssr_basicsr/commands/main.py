@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     had been done).
     """
     words = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # the name of a file may be no text, and is no reason to fail
     try:
         arguments = build_parser().parse_args(words)
         status = int(arguments.run(arguments))

@@ -37,10 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
     load_basicsr('to read a checkpoint of MSSR')
     from mssr_basicsr import evaluate, load_checkpoint, pack
     from mssr_basicsr.foundation.checks import OptionError
-    from mssr_basicsr.foundation.saving import require_other_file, write_whole
+    from mssr_basicsr.foundation.saving import require_output, write_whole
 
     output = arguments.output or arguments.checkpoint.with_suffix('.mssr')
-    require_other_file(output, arguments.checkpoint, arguments.opt)
+    require_output(output, arguments.checkpoint, arguments.opt)
     if arguments.lq is not None and arguments.gt is None:
         raise OptionError('--lq', str(arguments.lq), 'with --gt, the folder of the ground truth')
     network, scale, metrics = load_checkpoint(arguments.checkpoint, arguments.opt)

@@ -82,6 +82,15 @@ def require_other_file(
             raise OptionError(option, str(output), f'another file than the input {path}')
 
 
+def require_output(output: str | os.PathLike[str], *inputs: str | os.PathLike[str], option: str = '--output') -> None:
+    """Raise OptionError unless ``output`` can be a new file, or another than the ``inputs``: before work starts."""
+    if os.path.isdir(output):
+        raise OptionError(option, str(output), 'a file; this is a folder')
+    if not Path(output).parent.is_dir():
+        raise OptionError(option, str(output), f'a file in a folder that is there; {Path(output).parent} is not')
+    require_other_file(output, *inputs, option=option)
+
+
 def remove_leftovers(*folders: str) -> None:
     """Remove what a killed process had not yet moved to its place in these folders."""
     for folder in folders:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mssr_basicsr.foundation.on_demand import optional_package
-from mssr_basicsr.foundation.saving import require_other_file, write_whole
+from mssr_basicsr.foundation.saving import require_output, write_whole
 from mssr_basicsr.scalable.model import ScalableModel
 
 
@@ -43,7 +43,7 @@ def to_onnx(
         ValueError: a wrong file, level or output, or onnx or onnxscript is not installed; the text says which.
         OSError: a file cannot be read or written.
     """
-    require_other_file(output, source, option='--onnx')
+    require_output(output, source, option='--onnx')
     onnx = optional_package('onnx', 'onnx')
     optional_package('onnxscript', 'onnx')  # torch's exporter is written in it
     with ScalableModel(source, level, network=network) as model:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mssr_basicsr.foundation.on_demand import MissingPackageError
-from mssr_basicsr.foundation.saving import require_other_file, write_whole
+from mssr_basicsr.foundation.saving import require_output, write_whole
 from mssr_basicsr.scalable.architectures import for_spandrel
 from mssr_basicsr.scalable.building import tensors_of
 from mssr_basicsr.scalable.container import ScalableFile, Source
@@ -82,7 +82,7 @@ def extract(
         raise ScalableFileError(f'--output: found {output}; allowed: a name that ends in .pth, .safetensors or .mssr')
     if spandrel and suffix == '.mssr':
         raise ScalableFileError(f'--spandrel: found {output}; allowed: a name that ends in .pth or .safetensors')
-    require_other_file(output, source)
+    require_output(output, source)
     with ScalableFile(source) as file:
         smallest = file.header.smallest_level
         chosen = min(file.available(), default=smallest) if level is None else level

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mssr_basicsr.foundation.on_demand import optional_package
-from mssr_basicsr.foundation.saving import require_other_file, write_whole
+from mssr_basicsr.foundation.saving import require_output, write_whole
 from mssr_basicsr.scalable.container import ScalableFile
 
 
@@ -60,7 +60,7 @@ def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
         ValueError: a wrong file or output, one without PSNR, or matplotlib is not installed; the text says which.
         OSError: a file cannot be read or written.
     """
-    require_other_file(output, *files)
+    require_output(output, *files)
     figure, axis = new_figure(figsize=(7, 4.5))
     for path in files:
         with ScalableFile(path) as file:
