@@ -94,6 +94,7 @@ def test_names_that_differ_in_the_extension_alone_keep_it(here: Path) -> None:
         ('in/a.png', 'hardlink.png', "found 'hardlink.png'; allowed: another file than the input in/a.png"),
         ('in', 'linked', "found 'linked/a.png'; allowed: another file than the input in/a.png"),
         ('in/a.png', 'gt/a.png', "found 'gt/a.png'; allowed: another file than the input gt/a.png"),
+        ('in', 'plain/out', "found 'plain/out'; allowed: a place in a folder; plain is a file"),
         ('empty', 'out', r'empty: found nothing; allowed: images \(.png, .jpg, .gif\)'),
         ('texts', 'out', r'texts: found 1 files there, none of which is an image by its name'),
     ],
@@ -124,6 +125,7 @@ def test_a_bad_image_does_not_end_the_batch(
     for i, name in enumerate(('1', '3', '5', '7')):
         picture(f'in/{name}.png', i)
     Path('in/2.png').write_text('no image')
+    Path('in/9.png').symlink_to('nowhere')
     from mssr_basicsr.scalable.upscaling import Upscaler
 
     upscale, errors = Upscaler.upscale, [torch.OutOfMemoryError('no memory\nis left'), cv2.error('Bad argument')]
@@ -138,9 +140,9 @@ def test_a_bad_image_does_not_end_the_batch(
     monkeypatch.setattr(Upscaler, 'upscale', failing)
     assert main(['upscale', str(file), 'in', '-o', 'out']) == 1
     said = capsys.readouterr()
-    assert '2 of 5 images upscaled' in said.out
+    assert '2 of 6 images upscaled' in said.out
     lines = [line for line in said.err.splitlines() if line.startswith('mssr: error: ')]
-    assert [line.split(':')[2].strip() for line in lines] == ['in/2.png', 'in/3.png', 'in/5.png']
+    assert [line.split(':')[2].strip() for line in lines] == ['in/2.png', 'in/3.png', 'in/5.png', 'in/9.png']
     assert 'in/3.png: OutOfMemoryError: no memory is left' in lines[1]
     assert sorted(path.name for path in Path('out').iterdir()) == ['1.png', '7.png']
 

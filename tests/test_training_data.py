@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from conftest import Run
@@ -55,6 +57,25 @@ def test_an_empty_folder_is_refused_before_training(
     with pytest.raises(OptionError, match=rf'datasets\.{phase}: found .*empty/gt.*; allowed: folders, or LMDBs, with'):
         run(forward_opt)
     assert not list(tmp_path.glob('experiments/forward/models/*'))
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('', 'found nothing; allowed: a mapping'),
+        ('- name', 'found a list'),
+        ('name: x\n\tscale: 2', 'line 2; allowed'),
+    ],
+)
+def test_a_yaml_that_holds_no_options_is_named(text: str, message: str, tmp_path: Path) -> None:
+    from basicsr.utils.options import parse_options
+
+    yml = tmp_path / 'net.yml'
+    yml.write_text(text)
+    with mock.patch.object(sys, 'argv', ['train.py', '-opt', str(yml)]), pytest.raises(ValueError) as caught:
+        parse_options(str(tmp_path))
+    assert str(caught.value).startswith(f'{yml}: ')
+    assert message in str(caught.value)
 
 
 def test_the_network_decides_the_scale_before_training(forward_opt: dict[str, Any], run: Run) -> None:

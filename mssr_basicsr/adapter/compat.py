@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, Callable
 
@@ -23,6 +24,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
+from mssr_basicsr.adapter.option_files import read_yaml
 from mssr_basicsr.foundation.checkpoints import first_line
 from mssr_basicsr.foundation.checks import OptionError
 
@@ -50,6 +52,7 @@ def after_import() -> None:
 
     # All of these have bound the function by its name; a script that runs later takes it from basicsr.utils.options.
     for module in (basicsr, basicsr.train, basicsr.test, basicsr.utils.options):
+        _patch(module, 'parse_options', name_wrong_yaml)
         _patch(module, 'parse_options', accept_local_rank)
         _patch(module, 'parse_options', prepare_resuming)
     _patch(basicsr.utils.dist_util, '_init_dist_pytorch', launch_on_cpu)
@@ -72,6 +75,20 @@ def provide_functional_tensor() -> None:
     """
     if not any(isinstance(finder, _FunctionalTensorFinder) for finder in sys.meta_path):
         sys.meta_path.append(_FunctionalTensorFinder())
+
+
+def name_wrong_yaml(parse_options: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Wraps ``parse_options``: a YAML that is empty, a list, or none at all, is an error that names the file.
+
+    BasicSR takes what is in it for a mapping.
+    """
+    try:
+        return parse_options(*args, **kwargs)
+    except Exception:
+        for option, path in zip(sys.argv, sys.argv[1:]):
+            if option in ('-opt', '--opt'):
+                read_yaml(Path(path))
+        raise
 
 
 def accept_local_rank(parse_options: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-from basicsr.utils.options import ordered_yaml
-
+from mssr_basicsr.adapter.option_files import read_yaml
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain
 from mssr_basicsr.foundation.checkpoints import (
     CheckpointError,
@@ -54,22 +52,6 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
         raise CheckpointError(f'{checkpoint}: {error}') from error
     scale = check_scale(network.backbone, network.backbone_options, scale)
     return network, scale, _metrics_beside(checkpoint)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The options in a YAML, as BasicSR reads them; ValueError, which names the file, if it has none."""
-    try:
-        opt = yaml.load(path.read_text('utf-8'), Loader=ordered_yaml()[0])
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, 'problem_mark', None), getattr(error, 'problem', None) or first_line(error)
-        where = '' if mark is None else f' in line {mark.line + 1}'
-        raise ValueError(f'{path}: {problem}{where}; allowed: a YAML, indented by spaces') from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{path}: found bytes that are not UTF-8; allowed: a YAML') from error
-    if not isinstance(opt, dict):
-        what = 'nothing' if opt is None else f'a {type(opt).__name__}'
-        raise ValueError(f'{path}: found {what}; allowed: a mapping of options, network_g and scale among them')
-    return opt
 
 
 def _metrics_beside(checkpoint: Path) -> dict[str, Any]:

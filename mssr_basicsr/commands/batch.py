@@ -54,6 +54,9 @@ def plan_batch(
         targets = [target]
     if target.is_file() and targets != [target]:
         raise OptionError('--output', output, 'a folder; this is a file')
+    standing = next(parent for parent in targets[0].parents if parent.exists())
+    if not standing.is_dir():
+        raise OptionError('--output', output, f'a place in a folder; {standing} is a file')
     taken = {os.path.realpath(path): path for path in (*inputs, *others)}
     for path in targets:
         if os.path.realpath(path) in taken:
@@ -68,7 +71,7 @@ def _list(source: Path, readable: Sequence[str]) -> tuple[list[Path], list[Path]
     if not source.is_dir():
         source.stat()  # OSError where there is none
         return [source], []
-    files = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith('.'))
+    files = sorted(path for path in source.iterdir() if not path.is_dir() and not path.name.startswith('.'))
     images = [path for path in files if path.suffix.lower() in readable]
     if not images:
         found = f'{len(files)} files there, none of which is an image by its name' if files else 'nothing'

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.on_demand import optional_package
 from mssr_basicsr.foundation.saving import require_output, write_whole
 from mssr_basicsr.scalable.model import ScalableModel
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """While the context is open, nothing is logged: the exporter tells of each attempt."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class Exported(NamedTuple):
@@ -50,7 +65,7 @@ def to_onnx(
         upscaler = model.upscaler
     example = torch.rand(1, upscaler.channels, 2 * max(8, upscaler.multiple), 3 * max(8, upscaler.multiple))
     any_size = torch.export.Dim.DYNAMIC
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _without_log():
         path = Path(folder, 'level.onnx')
         torch.onnx.export(
             model.network,
@@ -65,5 +80,7 @@ def to_onnx(
             verbose=False,
         )
         found = onnx.load(path).opset_import[0].version
+        if opset not in (None, found):  # the exporter only logs that it could not convert
+            raise OptionError('--opset', opset, f'{found}, or one that this onnx can convert it to')
         write_whole(output, path.read_bytes())
     return Exported(model.level, found, upscaler.multiple)
