@@ -12,10 +12,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
 import yaml
 from basicsr.data import build_dataset
 from basicsr.metrics import calculate_metric
@@ -23,6 +19,8 @@ from basicsr.utils import tensor2img
 from basicsr.utils.matlab_functions import imresize
 from basicsr.utils.options import ordered_yaml
 from training_logs import iteration_seconds, read_logs
+
+from mssr_basicsr.scalable.plotting import draw_psnr, new_figure, save_figure
 
 FORWARD = Path('experiments/mssr_forward')
 TICKETS = FORWARD / 'models' / 'levels.json'
@@ -63,25 +61,27 @@ def main() -> None:
         level, metrics = record['level'], record['metrics'][dataset]
         ticket = tickets[level]['metrics'][dataset]
         cells = [str(level), f'{opt["network_g"]["sparsity"][level]:.2%}', f'{record["sparsity"]:.3%}']
-        cells += [f'{record["parameters_kept"]:,}', f'{ticket["psnr"]:.2f} / {ticket["ssim"]:.4f}']
+        cells += [f'{record["parameters"]:,}', f'{ticket["psnr"]:.2f} / {ticket["ssim"]:.4f}']
         cells += [f'{metrics["psnr"]:.2f} / {metrics["ssim"]:.4f}', f'{metrics["psnr"] - base["psnr"]:+.2f} dB']
         print('  '.join(f'{cell:>15}' for cell in cells))
     total, data = (1000 * seconds for seconds in iteration_seconds(read_logs(FORWARD)))
     print(f'An iteration of the forward stage took {total:.0f} ms, {data:.0f} ms of them waiting for data.')
 
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout='constrained')
-    sizes = [record['parameters_kept'] for record in nested]
+    figure, axes = new_figure(figsize=(6.4, 4))
+    sizes = [record['parameters'] for record in nested]
     own = [tickets[record['level']] for record in nested]
-    for label, marker, records in (('tickets (one network each)', 'o--', own), ('nested', 's-', nested)):
-        axes.plot(sizes, [record['metrics'][dataset]['psnr'] for record in records], marker, label=label)
+    lines = {
+        label: [(record['parameters'], record['metrics'][dataset]['psnr']) for record in records]
+        for label, records in (('tickets (one network each)', own), ('nested', nested))
+    }
+    draw_psnr(axes, lines, 'parameters', {'tickets (one network each)': 'o--', 'nested': 's-'})
     axes.axhline(base['psnr'], color='grey', linestyle=':', label='bicubic')
-    axes.set(xscale='log', xlabel='parameters kept', ylabel=f'PSNR on Y of {dataset} (dB)')
+    axes.set_ylabel(f'PSNR on Y of {dataset} (dB)')
     axes.set_xticks(sizes, [f'{size / 1000:.0f}k' for size in sizes])
     axes.set_xticks([], minor=True)
     axes.set_title(f'{opt["network_g"]["backbone"]["type"]} x{opt["scale"]}: five networks in one')
-    axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(PLOT, dpi=150)
+    save_figure(figure, PLOT)
     print(f'Plot: {PLOT}')
 
 

@@ -1,63 +1,103 @@
-"""Shows what a photograph becomes at the smallest level and at the largest, beside bicubic, with the bytes each takes.
+"""Shows a crop of a photograph at levels of a file, beside bicubic, with the bytes that each level reads.
 
-    mssr upscale MODEL.mssr PHOTO.png -o small.png --level 4
-    mssr upscale MODEL.mssr PHOTO.png -o large.png --level 0
-    python scripts/side_by_side.py MODEL.mssr PHOTO.png small.png large.png -o side_by_side.png [--crop X Y SIZE]
+    python scripts/side_by_side.py MODEL.mssr [PHOTO.png] [--levels 4 0] [--crop X Y SIZE] [-o side_by_side.png]
+    python scripts/side_by_side.py MODEL.mssr [PHOTO.png] --downscale      # how much of the photograph comes back
 
-The crop is in pixels of PHOTO.
+By default the photograph is one that scikit-image ships. The crop is in its pixels. With --downscale it is first made
+smaller by bicubic; it stands beside the levels, all of them by default, with the PSNR on Y of each over all of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import cv2
-import matplotlib
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
-
-from mssr_basicsr import ScalableFile
-from mssr_basicsr.scalable.description import describe
-from mssr_basicsr.scalable.images import read_image, resize_bicubic
+from mssr_basicsr import ScalableModel
+from mssr_basicsr.foundation.saving import require_output
+from mssr_basicsr.scalable.images import metrics, resize_bicubic, validation_pairs
+from mssr_basicsr.scalable.plotting import new_figure, save_figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ('model', 'photo', 'small', 'large'):
-        parser.add_argument(name, type=Path)
-    parser.add_argument('-o', '--output', type=Path, default=Path('side_by_side.png'))
-    parser.add_argument('--crop', type=int, nargs=3, metavar=('X', 'Y', 'SIZE'))
-    arguments = parser.parse_args()
-    with ScalableFile(arguments.model) as file:
-        found = describe(file)
-    photo = read_image(arguments.photo)
-    small, large = found['levels'][-1], found['levels'][0]
-    bicubic = resize_bicubic(photo, found['scale'])
-    panels = [
-        ('bicubic', bicubic),
-        (f'level {small["level"]}: {small["cumulative_bytes"]:,} bytes', read_image(arguments.small)),
-        (f'level {large["level"]}: {large["cumulative_bytes"]:,} bytes', read_image(arguments.large)),
-    ]
-    side = min(photo.shape[:2]) // 3
-    x, y, side = arguments.crop or ((photo.shape[1] - side) // 2, (photo.shape[0] - side) // 2, side)
-    s = found['scale']
-    figure, axes = plt.subplots(1, 4, figsize=(15, 4.2), constrained_layout=True, width_ratios=(1, 1, 1, 1.15))
+class Panel(NamedTuple):
+    """An image of the figure, BGR."""
+
+    title: str
+    image: Any
+
+
+def photo_of_skimage() -> Path:
+    package = find_spec('skimage')
+    if package is None or package.origin is None:
+        raise ValueError('PHOTO: found none, and scikit-image is not installed; allowed: an image')
+    return Path(package.origin).parent / 'data' / 'motorcycle_left.png'
+
+
+def upscaled(model: ScalableModel, small: Any, levels: list[int]) -> list[Panel]:
+    """The image by bicubic and at each level."""
+    panels = [Panel('bicubic', resize_bicubic(small, model.header.scale))]
+    for level in sorted(levels, reverse=True):
+        model.shrink(model.header.smallest_level)
+        model.expand(level)
+        end = model.header.section(level).end
+        panels.append(Panel(f'level {level}: {end:,} bytes', model.upscale(small, bgr=True)))
+    return panels
+
+
+def draw(panels: list[Panel], crop: tuple[int, int, int], output: Path) -> None:
+    """Write the figure: the same square (x, y, side) of every panel."""
+    x, y, side = crop
+    figure, axes = new_figure(1, len(panels), figsize=(2.6 * len(panels), 3))
     for axis, (title, image) in zip(axes, panels):
-        axis.imshow(cv2.cvtColor(image[y * s : (y + side) * s, x * s : (x + side) * s], cv2.COLOR_BGR2RGB))
-        axis.set_title(title)
-    rows = [
-        [f'{row["level"]}', f'{row["parameters"]:,}', f'{row["bytes"]:,}', f'{row["cumulative_bytes"]:,}']
-        for row in found['levels']
-    ]
-    table = axes[3].table(rows, colLabels=['level', 'parameters', 'section', 'up to here'], loc='center')
-    table.scale(1, 1.8)
-    axes[3].set_title(f'{arguments.model.name}: {found["file_bytes"]:,} bytes')
-    for axis in axes:
+        square = image[y : y + side, x : x + side]
+        if 0 in square.shape or min(x, y) < 0:
+            raise ValueError(
+                f'--crop: found {x} {y} {side}; allowed: a square within {image.shape[1]}x{image.shape[0]}'
+            )
+        axis.imshow(cv2.cvtColor(square, cv2.COLOR_BGR2RGB), interpolation='nearest')
+        axis.set_title(title, fontsize=9)
         axis.axis('off')
-    figure.savefig(arguments.output, dpi=80)
+    save_figure(figure, output, dpi=100)
+
+
+def side_by_side(arguments: argparse.Namespace) -> None:
+    photo: Path = arguments.photo or photo_of_skimage()
+    require_output(arguments.output, arguments.model, photo)
+    with ScalableModel(arguments.model) as model:
+        scale, smallest = model.header.scale, model.header.smallest_level
+        ((small, whole),) = validation_pairs(photo, None, scale)
+        levels = arguments.levels or [smallest, model.level]
+        if arguments.downscale:
+            levels = arguments.levels or list(range(model.level, smallest + 1))
+            panels = upscaled(model, small, levels)
+            psnr = [metrics(panel.image, whole, scale)['psnr'] for panel in panels]
+            panels = [Panel(f'{title.split(":")[0]}, {dB:.2f} dB', image) for (title, image), dB in zip(panels, psnr)]
+            panels.append(Panel('photograph', whole))
+            zoom = 1
+        else:
+            panels, zoom = upscaled(model, whole, levels), scale
+    side = min(whole.shape[:2]) // 3
+    crop = arguments.crop or ((whole.shape[1] - side) // 2, (whole.shape[0] - side) // 2, side)
+    draw(panels, (crop[0] * zoom, crop[1] * zoom, crop[2] * zoom), arguments.output)
     print(arguments.output)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('model', type=Path)
+    parser.add_argument('photo', type=Path, nargs='?')
+    parser.add_argument('--levels', type=int, nargs='+', help='default: the smallest and the largest')
+    parser.add_argument('--downscale', action='store_true', help='make the photograph smaller first')
+    parser.add_argument('--crop', type=int, nargs=3, metavar=('X', 'Y', 'SIZE'), help='default: the middle')
+    parser.add_argument('-o', '--output', type=Path, default=Path('side_by_side.png'))
+    try:
+        side_by_side(parser.parse_args(argv))
+    except (ValueError, OSError) as error:
+        sys.exit(f'side_by_side: {error}')
 
 
 if __name__ == '__main__':

@@ -14,18 +14,16 @@ from torch import Tensor, nn
 
 from mssr_basicsr.archs.mssr_arch import MSSR, find_prunable
 from mssr_basicsr.foundation.checks import OptionError
-from mssr_basicsr.method.level_map import mask_of, num_kept, prune
+from mssr_basicsr.method.criteria import global_magnitude
+from mssr_basicsr.method.level_map import mask_of, num_kept
 
 
 def pruned_mssr(backbone: dict[str, Any], sparsity: Sequence[float] = tuple(SPARSITY), **options: Any) -> MSSR:
     """An MSSR network with all its levels, pruned by magnitude without training."""
     torch.manual_seed(0)
     network = MSSR(backbone, sparsity, **options)
-    weights = network.prunable_weights()
-    total = sum(weight.numel() for weight in weights.values())
     for level in range(1, len(sparsity)):
-        scores = {name: weight.detach().abs() for name, weight in weights.items()}
-        network.set_level_map(prune(network.get_level_map(), scores, level, num_kept(total, sparsity[level])))
+        network.prune(level, global_magnitude, torch.Generator())
     return network
 
 

@@ -331,7 +331,7 @@ WRONG_STATES = {
     'network of a stock run': r"path\.resume_state: found '\S+8\.state'; allowed: one with a rewind beside it",
     'state is cut short': r"path\.resume_state: found '\S+8\.state'; allowed: a whole state \(",
     'state of a stock run': r"path\.resume_state: found '\S+8\.state'; allowed: a state that MSSRForwardModel saved",
-    'state is newer': r'allowed: a state of version 2, its version is 3: resume it with the mssr-basicsr that saved it',
+    'state is newer': r'allowed: a state of version 3, its version is 4: resume it with the mssr-basicsr that saved it',
     'other stages': r'began with 2 iterations at level 0, .* at level 1.*; this one: 4 iterations at level 0, 4 iter',
 }
 
@@ -356,7 +356,7 @@ def test_resuming_refuses_the_wrong_files(kind: str, forward_opt: dict[str, Any]
     else:
         saved = torch.load(state, weights_only=True)
         if kind == 'state is newer':
-            saved['mssr']['version'] = 3
+            saved['mssr']['version'] = 4
         else:
             del saved['mssr']
         torch.save(saved, state)

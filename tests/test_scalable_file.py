@@ -323,7 +323,7 @@ def test_the_backward_stage_writes_the_file(
             assert_same(model.network.state_dict(), expected)
             assert model.header.metrics[str(level)]['toyval']['psnr'] > 0
     yml, checkpoint = models.parents[2] / 'backward.yml', models / 'net_g_latest.pth'
-    mssr = (sys.executable, '-m', 'mssr_basicsr.commands.main')
+    mssr = (sys.executable, '-m', 'mssr_basicsr')
     call(*mssr, 'pack', checkpoint, '--opt', yml, '-o', 'again.mssr')
     assert Path('again.mssr').read_bytes() == (models / 'net_g.mssr').read_bytes()
     forward = 'experiments/forward/models/net_g_latest.pth'

@@ -105,14 +105,14 @@ def test_the_forward_stage(forward_opt: dict[str, Any], run: Run, monkeypatch: p
         assert record['iterations'] == 4
         assert record['prunable_total'] == TOTAL
         assert record['sparsity'] == pytest.approx(sparsity, abs=1e-3)
-        assert record['parameters_total'] - record['parameters_kept'] == TOTAL - record['prunable_kept']
+        assert record['parameters_total'] - record['parameters'] == TOTAL - record['prunable']
         assert record['metrics']['toyval']['psnr'] > 5
-        assert record['density'].keys() == level_map.keys()
+        assert record['layer_density'].keys() == level_map.keys()
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(models.parents[2] / 'tb_logger' / 'forward')).Reload()
-    assert {'levels/toyval/psnr', 'density/conv_first.weight', 'losses/l_pix', 'losses/l_ssd'} <= set(
+    assert {'levels/toyval/psnr', 'layer_density/conv_first.weight', 'losses/l_pix', 'losses/l_ssd'} <= set(
         events.Tags()['scalars']
     )
     assert [event.step for event in events.Scalars('levels/toyval/psnr')][:3] == [0, 1, 2]

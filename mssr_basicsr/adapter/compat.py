@@ -12,10 +12,11 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, Callable
 
@@ -23,6 +24,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
+from mssr_basicsr.adapter.option_files import read_yaml
 from mssr_basicsr.foundation.checkpoints import first_line
 from mssr_basicsr.foundation.checks import OptionError
 
@@ -50,6 +52,7 @@ def after_import() -> None:
 
     # All of these have bound the function by its name; a script that runs later takes it from basicsr.utils.options.
     for module in (basicsr, basicsr.train, basicsr.test, basicsr.utils.options):
+        _patch(module, 'parse_options', name_wrong_yaml)
         _patch(module, 'parse_options', accept_local_rank)
         _patch(module, 'parse_options', prepare_resuming)
     _patch(basicsr.utils.dist_util, '_init_dist_pytorch', launch_on_cpu)
@@ -60,6 +63,7 @@ def after_import() -> None:
     for module in (basicsr.models.realesrnet_model, basicsr.models.realesrgan_model, basicsr.utils.img_process_util):
         _patch(module, 'filter2D', filter_on_cpu)
     _patch(basicsr.archs.basicvsrpp_arch.BasicVSRPlusPlus, '__init__', align_on_cpu)
+    _patch(basicsr.utils.registry.DATASET_REGISTRY, 'get', datasets_name_files)
     for registry in (basicsr.utils.registry.MODEL_REGISTRY, basicsr.utils.registry.ARCH_REGISTRY):
         _patch(registry, 'get', classes_on_cpu)
 
@@ -71,6 +75,20 @@ def provide_functional_tensor() -> None:
     """
     if not any(isinstance(finder, _FunctionalTensorFinder) for finder in sys.meta_path):
         sys.meta_path.append(_FunctionalTensorFinder())
+
+
+def name_wrong_yaml(parse_options: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Wraps ``parse_options``: a YAML that is empty, a list, or none at all, is an error that names the file.
+
+    BasicSR takes what is in it for a mapping.
+    """
+    try:
+        return parse_options(*args, **kwargs)
+    except Exception:
+        for option, path in zip(sys.argv, sys.argv[1:]):
+            if option in ('-opt', '--opt'):
+                read_yaml(Path(path))
+        raise
 
 
 def accept_local_rank(parse_options: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -169,6 +187,43 @@ def align_on_cpu(init: Callable[..., Any], network: torch.nn.Module, *args: Any,
     """
     with _replaced(torch.cuda, 'is_available', lambda: True):
         init(network, *args, **kwargs)
+
+
+def datasets_name_files(get: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Wraps a registry's ``get``: a dataset without images, or with one that cannot be read, is an error that names it.
+
+    BasicSR divides by the number of images, and takes what OpenCV could not decode for an image.
+    """
+    dataset = get(*args, **kwargs)
+    for name, wrapper in (('__init__', refuse_empty_dataset), ('__getitem__', name_unreadable_image)):
+        if isinstance(dataset, type) and hasattr(dataset, name):
+            _patch(dataset, name, wrapper)
+    return dataset
+
+
+def refuse_empty_dataset(
+    init: Callable[..., Any], dataset: Any, opt: dict[str, Any], *args: Any, **kwargs: Any
+) -> None:
+    """Wraps ``__init__`` of a dataset: OptionError, which names the folders, if there is nothing in it."""
+    init(dataset, opt, *args, **kwargs)
+    if hasattr(dataset, '__len__') and len(dataset) == 0:
+        folders = {key: value for key, value in opt.items() if key.startswith('dataroot')}
+        raise OptionError(f'datasets.{opt.get("phase")}', folders, 'folders, or LMDBs, with images in them')
+
+
+def name_unreadable_image(getitem: Callable[..., Any], dataset: Any, index: int) -> Any:
+    """Wraps ``__getitem__`` of a dataset: what it raises names the files of the item."""
+    try:
+        return getitem(dataset, index)
+    except Exception as error:
+        items = next((getattr(dataset, name) for name in ('paths', 'keys') if hasattr(dataset, name)), None)
+        if isinstance(error, IndexError) or not isinstance(items, Sequence):  # an iteration over the dataset ends so
+            raise
+        item = items[index]
+        files = ', '.join(f'{key} {path}' for key, path in item.items()) if isinstance(item, Mapping) else item
+        # A worker's error is made anew from its text in the main process: a type that takes a text alone.
+        message = f'datasets.{dataset.opt.get("phase")}: cannot read {files} ({first_line(error)})'
+        raise ValueError(message) from error
 
 
 def classes_on_cpu(get: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

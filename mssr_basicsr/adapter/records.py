@@ -14,11 +14,11 @@ class LevelRecord(TypedDict, total=False):
 
     level: int  #: its number
     sparsity: float  #: the removed share of the prunable weights
-    prunable_kept: int  #: prunable weights that the level has
+    prunable: int  #: prunable weights that the level has
     prunable_total: int  #: prunable weights of the dense network
-    parameters_kept: int  #: parameters that the level has, of all kinds
+    parameters: int  #: parameters that the level has, of all kinds
     parameters_total: int  #: parameters of the dense network
-    density: dict[str, float]  #: by the name of a prunable weight, the kept share of its elements
+    layer_density: dict[str, float]  #: by the name of a prunable weight, the kept share of its elements
     iterations: int  #: for how many the level was trained, once it is done
     metrics: dict[str, dict[str, float]]  #: by validation set and metric
 
@@ -30,24 +30,24 @@ def describe_level(level_map: LevelMap, num_parameters: int, level: int) -> Leve
     return {
         'level': level,
         'sparsity': 1 - kept / total,
-        'prunable_kept': kept,
+        'prunable': kept,
         'prunable_total': total,
-        'parameters_kept': num_parameters - total + kept,
+        'parameters': num_parameters - total + kept,
         'parameters_total': num_parameters,
-        'density': {name: int(mask.sum()) / mask.numel() for name, mask in masks.items()},
+        'layer_density': {name: int(mask.sum()) / mask.numel() for name, mask in masks.items()},
     }
 
 
 def level_table(records: Iterable[LevelRecord]) -> str:
     """The records as a table, a level a row: sizes, then a column for each validation set's metrics."""
     rows = sorted(records, key=lambda record: record['level'])
-    head = ['level', 'sparsity of prunable', 'prunable kept', 'parameters kept', 'iterations']
+    head = ['level', 'sparsity of prunable', 'prunable', 'parameters', 'iterations']
     cells = [
         [
             str(row['level']),
             f'{row["sparsity"]:.4%}',
-            f'{row["prunable_kept"]:,}',
-            f'{row["parameters_kept"]:,}',
+            f'{row["prunable"]:,}',
+            f'{row["parameters"]:,}',
             str(row.get('iterations', '-')),
         ]
         for row in rows

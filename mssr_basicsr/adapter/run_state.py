@@ -12,7 +12,7 @@ from mssr_basicsr.adapter.records import LevelRecord
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.method.schedules import LevelTraining
 
-VERSION = 2  #: of :class:`RunState`; any other is refused
+VERSION = 3  #: of :class:`RunState`; any other is refused
 
 #: Attributes that base model classes keep from one iteration to the next: Real-ESRGAN's pool of training pairs.
 KEPT_BETWEEN_ITERATIONS = ('queue_lr', 'queue_gt', 'queue_ptr')

@@ -17,15 +17,16 @@ from torch.nn.modules.conv import _ConvNd
 from mssr_basicsr.foundation.checks import OptionError, match_names
 
 
-def find_feature_taps(network: nn.Module, patterns: Sequence[str] | None = None) -> list[str]:
+def find_feature_taps(network: nn.Module, patterns: Sequence[str] | None = None, trunk: str | None = None) -> list[str]:
     """The names of the taps, shallowest first.
 
     Args:
         network: the backbone.
-        patterns: shell-style patterns of module names (option ``network_g.feature_taps``). Without them the trunk is
-            looked for among the network's own containers (``nn.Sequential``, ``nn.ModuleList``): a row of blocks
-            of one class, each block a tap (EDSR, MSRResNet, RCAN, RRDBNet, SwinIR), or else a row of
-            convolutions and activations, each activation a tap (SRVGGNetCompact). Of several, the longest.
+        patterns: shell-style patterns of module names (option ``network_g.feature_taps``).
+        trunk: without patterns, the name of the container that is the trunk, where it is known
+            (:func:`mssr_basicsr.register_architecture`). Else it is looked for among the network's own containers
+            (``nn.Sequential``, ``nn.ModuleList``); of several, the longest is taken. A trunk is a row of blocks of one
+            class, each block a tap, or a row of convolutions and activations, each activation a tap.
 
     Returns:
         The names; an empty list when no patterns are given and no trunk is found.
@@ -34,7 +35,8 @@ def find_feature_taps(network: nn.Module, patterns: Sequence[str] | None = None)
         return match_names('network_g.feature_taps', patterns, [name for name, _ in network.named_modules() if name])
 
     rows_of_blocks, rows_of_layers = [], []
-    for name, child in network.named_children():
+    containers = network.named_children() if trunk is None else [(trunk, network.get_submodule(trunk))]
+    for name, child in containers:
         if not isinstance(child, (nn.Sequential, nn.ModuleList)):
             continue
         layers = [layer for _, layer in child.named_children()]

@@ -18,8 +18,9 @@ from torch.nn.modules.conv import _ConvNd
 from mssr_basicsr.archs.feature_taps import find_feature_taps
 from mssr_basicsr.foundation.checkpoints import CheckpointError
 from mssr_basicsr.foundation.checks import OptionError, arguments_checked, closest, match_names, require_int
-from mssr_basicsr.method.level_map import LevelMap, buffer_tree, count, mask_of, num_kept
-from mssr_basicsr.scalable.container import MAX_LEVELS
+from mssr_basicsr.method.criteria import Criterion
+from mssr_basicsr.method.level_map import MAX_LEVELS, LevelMap, buffer_tree, count, mask_of, num_kept, prune
+from mssr_basicsr.scalable.architectures import known_of
 
 
 def check_sparsity(sparsity: Any) -> list[float]:
@@ -133,7 +134,7 @@ class MSSR(nn.Module):
             self.backbone: nn.Module = build_network(backbone)
 
         self.prunable_names = find_prunable(self.backbone, prunable, unprunable)
-        self.feature_taps = find_feature_taps(self.backbone, feature_taps)
+        self.feature_taps = find_feature_taps(self.backbone, feature_taps, known_of(backbone['type']).trunk)
         weights = self.prunable_weights()
         self.level_map = buffer_tree(
             {name: torch.full_like(w, self.smallest_level, dtype=torch.uint8) for name, w in weights.items()}
@@ -180,6 +181,20 @@ class MSSR(nn.Module):
         for name, levels in self.get_level_map().items():
             levels.copy_(level_map[name])
         self._mask_is_current = False
+
+    @torch.no_grad()
+    def prune(self, level: int, criterion: Criterion, generator: torch.Generator) -> None:
+        """Make sub-network ``level`` out of ``level - 1``: the weights of the lowest scores go, as many as it asks for.
+
+        Args:
+            level: all weights of ``level - 1`` carry a number of at least ``level``, as after making that one.
+            criterion: gives the scores; see :mod:`mssr_basicsr.method.criteria`.
+            generator: for criteria that draw random numbers.
+        """
+        level_map, weights = self.get_level_map(), self.prunable_weights()
+        scores = criterion({name: w.detach() for name, w in weights.items()}, mask_of(level_map, level), generator)
+        total = sum(weight.numel() for weight in weights.values())
+        self.set_level_map(prune(level_map, scores, level, num_kept(total, self.sparsity[level])))
 
     @torch.no_grad()
     def export(self, level: int) -> dict[str, Tensor]:

@@ -6,9 +6,6 @@ import argparse
 import json
 from pathlib import Path
 
-from mssr_basicsr.scalable.container import ScalableFile
-from mssr_basicsr.scalable.description import describe, level_table
-
 HELP = 'the table of levels: parameters, bytes, PSNR'
 
 
@@ -19,8 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """``mssr info``: the table of levels."""
+    from mssr_basicsr import ScalableFile
+    from mssr_basicsr.scalable.description import level_table
+
     with ScalableFile(arguments.file) as file:
-        found = describe(file)
+        found = file.describe()
     if arguments.json:
         print(json.dumps(found, indent=2))
         return 0

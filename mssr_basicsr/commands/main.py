@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
 from mssr_basicsr import __version__
+from mssr_basicsr.commands.errors import one_line
 
 COMMANDS = ('info', 'verify', 'upscale', 'extract', 'export', 'plot', 'pack')
 
@@ -24,21 +28,34 @@ def build_parser() -> argparse.ArgumentParser:
         module = import_module(f'mssr_basicsr.commands.{name}')
         command = commands.add_parser(name, help=module.HELP, description=module.run.__doc__.replace('``', ''))
         module.add_arguments(command)
+        command.add_argument('--debug', action='store_true', help='show the traceback of an error')
         command.set_defaults(run=module.run)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Exit status: 0 done, 1 it could not be done (one line says why), 2 wrong usage."""
-    arguments = build_parser().parse_args(argv)
+    """Run the command.
+
+    Exit status: 0 done, 1 it could not be done (one line says why), 2 wrong usage, 130 interrupted (a line says what
+    had been done).
+    """
+    words = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # the name of a file may be no text, and is no reason to fail
     try:
-        return int(arguments.run(arguments))
-    except (ValueError, OSError) as error:
-        print(f'mssr: error: {error}', file=sys.stderr)
+        arguments = build_parser().parse_args(words)
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads what we print has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        done = str(interrupt) or 'nothing was written'
+        print(f'mssr: interrupted; {done}', file=sys.stderr)
         return 130
-
-
-if __name__ == '__main__':
-    sys.exit(main())
+    except Exception as error:
+        if '--debug' in words:
+            traceback.print_exc()
+        print(f'mssr: error: {one_line(error)}', file=sys.stderr)
+        return 1

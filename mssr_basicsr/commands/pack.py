@@ -14,7 +14,12 @@ HELP = 'make a .mssr file of a checkpoint'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('checkpoint', type=Path, help='net_g_latest.pth of the backward stage')
     parser.add_argument('-opt', '--opt', type=Path, required=True, help='the YAML that it was trained or tested with')
-    parser.add_argument('-o', '--output', type=Path, help='default: beside the checkpoint, as .mssr')
+    parser.add_argument(
+        '-o',
+        '--output',
+        type=Path,
+        help='default: beside the checkpoint, as .mssr; a file that exists is overwritten',
+    )
     parser.add_argument(
         '--dtype', choices=['fp32', 'fp16', 'bf16'], default='fp32', help='of the values (fp32: lossless)'
     )
@@ -27,40 +32,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """``mssr pack``: a checkpoint of the backward stage becomes a ``.mssr`` file."""
-    from mssr_basicsr.foundation.saving import write_whole
-    from mssr_basicsr.scalable.checkpoint import load_checkpoint
-    from mssr_basicsr.scalable.packing import pack as pack_network
+    from mssr_basicsr.foundation.on_demand import load_basicsr
 
-    network, scale, metrics = load_checkpoint(arguments.checkpoint, arguments.opt)
+    load_basicsr('to read a checkpoint of MSSR')
+    from mssr_basicsr import evaluate, load_checkpoint, pack
+    from mssr_basicsr.foundation.checks import OptionError
+    from mssr_basicsr.foundation.saving import require_output, write_whole
+
     output = arguments.output or arguments.checkpoint.with_suffix('.mssr')
+    require_output(output, arguments.checkpoint, arguments.opt)
+    if arguments.lq is not None and arguments.gt is None:
+        raise OptionError('--lq', str(arguments.lq), 'with --gt, the folder of the ground truth')
+    network, scale, metrics = load_checkpoint(arguments.checkpoint, arguments.opt)
     dtype = arguments.dtype.upper().replace('P', '')
     if dtype != 'F32':
         metrics = {}  # they are of the exact values
-    data = pack_network(network, scale, metrics, dtype)
+    data = pack(network, scale, metrics, dtype)
     if arguments.gt is not None:
-        measured = _measure(data, arguments.gt, arguments.lq)
-        exact = measured if dtype == 'F32' else _measure(pack_network(network, scale), arguments.gt, arguments.lq)
+        measured = evaluate(io.BytesIO(data), arguments.gt, arguments.lq)
+        exact = data if dtype == 'F32' else pack(network, scale)
+        before = measured if dtype == 'F32' else evaluate(io.BytesIO(exact), arguments.gt, arguments.lq)
         name = arguments.gt.resolve().name
         merged = {level: {**metrics.get(level, {}), name: values} for level, values in measured.items()}
-        data = pack_network(network, scale, merged, dtype)
+        data = pack(network, scale, merged, dtype)
         for level, values in measured.items():
-            cost = values['psnr'] - exact[level]['psnr']
+            cost = values['psnr'] - before[level]['psnr']
             line = f'level {level}: PSNR {values["psnr"]:.4f} dB on {name}'
             print(line + ('' if dtype == 'F32' else f' as {dtype}, {cost:+.4f} dB to F32'))
     write_whole(output, data)
     return info.run(argparse.Namespace(file=output, json=arguments.json))
-
-
-def _measure(data: bytes, gt: Path, lq: Path | None) -> dict[str, dict[str, float]]:
-    """PSNR and SSIM of every level of a file's bytes, by level, from 0 on."""
-    from mssr_basicsr.scalable.images import metrics, validation_pairs
-    from mssr_basicsr.scalable.model import ScalableModel
-
-    model = ScalableModel(io.BytesIO(data), level=0)
-    pairs = list(validation_pairs(gt, lq, model.header.scale))
-    found = {}
-    for level in range(model.header.smallest_level + 1):
-        model.shrink(level)
-        results = [metrics(model.upscale(small, bgr=True), truth, model.header.scale) for small, truth in pairs]
-        found[str(level)] = {key: sum(r[key] for r in results) / len(results) for key in results[0]}
-    return found

@@ -7,9 +7,14 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Sequence
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from mssr_basicsr.commands.errors import one_line
+from mssr_basicsr.foundation.checks import OptionError, require_int
 
 HELP = 'upscale an image or a folder'
 _UNITS = {'': 1, 'B': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9, 'KIB': 2**10, 'MIB': 2**20, 'GIB': 2**30}
@@ -28,7 +33,12 @@ def parse_size(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('file', metavar='FILE.mssr', type=Path)
     parser.add_argument('input', type=Path, help='an image, or a folder of images')
-    parser.add_argument('-o', '--output', type=Path, required=True, help='an image, or a folder to write PNGs into')
+    parser.add_argument(
+        '-o',
+        '--output',
+        required=True,
+        help='an image, or a folder to write PNGs into; files that exist are overwritten, but never an input',
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument('--level', type=int, help='default: the largest that is there')
     size.add_argument('--budget', type=parse_size, help='the most bytes of the file to read, such as 200KB')
@@ -40,77 +50,108 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """``mssr upscale``: an image, or every image of a folder, at the level or within the bytes asked for."""
-    import torch
     from tqdm import tqdm
 
     from mssr_basicsr import ScalableModel
-    from mssr_basicsr.scalable.images import list_images, metrics, read_image, write_image
+    from mssr_basicsr.commands.batch import plan_batch
+    from mssr_basicsr.scalable.images import SUFFIXES, metrics, read_image, write_image
 
-    inputs = list_images(arguments.input)
-    outputs = _output_paths(arguments.input, inputs, arguments.output)
-    device = arguments.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    readable = (*SUFFIXES, '.gif', '.avif')
+    if arguments.tile is not None:
+        require_int('--tile', arguments.tile, 0)
+    truths = _truths(arguments.gt)
+    others = [arguments.file, *truths.values()]
+    jobs, passed_over = plan_batch(arguments.input, arguments.output, readable, SUFFIXES, others)
+    if passed_over:
+        names = ', '.join(path.name for path in passed_over[:3]) + (', ...' if len(passed_over) > 3 else '')
+        print(f'mssr: passed over in {arguments.input}, no images by their names: {names}', file=sys.stderr)
+    device = _device(arguments.device)
     with ScalableModel(arguments.file, arguments.level, max_bytes=arguments.budget) as model:
         model.network.to(device)
         header, level, upscaler = model.header, model.level, model.upscaler
     tiles = functools.partial(tqdm, unit='tile', leave=False, disable=None, file=sys.stderr)
-    records, failures = [], []
-    with tqdm(total=len(inputs), unit='image', disable=None, file=sys.stderr) as bar:
-        for source, target in zip(inputs, outputs):
-            bar.set_postfix_str(source.name)
-            try:
-                result = upscaler.upscale(read_image(source), arguments.tile, bgr=True, progress=tiles)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                write_image(target, result)
-                record: dict[str, Any] = {'input': str(source), 'output': str(target)}
-                if arguments.gt is not None:
-                    record.update(metrics(result, read_image(_truth(arguments.gt, source)), header.scale))
-                records.append(record)
-            except (ValueError, OSError) as error:
-                if len(inputs) == 1:
-                    raise
-                failures.append(f'{source}: {error}')
-            bar.update()
-    means = {
-        key: sum(record[key] for record in records) / len(records)
-        for key in ('psnr', 'ssim')
-        if records and key in records[0]
-    }
+
+    def upscale(source: Path, target: Path) -> dict[str, Any]:
+        result = upscaler.upscale(read_image(source), arguments.tile, bgr=True, progress=tiles)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_image(target, result)
+        record: dict[str, Any] = {'input': str(source), 'output': str(target)}
+        if arguments.gt is not None:
+            record.update(metrics(result, read_image(_truth(arguments.gt, truths, source)), header.scale))
+        return record
+
+    records, failures = _each(jobs, upscale, arguments)
+    measured = [record for record in records if 'psnr' in record]
+    means = {key: sum(one[key] for one in measured) / len(measured) for key in ('psnr', 'ssim') if measured}
     parameters, read = header.num_parameters(level), header.section(level).end
     if arguments.json:
         found = {'level': level, 'parameters': parameters, 'bytes_read': read, 'images': records, 'mean': means}
         print(json.dumps({**found, 'failures': failures}, indent=2))
     else:
-        print(f'level {level}: {parameters:,} parameters, {read:,} bytes read; {len(records)} images upscaled')
+        count = f'{len(records)} of {len(jobs)} images upscaled'
+        print(f'level {level}: {parameters:,} parameters, {read:,} bytes read; {count}')
         if means:
-            print(f'PSNR {means["psnr"]:.4f} dB, SSIM {means["ssim"]:.4f} on Y')
+            print(f'PSNR {means["psnr"]:.4f} dB, SSIM {means["ssim"]:.4f} on Y of {len(measured)} images')
     for failure in failures:
         print(f'mssr: error: {failure}', file=sys.stderr)
     return 1 if failures else 0
 
 
-def _output_paths(source: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
-    """A file for a file, if ``output`` ends like an image; else PNGs of the same names in the folder ``output``."""
-    from mssr_basicsr.scalable.images import SUFFIXES
+def _each(
+    jobs: Sequence[tuple[Path, Path]], work: Callable[[Path, Path], dict[str, Any]], arguments: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What ``work`` gives for each image, and a line for each that it fails for: the others are done."""
+    from tqdm import tqdm
 
-    if output.suffix:
-        if source.is_dir():
-            raise ValueError(f'--output: found {output}; allowed: a folder, as the input is one')
-        if output.suffix.lower() not in SUFFIXES:
-            raise ValueError(
-                f'--output: found {output}; allowed: a folder, or a name that ends in {", ".join(SUFFIXES)}'
-            )
-        return [output]
-    targets = [output / f'{file.stem}.png' for file in inputs]
-    if len(set(targets)) < len(targets):
-        twice = next(target for target in targets if targets.count(target) > 1)
-        raise ValueError(f'{source}: two images there would both become {twice}')
-    if {file.resolve() for file in inputs} & {target.resolve() for target in targets}:
-        raise ValueError(f'--output: found {output}; allowed: another folder, or the inputs would be overwritten')
-    return targets
+    records, failures = [], []
+    try:
+        with tqdm(total=len(jobs), unit='image', disable=None, file=sys.stderr) as bar:
+            for source, target in jobs:
+                bar.set_postfix_str(source.name)
+                try:
+                    records.append(work(source, target))
+                except Exception as error:  # whatever OpenCV or torch raises of this image
+                    if arguments.debug:
+                        traceback.print_exc()
+                    failures.append(_named(source, error))
+                bar.update()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f'{len(records)} of {len(jobs)} images were upscaled') from None
+    return records, failures
 
 
-def _truth(folder: Path, source: Path) -> Path:
-    found = [path for path in folder.iterdir() if path.stem == source.stem]
-    if len(found) != 1:
-        raise ValueError(f'--gt: {folder} has {len(found)} files called {source.stem}; allowed: one')
-    return found[0]
+def _named(source: Path, error: Exception) -> str:
+    """An error in one line that names the image."""
+    text = one_line(error)
+    return text if text.startswith(str(source)) else f'{source}: {text}'
+
+
+def _device(name: str | None) -> str:
+    """The device asked for, or the best there is; OptionError if it is not here."""
+    import torch
+
+    if name is None:
+        return 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        torch.zeros(1, device=name).cpu()
+    except Exception as error:  # torch raises RuntimeError, AssertionError and what its backends do
+        here = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
+        raise OptionError('--device', name, f'{", ".join(here)}, or another that torch has here') from error
+    return name
+
+
+def _truths(folder: Path | None) -> dict[str, Path]:
+    """The ground truths by their names without extensions; of two of one name, none."""
+    if folder is None:
+        return {}
+    if not folder.is_dir():
+        raise OptionError('--gt', str(folder), 'a folder of images')
+    files = [path for path in folder.iterdir() if path.is_file()]
+    stems = Counter(path.stem for path in files)
+    return {path.stem: path for path in files if stems[path.stem] == 1}
+
+
+def _truth(folder: Path, truths: Mapping[str, Path], source: Path) -> Path:
+    if source.stem not in truths:
+        raise OptionError('--gt', str(folder), f'one file there called {source.stem}, with any extension')
+    return truths[source.stem]

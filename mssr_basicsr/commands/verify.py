@@ -6,9 +6,6 @@ import argparse
 import json
 from pathlib import Path
 
-from mssr_basicsr.scalable.errors import ScalableFileError
-from mssr_basicsr.scalable.model import ScalableModel
-
 HELP = 'check every byte that is there'
 
 
@@ -19,18 +16,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """``mssr verify``: every section that is there is read, decoded and held against its checksum."""
-    with ScalableModel(arguments.file) as model:  # reads, checks and places every section
-        file, level = model.file, model.level
-    end = file.header.section(level).end
-    extra = (file.size or end) - end
-    found = {'file': file.name, 'levels': [*range(level, file.header.smallest_level + 1)], 'whole': level == 0}
-    found['unusable_bytes'] = extra
+    from mssr_basicsr import ScalableFileError, verify
+
+    found = verify(arguments.file)
+    largest, smallest = found['levels'][0], found['levels'][-1]
     if arguments.json:
         print(json.dumps(found, indent=2))
-    elif extra == 0:
-        what = 'whole' if level == 0 else f'a whole prefix, of {file.header.sections[-1].end:,} bytes'
-        print(f'{file.name}: OK, levels {level} to {file.header.smallest_level}, {end:,} bytes ({what})')
-    if extra:
-        what = 'the file' if level == 0 else f'level {level}'
-        raise ScalableFileError(f'{file.name}: {extra:,} bytes after the end of {what} are of no use')
+    elif not found['unusable_bytes']:
+        size = arguments.file.stat().st_size
+        what = 'whole' if found['whole'] else 'a whole prefix'
+        print(f'{found["file"]}: OK, levels {largest} to {smallest}, {size:,} bytes ({what})')
+    if found['unusable_bytes']:
+        what = 'the file' if found['whole'] else f'level {largest}'
+        raise ScalableFileError(
+            f'{found["file"]}: {found["unusable_bytes"]:,} bytes after the end of {what} are of no use'
+        )
     return 0

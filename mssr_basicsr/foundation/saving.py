@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 import zipfile
@@ -10,6 +11,8 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from mssr_basicsr.foundation.checks import OptionError
 
 PREFIX = '.saving-'  # of the names that files have before they are whole
 
@@ -53,7 +56,7 @@ def written_whole(folder: Path) -> list[Path]:
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file that is there whole or not at all, and flushed to the disk; OSError if it cannot be."""
     path = Path(path)
-    temporary = path.with_name(f'{PREFIX}{path.name}')
+    temporary = path.with_name(f'{PREFIX}{secrets.token_hex(6)}')  # a name of our own may be longer than names can be
     with _failure_explained(path):
         try:
             with open(temporary, 'wb') as stream:
@@ -64,6 +67,28 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
             _flush_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def require_other_file(
+    output: str | os.PathLike[str], *inputs: str | os.PathLike[str], option: str = '--output'
+) -> None:
+    """Raise OptionError if ``output`` is one of the ``inputs``, also by another spelling or a link.
+
+    Any other file that exists is overwritten, as by ``cp`` and ``convert``.
+    """
+    for path in inputs:
+        linked = os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path)
+        if linked or os.path.realpath(output) == os.path.realpath(path):
+            raise OptionError(option, str(output), f'another file than the input {path}')
+
+
+def require_output(output: str | os.PathLike[str], *inputs: str | os.PathLike[str], option: str = '--output') -> None:
+    """Raise OptionError unless ``output`` can be a new file, or another than the ``inputs``: before work starts."""
+    if os.path.isdir(output):
+        raise OptionError(option, str(output), 'a file; this is a folder')
+    if not Path(output).parent.is_dir():
+        raise OptionError(option, str(output), f'a file in a folder that is there; {Path(output).parent} is not')
+    require_other_file(output, *inputs, option=option)
 
 
 def remove_leftovers(*folders: str) -> None:

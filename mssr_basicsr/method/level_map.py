@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 LevelMap = Mapping[str, Tensor]
 
+#: A level's number fits in a byte, of which one value is kept for "in no level that is loaded".
+MAX_LEVELS = 255
+
 
 class BufferTree(nn.Module):
     """The root of a :func:`buffer_tree`, which says in a line what would be a long list of empty modules."""
@@ -24,7 +27,7 @@ class BufferTree(nn.Module):
 
 
 def buffer_tree(tensors: Mapping[str, Tensor], persistent: bool = True) -> BufferTree:
-    """A module whose buffers are ``tensors``, under the dotted names that they have as keys.
+    """A module whose buffers are ``tensors`` (parameters, those that are), under the dotted names they have as keys.
 
     This is how tensors that belong to weights travel with a network: to a device, into a state dict
     (``level_map.body.0.conv1.weight``) and back.
@@ -37,7 +40,10 @@ def buffer_tree(tensors: Mapping[str, Tensor], persistent: bool = True) -> Buffe
             if part not in node._modules:
                 node.add_module(part, nn.Module())
             node = node.get_submodule(part)
-        node.register_buffer(leaf, tensor, persistent)
+        if isinstance(tensor, nn.Parameter):
+            node.register_parameter(leaf, tensor)
+        else:
+            node.register_buffer(leaf, tensor, persistent)
     return root
 
 

@@ -19,7 +19,7 @@ from mssr_basicsr.losses.self_distillation import SelfDistillation
 from mssr_basicsr.losses.ssd_loss import SSDLoss
 from mssr_basicsr.method.criteria import CRITERION_REGISTRY
 from mssr_basicsr.method.frozen_weights import FrozenWeights
-from mssr_basicsr.method.level_map import mask_of, num_kept, prune
+from mssr_basicsr.method.level_map import mask_of
 from mssr_basicsr.method.rewinding import rewind_weights
 from mssr_basicsr.method.schedules import LevelTraining
 from mssr_basicsr.models.levelwise_training import LevelwiseTraining, frozen_copy
@@ -93,14 +93,9 @@ class ForwardStage(LevelwiseTraining):
     def _prune_to(self, level: int) -> None:
         """Remove the weights with the lowest scores; rank 0 decides which."""
         network = self.network
-        level_map, weights = network.get_level_map(), network.prunable_weights()
         if self.opt['rank'] == 0:
             generator = torch.Generator().manual_seed(self.seed + level)
-            scores = CRITERION_REGISTRY.get(self.options.criterion)(
-                {name: weight.detach() for name, weight in weights.items()}, mask_of(level_map, level), generator
-            )
-            total = sum(weight.numel() for weight in weights.values())
-            network.set_level_map(prune(level_map, scores, level, num_kept(total, network.sparsity[level])))
+            network.prune(level, CRITERION_REGISTRY.get(self.options.criterion), generator)
         broadcast_from_rank_0(network.get_level_map())
         network.level = level
         emptied = [name for name, mask in mask_of(network.get_level_map(), level).items() if not mask.any()]

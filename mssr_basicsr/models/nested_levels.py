@@ -130,8 +130,8 @@ class NestedLevels(Base):
         if tb_logger:
             for metric, value in self._measured.items():
                 tb_logger.add_scalar(f'levels/{name}/{metric}', value, level)
-            for layer, density in record['density'].items():
-                tb_logger.add_scalar(f'density/{layer}', density, level)
+            for layer, density in record['layer_density'].items():
+                tb_logger.add_scalar(f'layer_density/{layer}', density, level)
 
     def validate_now(self, current_iter: int) -> None:
         """Validate out of turn on every validation set, where there is one."""

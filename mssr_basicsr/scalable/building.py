@@ -12,6 +12,8 @@ import xxhash
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mssr_basicsr.foundation.on_demand import load_basicsr
+from mssr_basicsr.method.level_map import buffer_tree
 from mssr_basicsr.scalable.container import Header
 from mssr_basicsr.scalable.errors import ScalableFileError
 
@@ -26,14 +28,9 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
 
     Raises:
         ScalableFileError: there is no such architecture, or it does not take these options.
+        MissingPackageError: BasicSR, which has the architectures, is not installed.
     """
-    from mssr_basicsr.adapter.discovery import load_basicsr
-
-    try:
-        load_basicsr()
-    except ImportError as error:
-        message = f'to build {options["type"]}, basicsr is needed ({error}); or give a network that you have built'
-        raise ScalableFileError(message) from error
+    load_basicsr(f'to build {options["type"]} (or give a network that you have built)')
     from basicsr.utils.registry import ARCH_REGISTRY
 
     _refuse_paths(options)
@@ -61,16 +58,40 @@ def build_for(header: Header, size: int) -> nn.Module:
         ScalableFileError: as :func:`build_backbone`; or the network that the header describes is out of all proportion
             to the file, or is not the one that the options make.
     """
-    elements = sum(tensor.numel for tensor in header.weights + header.others)
-    # A whole file has every weight. What precedes the larger levels of a file may be small, but not arbitrarily.
-    if elements > 256 * size:
-        raise ScalableFileError(f'a network of {elements:,} weights in a file of {size:,} bytes is not believed')
+    elements = _believed_elements(header, size)
     largest = max(tensor.numel for tensor in header.weights + header.others)
     computed = MAX_COMPUTED_BYTES if header.computed else 0
     with AllocationLimit(single=max(8 * largest, computed), total=16 * elements + 2 * computed + (1 << 16)):
         network = build_backbone(header.backbone)
     check_network(header, network)
     return network
+
+
+def tensors_of(header: Header, size: int, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
+    """No backbone, but a module that has its weights and others, all zero: what reading a level needs, without BasicSR.
+
+    Args:
+        header: of a file whose first ``size`` bytes are there.
+        size: in bytes.
+        dtypes: by name, of the header's others; float32 where it is not said.
+
+    Raises:
+        ScalableFileError: out of all proportion to the file, or names that no network has.
+    """
+    _believed_elements(header, size)
+    zeros = {info.name: torch.zeros(info.shape, dtype=dtypes.get(info.name)) for info in header.weights + header.others}
+    try:
+        return buffer_tree({name: nn.Parameter(tensor, requires_grad=False) for name, tensor in zeros.items()})
+    except KeyError as error:
+        raise ScalableFileError(f'weights, others: no network has such names ({error})') from error
+
+
+def _believed_elements(header: Header, size: int) -> int:
+    elements = sum(tensor.numel for tensor in header.weights + header.others)
+    # A whole file has every weight. What precedes the larger levels of a file may be small, but not arbitrarily.
+    if elements > 256 * size:
+        raise ScalableFileError(f'a network of {elements:,} weights in a file of {size:,} bytes is not believed')
+    return elements
 
 
 def check_network(header: Header, network: nn.Module) -> None:

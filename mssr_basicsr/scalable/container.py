@@ -21,6 +21,7 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mssr_basicsr.method.level_map import MAX_LEVELS
 from mssr_basicsr.scalable.errors import ScalableFileError
 
 Source = Union[str, 'os.PathLike[str]', BinaryIO]
@@ -29,8 +30,6 @@ MAGIC = b'\x89MSSR\r\n\x1a'  # as PNG's: a transfer as text, or a cut to 7 bits,
 VERSION = 1
 _PREAMBLE = struct.Struct('<8sIIQ')  # magic, version, length of the header, its XXH3-64
 MAX_HEADER = 1 << 24
-#: Level numbers fit in a byte, of which one value is kept for "in no level that is loaded".
-MAX_LEVELS = 255
 
 #: The names of value types in a file, as in safetensors.
 DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
@@ -178,6 +177,37 @@ class ScalableFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def describe(self) -> dict[str, Any]:
+        """What the file holds, as JSON values; ``levels`` has a record for each level, largest first.
+
+        Of a level's record, ``sparsity`` is the removed share of the prunable weights, ``parameters`` are all kinds
+        that the level has, ``bytes`` its own section's (the smallest level's include the header), ``cumulative_bytes``
+        what is read for it, ``metrics`` what has been measured, by validation set.
+        """
+        header, present = self.header, set(self.available())
+        prunable = sum(weight.numel for weight in header.weights)
+        levels = [
+            {
+                'level': section.level,
+                'sparsity': (header.num_parameters(0) - header.num_parameters(section.level)) / prunable,
+                'parameters': header.num_parameters(section.level),
+                'bytes': section.end if section.level == header.smallest_level else section.size,
+                'cumulative_bytes': section.end,
+                'present': section.level in present,
+                'metrics': header.metrics.get(str(section.level), {}),
+            }
+            for section in reversed(header.sections)
+        ]
+        return {
+            'file': self.name,
+            'backbone': header.backbone,
+            'scale': header.scale,
+            'dtype': header.dtype,
+            'file_bytes': self.size,
+            'whole_bytes': header.sections[-1].end,
+            'levels': levels,
+        }
 
     def available(self) -> list[int]:
         """The levels whose sections are there in full, smallest (K) first; all of them if the stream cannot say."""

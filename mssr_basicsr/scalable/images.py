@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from mssr_basicsr.foundation.on_demand import load_basicsr
 from mssr_basicsr.foundation.saving import write_whole
 
 Image = npt.NDArray[Any]
@@ -49,9 +50,7 @@ def metrics(image: Image, truth: Image, scale: int) -> dict[str, float]:
 
     Both are BGR uint8. The truth is cut to the image's size: its own may have been no multiple of the scale.
     """
-    from mssr_basicsr.adapter.discovery import load_basicsr
-
-    load_basicsr()
+    load_basicsr('to measure PSNR and SSIM')
     from basicsr.metrics import calculate_psnr, calculate_ssim
 
     height, width = image.shape[:2]
@@ -66,9 +65,7 @@ def metrics(image: Image, truth: Image, scale: int) -> dict[str, float]:
 
 def resize_bicubic(image: Image, factor: float) -> Image:
     """A uint8 image resized by BasicSR's ``imresize`` (MATLAB's bicubic), and rounded to uint8 again."""
-    from mssr_basicsr.adapter.discovery import load_basicsr
-
-    load_basicsr()
+    load_basicsr('to resize as MATLAB does')
     from basicsr.utils.matlab_functions import imresize
 
     resized: Image = (imresize(image / 255.0, factor) * 255.0).round().clip(0, 255).astype(np.uint8)

@@ -36,6 +36,7 @@ class ScalableModel:
 
     Raises:
         ScalableFileError: no such file, corrupted, not there up to this level, or larger than the budget at any level.
+        MissingPackageError: BasicSR is not installed, and no ``network`` was given.
     """
 
     def __init__(
@@ -51,12 +52,7 @@ class ScalableModel:
         try:
             self._level = self.header.smallest_level
             target = self._choose(level, max_bytes, max_parameters)
-            smallest = self.header.section(self._level)
-            if network is None:
-                network = build_for(self.header, self.file.size or smallest.end)
-            else:
-                check_network(self.header, network)
-            self.network = network
+            self.network = network = self._prepare_network(network)
             self._weights = [network.get_parameter(weight.name) for weight in self.header.weights]
             self._level_maps = [np.full(weight.numel, _ABSENT, np.uint8) for weight in self.header.weights]
             self._load_smallest()
@@ -66,6 +62,13 @@ class ScalableModel:
             raise
         #: Upscales images with the network as it is.
         self.upscaler = Upscaler(self.network, self.header.backbone, self.header.scale)
+
+    def _prepare_network(self, network: nn.Module | None) -> nn.Module:
+        """The network that was given, checked, or one that BasicSR's code builds."""
+        if network is None:
+            return build_for(self.header, self.file.size or self.header.section(self._level).end)
+        check_network(self.header, network)
+        return network
 
     @property
     def header(self) -> Header:

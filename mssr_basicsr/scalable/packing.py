@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mssr_basicsr.scalable.architectures import check_scale
 from mssr_basicsr.scalable.building import build_backbone, computed_checksum
 from mssr_basicsr.scalable.container import DTYPES, write_file
 from mssr_basicsr.scalable.errors import ScalableFileError
 from mssr_basicsr.scalable.positions import coding_order, encode_positions
 
-if TYPE_CHECKING:
-    from mssr_basicsr.archs.mssr_arch import MSSR
+
+class NestedNetwork(Protocol):
+    """What :func:`pack` needs of a network, such as :class:`mssr_basicsr.archs.mssr_arch.MSSR`."""
+
+    backbone: nn.Module
+
+    @property
+    def backbone_options(self) -> Mapping[str, Any]: ...
+
+    @property
+    def smallest_level(self) -> int: ...
+
+    def get_level_map(self) -> Mapping[str, Tensor]: ...
 
 
 @torch.no_grad()
-def pack(network: MSSR, scale: int, metrics: Mapping[str, Any] | None = None, dtype: str = 'F32') -> bytes:
+def pack(network: NestedNetwork, scale: int, metrics: Mapping[str, Any] | None = None, dtype: str = 'F32') -> bytes:
     """All levels of ``network`` as a ``.mssr`` file: the same bytes for the same arguments.
 
     Args:
         network: after the backward stage.
-        scale: its upscaling factor.
+        scale: its upscaling factor, which is checked by running it on a small image.
         metrics: what is known of the levels: by level (as a string), then validation set, then metric.
         dtype: the type of the prunable weights in the file: ``F32`` is lossless; ``F16`` and ``BF16`` round to nearest.
             All other parameters and buffers keep theirs.
 
     Raises:
         ScalableFileError: no such dtype, a weight that it cannot hold, or weights that are not float32.
+        OptionError: the network upscales by another factor.
     """
+    check_scale(network.backbone, network.backbone_options, scale)
     if dtype not in DTYPES:
         raise ScalableFileError(f'dtype: found {dtype!r}; allowed: {", ".join(DTYPES)}')
     state = {name: tensor.detach().cpu() for name, tensor in network.backbone.state_dict().items()}
@@ -70,7 +84,7 @@ def _values(name: str, weight: Tensor, dtype: str) -> Tensor:
     return values
 
 
-def _computed(network: MSSR, state: Mapping[str, Tensor]) -> tuple[str, ...]:
+def _computed(network: NestedNetwork, state: Mapping[str, Tensor]) -> tuple[str, ...]:
     """The buffers that any newly built backbone has alike, such as SwinIR's attention masks."""
     fresh = dict(build_backbone(network.backbone_options).named_buffers())
     return tuple(name for name in state if name in fresh and torch.equal(fresh[name], state[name]))

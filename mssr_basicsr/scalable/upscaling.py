@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import cv2
@@ -11,6 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.scalable.architectures import Images, images_of
 
 Image = npt.NDArray[Any]
 
@@ -23,18 +27,33 @@ class Upscaler:
 
     Args:
         network: the backbone, on any device.
-        options: its options: the number of channels and the window size are read from these.
+        options: its options, with its type.
         scale: its upscaling factor.
     """
 
     def __init__(self, network: nn.Module, options: Mapping[str, Any], scale: int) -> None:
         self.network = network
         self.scale = scale
-        self.channels = int(options.get('num_in_ch', options.get('in_chans', 3)))
-        unshuffled = {1: 4, 2: 2}.get(scale, 1) if options['type'] == 'RRDBNet' else 1
-        #: What height and width of the network's input must be multiples of.
-        self.multiple = int(options.get('window_size', unshuffled))
+        self._options = options
         self._reach: int | None = None
+
+    @cached_property
+    def images(self) -> Images:
+        """What images the network takes; ValueError if it takes none, or upscales them by another factor."""
+        images = images_of(self.network, self._options)
+        if images.scale != self.scale:
+            raise OptionError('scale', self.scale, f'{images.scale}, by which the network upscales')
+        return images
+
+    @property
+    def channels(self) -> int:
+        """How many channels the network's images have, 1 or 3."""
+        return self.images.channels
+
+    @property
+    def multiple(self) -> int:
+        """What height and width of the network's input must be multiples of."""
+        return self.images.multiple
 
     def upscale(
         self,

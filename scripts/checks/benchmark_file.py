@@ -22,10 +22,9 @@ import safetensors.torch
 import torch
 from basicsr.archs import build_network
 
+from mssr_basicsr.archs.checkpoint import load_checkpoint
 from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.method.criteria import global_magnitude
-from mssr_basicsr.method.level_map import mask_of, num_kept, prune
-from mssr_basicsr.scalable.checkpoint import load_checkpoint
 from mssr_basicsr.scalable.container import ScalableFile
 from mssr_basicsr.scalable.model import ScalableModel
 from mssr_basicsr.scalable.packing import pack
@@ -38,12 +37,8 @@ SPARSITY = [0, 0.5, 0.75, 0.875, 0.9375]
 def pruned_edsr_m() -> MSSR:
     torch.manual_seed(0)
     network = MSSR(EDSR_M, SPARSITY)
-    weights = {name: weight.detach() for name, weight in network.prunable_weights().items()}
-    total = sum(weight.numel() for weight in weights.values())
     for level in range(1, len(SPARSITY)):
-        level_map = network.get_level_map()
-        scores = global_magnitude(weights, mask_of(level_map, level), torch.Generator())
-        network.set_level_map(prune(level_map, scores, level, num_kept(total, SPARSITY[level])))
+        network.prune(level, global_magnitude, torch.Generator())
     return network
 
 

@@ -14,36 +14,33 @@ import logging
 import random
 import tempfile
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from basicsr.models import build_model
 from torch.utils.flop_counter import FlopCounterMode
+from toy import forward_options
 
 WARM_UP = 3  # rounds that do not count
 
 
 def options(folder: str, backbone: dict[str, Any], model_type: str, ssd: bool) -> dict[str, Any]:
     """Options of a training: BasicSR's for ``SRModel``, else a forward stage of two levels, an iteration each."""
-    device_count = min(1, torch.cuda.device_count())
-    opt: dict[str, Any] = {
-        'name': 'benchmark', 'model_type': model_type, 'scale': 2, 'num_gpu': device_count, 'manual_seed': 0,
-        'is_train': True, 'dist': False, 'rank': 0, 'world_size': 1, 'datasets': {},
-        'path': {'models': folder, 'visualization': folder},
-        'network_g': backbone,
-        'train': {
-            'total_iter': 2,
-            'optim_g': {'type': 'Adam', 'lr': 1e-4, 'betas': [0.9, 0.99]},
-            'scheduler': {'type': 'MultiStepLR', 'milestones': [100000], 'gamma': 0.5},
-            'pixel_opt': {'type': 'L1Loss', 'loss_weight': 1.0, 'reduction': 'mean'},
-        },
-    }  # fmt: skip
-    if model_type != 'SRModel':
-        opt['network_g'] = {'type': 'MSSR', 'sparsity': [0, 0.75], 'backbone': backbone}
-        opt['train']['level_iter'] = 1
-        if ssd:
-            opt['train']['ssd_opt'] = {'type': 'SSDLoss', 'num_depths': 2}
+    opt = forward_options(Path(folder))
+    opt.update(model_type=model_type, num_gpu=min(1, torch.cuda.device_count()), datasets={}, val=None)
+    opt.update(is_train=True, dist=False, rank=0, world_size=1)
+    opt['path'].update(models=folder, visualization=folder)
+    opt['network_g'].update(sparsity=[0, 0.75], backbone=backbone)
+    train = opt['train']
+    train.update(level_iter=1, total_iter=2, ema_decay=0)
+    del train['rewind_iter']
+    if not ssd:
+        del train['ssd_opt']
+    if model_type == 'SRModel':
+        opt['network_g'] = backbone
+        del train['level_iter']
     return opt
 
 

@@ -28,10 +28,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable
 
-import cv2
-import numpy as np
 import torch
 import yaml
+from toy import backward_options, forward_options, write_pairs
 
 MARK = 'MSSR_CHAOS'  # an environment variable that all processes of one training have, with a value of its own
 FILE_EVENTS = ('open', 'os.mkdir', 'os.rename', 'os.remove', 'os.rmdir')  # as Python's audit hooks name them
@@ -47,62 +46,24 @@ STAGES = ('forward', 'backward')
 
 
 def options(folder: Path, stage: str, ranks: int) -> dict[str, Any]:
-    """Three levels of a tiny EDSR; saves and epochs that begin within levels; SSD, EMA, validation."""
+    """The toy options, with saves and epochs that begin within levels."""
+    opt = forward_options(folder)
     # One worker where there is one rank. Under torchrun on a CPU a worker takes 10 s to end, whatever the model.
     num_worker = 1 if stage == 'forward' and ranks == 1 else 0
-    data = {
-        'type': 'PairedImageDataset', 'dataroot_gt': str(folder / 'gt'), 'dataroot_lq': str(folder / 'lq'),
-        'io_backend': {'type': 'disk'},
-    }  # fmt: skip
-    train: dict[str, Any] = {
-        'ema_decay': 0.9,
-        'optim_g': {'type': 'Adam', 'lr': 1e-3},
-        'scheduler': {'type': 'CosineAnnealingRestartLR', 'periods': [12], 'eta_min': 1e-5},
-        'pixel_opt': {'type': 'L1Loss'},
-    }
-    if stage == 'forward':
-        # The criterion is the one that draws random numbers itself.
-        train.update(level_iter=12, total_iter=36, criterion='random', ssd_opt={'type': 'SSDLoss', 'num_depths': 2})
-    else:
-        train.update(expansion={'type': 'SequentialExpansion', 'level_iter': 12}, total_iter=24)
-        train['ticket_opt'] = {'type': 'L1Loss'}
-    return {
-        'name': stage,
-        'model_type': f'MSSR{stage.capitalize()}Model',
-        'scale': 2,
-        'num_gpu': 0,
-        'manual_seed': 0,
-        'datasets': {
-            'train': {
-                'name': 'toy', **data, 'gt_size': 16, 'use_hflip': True, 'use_rot': True, 'batch_size_per_gpu': 1,
-                'num_worker_per_gpu': num_worker, 'dataset_enlarge_ratio': 5,
-            },
-            'val': {'name': 'toyval', **data},
-        },
-        'network_g': {
-            'type': 'MSSR', 'sparsity': [0, 0.5, 0.75],
-            'backbone': {
-                'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 3, 'upscale': 2,
-            },
-        },
-        'path': {
-            'pretrain_network_g': None if stage == 'forward' else 'experiments/forward/models/net_g_latest.pth',
-            'strict_load_g': True, 'resume_state': None,
-        },
-        'train': train,
-        'val': {'val_freq': 6, 'save_img': False, 'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 2}}},
-        'logger': {'print_freq': 1, 'save_checkpoint_freq': 5 if stage == 'forward' else 4, 'use_tb_logger': False},
-    }  # fmt: skip
-
-
-def make_images(folder: Path) -> None:
-    """Four random pairs in gt/ and lq/."""
-    rng = np.random.default_rng(0)
-    for i in range(4):
-        small = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        for name, size in (('gt', 32), ('lq', 16)):
-            (folder / name).mkdir(exist_ok=True)
-            cv2.imwrite(str(folder / name / f'{i}.png'), cv2.resize(small, (size, size)))
+    opt['datasets']['train'].update(
+        gt_size=16, batch_size_per_gpu=1, num_worker_per_gpu=num_worker, dataset_enlarge_ratio=5
+    )
+    opt['train']['scheduler']['periods'] = [12]
+    # The criterion is the one that draws random numbers itself.
+    opt['train'].update(level_iter=12, total_iter=36, criterion='random')
+    opt['val']['val_freq'], opt['logger']['save_checkpoint_freq'] = 6, 5
+    if stage == 'backward':
+        opt = backward_options(opt)
+        del opt['train']['criterion']
+        opt['train']['expansion']['level_iter'] = 12
+        opt['train'].update(total_iter=24, ticket_opt={'type': 'L1Loss'})
+        opt['val']['val_freq'], opt['logger']['save_checkpoint_freq'] = 6, 4
+    return opt
 
 
 def child() -> None:
@@ -309,7 +270,7 @@ def chaos(ranks: int, num_kills: int, seed: int) -> int:
     resumes = pairs = mismatches = 0
     with tempfile.TemporaryDirectory() as folder:
         root, rng = Path(folder), random.Random(f'{seed} {ranks}')
-        make_images(root)
+        write_pairs(root)
         reference = Trainer(root / 'undisturbed', ranks, rng)
         for stage in STAGES:
             reference.undisturbed(stage)

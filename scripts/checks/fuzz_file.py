@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.scalable.container import _PREAMBLE, MAGIC, VERSION, ScalableFile
-from mssr_basicsr.scalable.description import describe, level_table
+from mssr_basicsr.scalable.description import level_table
 from mssr_basicsr.scalable.errors import ScalableFileError
 from mssr_basicsr.scalable.model import ScalableModel
 from mssr_basicsr.scalable.packing import pack
@@ -165,7 +165,7 @@ def read(data: bytes, right: Mapping[int, Mapping[str, torch.Tensor]], limit: in
     with TensorBytes() as tensors:
         try:
             with ScalableModel(io.BytesIO(data), level=3) as model:
-                level_table(describe(model.file)['levels'])
+                level_table(model.file.describe()['levels'])
                 while True:
                     state = model.network.state_dict()
                     for name, tensor in right[model.level].items():

@@ -13,11 +13,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
 from study import CHOICES_SPARSITY, RUNS, read_results
+
+from mssr_basicsr.scalable.plotting import draw_psnr, new_figure, save_figure
 
 DOCS = Path(__file__).resolve().parents[2] / 'docs'
 SETS = ('Set5', 'Set14', 'BSD100')
@@ -66,8 +64,8 @@ CROPS = """## One photograph at every level
 
 ![A crop of a photograph by bicubic, at each level, and itself](crops.png)
 
-`python scripts/study/crops.py models/EDSR_8x32_x2_291.mssr -o docs/crops.png`: scikit-image's motorcycle_left.png,
-PSNR of the whole photograph."""
+`python scripts/side_by_side.py models/EDSR_8x32_x2_291.mssr --downscale --crop 360 300 110 -o docs/crops.png`:
+scikit-image's motorcycle_left.png, PSNR of the whole photograph."""
 TRIED = """What was tried by hand to close the gap, with one seed, on level 3 alone, whose ticket has 37.20 / 32.79 /
 31.69, by model classes such as those in [scripts/study/variants.py](../scripts/study/variants.py). The choices repeat
 most of it at a shorter schedule.
@@ -146,7 +144,7 @@ def main_table(results: Mapping[str, Any]) -> str:
         # The backward stage takes over the smallest level as it is; of a stock training all iterations are one level's.
         iterations = record.get('iterations', 0 if 'backward' in name else result['iterations'])
         what = '' if name.startswith('dense') else f', level {level}'
-        rows.append([FAMILIES[family(name)] + what, f'{record["parameters_kept"]:,}', f'{iterations:,}', *quality])
+        rows.append([FAMILIES[family(name)] + what, f'{record["parameters"]:,}', f'{iterations:,}', *quality])
     for name, (parameters, psnr) in PUBLISHED.items():
         rows.append([f'{name}, published', f'{parameters:,}', '', *(f'{value:.2f}' for value in psnr), '', '', ''])
     return table(['network', 'parameters', 'iterations', *COLUMNS], rows)
@@ -253,7 +251,7 @@ def choices_table(results: Mapping[str, Any], stage: str) -> str:
 
 def plot_choices(results: Mapping[str, Any], path: Path) -> None:
     """What each choice changes: a dot for each level and seed; of forward stages against the reference's same seed."""
-    figure, axes = plt.subplots(1, 2, figsize=(14, 7), constrained_layout=True)
+    figure, axes = new_figure(1, 2, figsize=(14, 7))
     for axis, stage, against in zip(axes, ('forward', 'backward'), ('the reference', 'the own ticket')):
         choices = quality_of_choices(results, stage)
         base = choices.pop('reference') if stage == 'forward' else {}
@@ -271,7 +269,7 @@ def plot_choices(results: Mapping[str, Any], path: Path) -> None:
     for level, share in enumerate(CHOICES_SPARSITY):
         axes[1].plot([], [], 'o', color=f'C{level}', label=f'level {level}, {share:.2%} sparse')
     figure.legend(*axes[1].get_legend_handles_labels(), loc='outside lower center', ncols=3)
-    figure.savefig(path, dpi=90)
+    save_figure(figure, path, dpi=90)
 
 
 def runs_table(results: Mapping[str, Any]) -> str:
@@ -293,24 +291,24 @@ def runs_table(results: Mapping[str, Any]) -> str:
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
     """PSNR over parameters, a panel for each set."""
-    figure, axes = plt.subplots(1, len(SETS), figsize=(14, 4.5), constrained_layout=True)
-    lines: dict[str, list[Any]] = {}
+    figure, axes = new_figure(1, len(SETS), figsize=(14, 4.5))
+    families: dict[str, list[Any]] = {}
     for name, _, record in points(results):
-        lines.setdefault(family(name), []).append(record)
+        families.setdefault(FAMILIES[family(name)].replace('*', ''), []).append(record)
     for i, (dataset, axis) in enumerate(zip(SETS, axes)):
-        for name, records in lines.items():
-            sizes = [record['parameters_kept'] for record in records]
-            quality = [record['metrics'][dataset]['psnr'] for record in records]
-            axis.plot(sizes, quality, 'o-' if len(records) > 1 else 's', label=FAMILIES[name].replace('*', ''))
+        lines = {
+            label: [(record['parameters'], record['metrics'][dataset]['psnr']) for record in records]
+            for label, records in families.items()
+        }
+        draw_psnr(axis, lines, 'parameters', {label: 's' for label, line in lines.items() if len(line) == 1})
         for name, (parameters, psnr) in PUBLISHED.items():
             axis.plot(parameters, psnr[i], 'k+')
             side = {'xytext': (5, -3)} if parameters > 600_000 else {'xytext': (-5, -3), 'ha': 'right'}
             axis.annotate(name, (parameters, psnr[i]), textcoords='offset points', fontsize=8, **side)
-        axis.set(title=f'{dataset}, x2', xlabel='parameters', ylabel='PSNR (dB)', xscale='log')
-        axis.grid(alpha=0.3)
+        axis.set_title(f'{dataset}, x2')
         axis.set_xlim(5e3, 3e6)
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def report(results: Mapping[str, Any]) -> str:

@@ -293,7 +293,7 @@ def record_of_stock(run: Run, log: str) -> dict[str, Any]:
         parameters = sum(parameter.numel() for parameter in network.backbone.parameters())
         record: Any = describe_level(network.get_level_map(), parameters, options['level'])
     else:
-        record = {'level': 0, 'parameters_kept': sum(parameter.numel() for parameter in network.parameters())}
+        record = {'level': 0, 'parameters': sum(parameter.numel() for parameter in network.parameters())}
     metrics: dict[str, dict[str, float]] = {}
     for dataset, lines in re.findall(r'Validation (\w+)\n((?:\t # .*\n)+)', log):
         metrics[dataset] = {name: float(value) for name, value in re.findall(r'# (\w+): ([\d.]+)', lines)}

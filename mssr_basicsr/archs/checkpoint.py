@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-from basicsr.utils.options import ordered_yaml
-
+from mssr_basicsr.adapter.option_files import read_yaml
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain
-from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
+from mssr_basicsr.foundation.checkpoints import (
+    CheckpointError,
+    first_line,
+    read_checkpoint,
+    require_same_entries,
+    state_dict_of,
+)
 from mssr_basicsr.foundation.checks import OptionError, require_int
+from mssr_basicsr.scalable.architectures import check_scale
 from mssr_basicsr.scalable.packing import level_metrics
 
 
@@ -21,17 +26,19 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
     Args:
         checkpoint: as BasicSR saved it; of its EMA if there is one. ``levels.json`` beside it has the metrics.
         options: the YAML that it was trained or tested with: ``network_g`` and ``scale`` are read.
+            Running the network on a small image decides its factor; a ``scale`` that differs is refused.
 
     Raises:
         ValueError: a wrong option, or not a checkpoint of this network's backward stage; the text says which.
         OSError: a file cannot be read.
     """
-    opt = yaml.load(options.read_text('utf-8'), Loader=ordered_yaml()[0])
-    network_opt = dict(opt.get('network_g') or {})
-    if network_opt.pop('type', None) != 'MSSR':
-        raise OptionError('network_g.type', (opt.get('network_g') or {}).get('type'), f'MSSR, in {options}')
-    network_opt.pop('level', None)
-    network = MSSR(**network_opt)
+    opt = read_yaml(options)
+    network_opt = opt.get('network_g')
+    if not isinstance(network_opt, dict) or network_opt.get('type') != 'MSSR':
+        found = network_opt.get('type') if isinstance(network_opt, dict) else network_opt
+        raise OptionError('network_g.type', found, f'MSSR, in {options}')
+    scale = None if opt.get('scale') is None else require_int('scale', opt['scale'], 1)
+    network = MSSR(**{key: value for key, value in network_opt.items() if key not in ('type', 'level')})
     try:
         loaded = read_checkpoint(checkpoint)
         state = state_dict_of(loaded, 'params_ema')
@@ -43,6 +50,17 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
         network.load_state_dict(state)
     except CheckpointError as error:
         raise CheckpointError(f'{checkpoint}: {error}') from error
+    scale = check_scale(network.backbone, network.backbone_options, scale)
+    return network, scale, _metrics_beside(checkpoint)
+
+
+def _metrics_beside(checkpoint: Path) -> dict[str, Any]:
+    """What ``levels.json`` beside a checkpoint says of its levels, nothing if there is none."""
     records = checkpoint.with_name('levels.json')
-    known = json.loads(records.read_text()) if records.is_file() else []
-    return network, require_int('scale', opt.get('scale'), 1), level_metrics(known)
+    if not records.is_file():
+        return {}
+    try:
+        return level_metrics(json.loads(records.read_text('utf-8')))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        allowed = 'the records of levels that training writes, or no such file'
+        raise ValueError(f'{records}: {first_line(error)}; allowed: {allowed}') from error

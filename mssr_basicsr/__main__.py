@@ -1,0 +1,3 @@
+from mssr_basicsr.commands.main import main
+
+raise SystemExit(main())

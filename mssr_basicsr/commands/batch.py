@@ -1,0 +1,94 @@
+"""Which image is upscaled into which file."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.foundation.saving import require_other_file
+
+
+class Batch(NamedTuple):
+    """What one command upscales."""
+
+    jobs: list[tuple[Path, Path]]  #: input and output of each image
+    passed_over: list[Path]  #: files in the folder that are no images by their names
+
+
+def plan_batch(
+    source: Path, output: str, readable: Sequence[str], writable: Sequence[str], others: Sequence[Path] = ()
+) -> Batch:
+    """A file for a file if ``output`` is called like an image; else PNGs of the same names in the folder ``output``.
+
+    Images whose names differ in the extension alone keep it: ``a.jpg`` and ``a.png`` become ``a.jpg.png`` and
+    ``a.png.png``.
+
+    Args:
+        source: an image, or a folder of images.
+        output: what is to be written; it is a folder if it is one already, ends in a separator or has no extension.
+        readable: suffixes by which images are found in a folder; a single image may have any name.
+        writable: suffixes of images that can be written.
+        others: files beside the images that the command reads; none of them is written over.
+
+    Raises:
+        ValueError: an output that is one of the inputs, no image or folder, or no images.
+        OSError: the source is not there.
+    """
+    inputs, passed_over = _list(source, readable)
+    target = Path(output)
+    if _is_folder(output):
+        targets = _names_in(target, inputs)
+    elif target.suffix.lower() not in writable:
+        if source.is_dir():
+            targets = _names_in(target, inputs)  # a new folder, whatever it is called
+        else:
+            allowed = f'a folder, or a name that ends in {", ".join(writable)}'
+            raise OptionError('--output', output, allowed)
+    elif source.is_dir():
+        raise OptionError('--output', output, 'a folder, as the input is one')
+    else:
+        targets = [target]
+    if target.is_file() and targets != [target]:
+        raise OptionError('--output', output, 'a folder; this is a file')
+    standing = next(parent for parent in targets[0].parents if parent.exists())
+    if not standing.is_dir():
+        raise OptionError('--output', output, f'a place in a folder; {standing} is a file')
+    taken = {os.path.realpath(path): path for path in (*inputs, *others)}
+    for path in targets:
+        if os.path.realpath(path) in taken:
+            require_other_file(path, taken[os.path.realpath(path)])
+        if path.exists():  # it may be another name of an input: a hard link, or one on a disk that ignores case
+            require_other_file(path, *inputs, *others)
+    return Batch(list(zip(inputs, targets)), passed_over)
+
+
+def _list(source: Path, readable: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """The images, in the order of their names, and what else is in the folder."""
+    if not source.is_dir():
+        source.stat()  # OSError where there is none
+        return [source], []
+    files = sorted(path for path in source.iterdir() if not path.is_dir() and not path.name.startswith('.'))
+    images = [path for path in files if path.suffix.lower() in readable]
+    if not images:
+        found = f'{len(files)} files there, none of which is an image by its name' if files else 'nothing'
+        raise ValueError(f'{source}: found {found}; allowed: images ({", ".join(readable)})')
+    return images, [path for path in files if path not in images]
+
+
+def _is_folder(output: str) -> bool:
+    separators = (os.sep, os.altsep or os.sep)
+    return output.endswith(separators) or Path(output).is_dir() or not Path(output).suffix
+
+
+def _names_in(folder: Path, inputs: Sequence[Path]) -> list[Path]:
+    stems = Counter(path.stem for path in inputs)
+    targets = [folder / f'{path.name if stems[path.stem] > 1 else path.stem}.png' for path in inputs]
+    twice = [target for target, count in Counter(targets).items() if count > 1]
+    if twice:  # a.png.png beside a.png and a.jpg
+        allowed = 'another name for one of the images that would become it'
+        raise OptionError('--output', str(twice[0]), allowed)
+    return targets

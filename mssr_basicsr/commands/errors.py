@@ -1,0 +1,18 @@
+"""What went wrong, in one line."""
+
+from __future__ import annotations
+
+import os
+
+_LONGEST = 300  # characters of a text that is not ours; some of torch's are pages
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; of one that is not ours also its type."""
+    text = ' '.join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f'{os.fsdecode(error.filename)}: {error.strerror}'  # as other commands say it
+    if isinstance(error, (ValueError, OSError)) and text:
+        return text
+    shown = text if len(text) <= _LONGEST else f'{text[:_LONGEST]}...'
+    return f'{type(error).__name__}: {shown} (--debug shows where)'

@@ -1,0 +1,33 @@
+"""Packages that are needed for one thing only: imported when it is asked for, and one clear error without them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+
+class MissingPackageError(ValueError):
+    """A package is needed that is not installed; the text says which, what for, and how to get it."""
+
+
+def load_basicsr(purpose: str) -> None:
+    """Import BasicSR, with the plugin in it: the one door through which floors that do without it reach for it.
+
+    Args:
+        purpose: what it is needed for, for the error: ``to build EDSR``.
+
+    Raises:
+        MissingPackageError: it cannot be imported.
+    """
+    try:
+        import_module('mssr_basicsr.adapter.discovery').load_basicsr()
+    except ImportError as error:
+        raise MissingPackageError(f'{purpose}, basicsr is needed ({error}): pip install basicsr') from error
+
+
+def optional_package(name: str, extra: str) -> Any:
+    """The package ``name``, which ``pip install "mssr-basicsr[extra]"`` installs; MissingPackageError without it."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise MissingPackageError(f'{name} is needed ({error}): pip install "mssr-basicsr[{extra}]"') from error

@@ -1,0 +1,256 @@
+"""What is known of an architecture: what it takes, where its trunk is and what other tools call its tensors.
+
+This is the one place where it stands. A package that brings an architecture of its own adds what it knows::
+
+    from mssr_basicsr import register_architecture
+
+    register_architecture(
+        'HAT',
+        channels=lambda options: options.get('in_chans', 3),
+        multiple=lambda options: options.get('window_size', 7),
+        trunk='layers',
+    )
+
+All of it is optional: channels and multiple are otherwise found by running the network on small images, and the trunk
+by looking for a row of blocks of one class. What cannot be found is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mssr_basicsr.foundation.checkpoints import first_line
+from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.scalable.errors import ScalableFileError
+
+FromOptions = Callable[[Mapping[str, Any]], int]
+Rename = Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor]]
+
+_CHANNELS = (3, 1)  # of images, in the order in which they are tried
+_MULTIPLES = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64)  # that are tried
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is known of one architecture; what is None is found out or refused."""
+
+    #: How many channels its images have, from its options.
+    channels: FromOptions | None = None
+    #: What height and width of its input must be multiples of, from its options.
+    multiple: FromOptions | None = None
+    #: The name of the container (``nn.Sequential`` or ``nn.ModuleList``) that its trunk's blocks are in.
+    trunk: str | None = None
+    #: A plain state dict, and the options, to the state dict that spandrel opens.
+    spandrel: Rename | None = None
+
+
+_KNOWN: dict[str, Architecture] = {}
+
+
+def register_architecture(
+    name: str,
+    *,
+    channels: FromOptions | None = None,
+    multiple: FromOptions | None = None,
+    trunk: str | None = None,
+    spandrel: Rename | None = None,
+) -> None:
+    """Say what is known of the architecture that is registered with BasicSR as ``name``; see :class:`Architecture`.
+
+    Raises:
+        KeyError: something is known of it already.
+    """
+    if name in _KNOWN:
+        raise KeyError(f'an architecture called {name} is already registered')
+    _KNOWN[name] = Architecture(channels, multiple, trunk, spandrel)
+
+
+def known_of(name: str) -> Architecture:
+    """What is known of the architecture ``name``, which may be nothing."""
+    return _KNOWN.get(name, Architecture())
+
+
+# ------------------------------ what a network takes and gives ------------------------------ #
+
+
+class Images(NamedTuple):
+    """What images a network takes, and by how much it makes them larger."""
+
+    channels: int
+    multiple: int  #: of which height and width must be multiples
+    scale: int  #: the upscaling factor
+
+
+def images_of(network: nn.Module, options: Mapping[str, Any]) -> Images:
+    """What images ``network`` takes and gives, decided by running it on a small one.
+
+    Args:
+        network: the backbone, on any device. Its modes, buffers and the random state are left as they are.
+        options: its options, with its type.
+
+    Raises:
+        ValueError: it does not run on (1, C, H, W) of the channels and sizes that were tried, or what it gives is no
+            image of C channels and a whole multiple of the size; the text names the architecture.
+    """
+    known = known_of(options['type'])
+    all_channels = _CHANNELS if known.channels is None else (known.channels(options),)
+    multiples = _MULTIPLES if known.multiple is None else (known.multiple(options),)
+    refused = ''
+    with _undisturbed(network):
+        for channels in all_channels:
+            for multiple in multiples:
+                # Without a common divisor: so, times ``multiple``, both are multiples of nothing larger than it. And
+                # large enough for what a network mirrors at its edges.
+                sides = (11, 13) if multiple < 8 else (2, 3)
+                shape = (1, channels, *(side * multiple for side in sides))
+                try:
+                    given = network(_small_image(network, shape))
+                except Exception as error:  # whatever a network raises of what it does not take
+                    refused = refused or first_line(error)
+                    continue
+                scale = _scale(shape, given)
+                if scale is not None:
+                    return Images(channels, multiple, scale)
+                is_image = isinstance(given, Tensor) and given.ndim == 4
+                refused = f'it gives {tuple(given.shape) if is_image else type(given).__name__} for {shape}'
+                if not is_image:
+                    break
+    tried = f'{" or ".join(map(str, all_channels))} channels and sizes that are multiples of up to {multiples[-1]}'
+    raise ValueError(
+        f'{options["type"]}: found a network that upscales no image of {tried} ({refused}); allowed: one that does; '
+        'what else it takes is told by register_architecture'
+    )
+
+
+def check_scale(network: nn.Module, options: Mapping[str, Any], scale: int | None) -> int:
+    """The factor by which ``network`` upscales; OptionError if ``scale``, what it is said to be, is another.
+
+    A network that takes no single images, such as one for video, is taken at its word, if there is one.
+    """
+    try:
+        found = images_of(network, options).scale
+    except ValueError:
+        if scale is None:
+            raise
+        return scale
+    if scale is not None and scale != found:
+        raise OptionError('scale', scale, f'{found}, by which the network upscales')
+    return found
+
+
+def _small_image(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    weight = next(network.parameters())
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+
+
+def _scale(shape: tuple[int, ...], given: Any) -> int | None:
+    """The whole factor between the sizes of two images of as many channels, None if there is none."""
+    if not isinstance(given, Tensor) or given.ndim != 4 or given.shape[:2] != shape[:2]:
+        return None
+    scale: int = given.shape[2] // shape[2]
+    return scale if scale and given.shape[2:] == (scale * shape[2], scale * shape[3]) else None
+
+
+@contextmanager
+def _undisturbed(network: nn.Module) -> Iterator[None]:
+    """While the context is open, ``network`` is in eval mode; what runs in it leaves no trace."""
+    training = {module: module.training for module in network.modules()}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            network.eval()
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+# ------------------------------ names in other tools ------------------------------ #
+
+
+def for_spandrel(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A state dict of the backbone that ``options`` name, as spandrel (the loader of chaiNNer) opens it.
+
+    Raises:
+        ScalableFileError: a backbone or an option of which it is not known that spandrel opens it.
+    """
+    rename = known_of(options['type']).spandrel
+    if rename is None:
+        allowed = ', '.join(sorted(name for name, known in _KNOWN.items() if known.spandrel is not None))
+        raise ScalableFileError(f'--spandrel: found {options["type"]}; allowed: {allowed}, which spandrel opens')
+    return rename(state, options)
+
+
+def _same_names(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Tensor]:
+    return dict(state)
+
+
+# BasicSR's name, and the authors', which spandrel knows. {groups} and {blocks} are how many there are: a body ends with
+# a convolution.
+_RCAN = {
+    r'conv_first': 'head.0',
+    r'body\.(\d+)\.residual_group\.(\d+)\.rcab\.3\.attention\.1': r'body.\1.body.\2.body.3.conv_du.0',
+    r'body\.(\d+)\.residual_group\.(\d+)\.rcab\.3\.attention\.3': r'body.\1.body.\2.body.3.conv_du.2',
+    r'body\.(\d+)\.residual_group\.(\d+)\.rcab\.(\d)': r'body.\1.body.\2.body.\3',
+    r'body\.(\d+)\.conv': r'body.\1.body.{blocks}',
+    r'conv_after_body': 'body.{groups}',
+    r'upsample\.(\d+)': r'tail.0.\1',
+    r'conv_last': 'tail.1',
+}
+# In spandrel's RCAN these are fixed.
+_RCAN_FIXED = {'img_range': 255.0, 'res_scale': 1}
+
+
+def _rcan_names(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """RCAN's tensors by its authors' names; its mean colour becomes the two fixed convolutions that it is there."""
+    for option, value in _RCAN_FIXED.items():
+        if options.get(option, value) != value:
+            raise ScalableFileError(f'--spandrel: found {option} = {options[option]}; allowed: {value}')
+    groups, blocks = options.get('num_group', 10), options.get('num_block', 16)
+    renamed = {}
+    for name, tensor in state.items():
+        layer, kind = name.rsplit('.', 1)
+        pattern = next(pattern for pattern in _RCAN if re.fullmatch(pattern, layer))
+        known = re.sub(pattern, _RCAN[pattern], layer).format(groups=groups, blocks=blocks)
+        renamed[f'{known}.{kind}'] = tensor
+    mean = 255.0 * torch.tensor(options.get('rgb_mean', (0.4488, 0.4371, 0.4040)))
+    for name, bias in (('sub_mean', -mean), ('add_mean', mean)):
+        renamed[f'{name}.weight'], renamed[f'{name}.bias'] = torch.eye(3).view(3, 3, 1, 1), bias
+    return renamed
+
+
+# ------------------------------ BasicSR's own ------------------------------ #
+
+
+def _num_in_ch(options: Mapping[str, Any]) -> int:
+    return int(options.get('num_in_ch', 3))
+
+
+def _any_size(options: Mapping[str, Any]) -> int:
+    return 1
+
+
+register_architecture('EDSR', channels=_num_in_ch, multiple=_any_size, trunk='body')
+register_architecture('MSRResNet', channels=_num_in_ch, multiple=_any_size, trunk='body')
+register_architecture('RCAN', channels=_num_in_ch, multiple=_any_size, trunk='body', spandrel=_rcan_names)
+register_architecture(
+    'RRDBNet',
+    channels=_num_in_ch,
+    multiple=lambda options: {1: 4, 2: 2}.get(options.get('scale', 4), 1),  # it begins with a pixel unshuffle
+    trunk='body',
+    spandrel=_same_names,
+)
+register_architecture('SRVGGNetCompact', channels=_num_in_ch, multiple=_any_size, trunk='body', spandrel=_same_names)
+register_architecture(
+    'SwinIR',
+    channels=lambda options: int(options.get('in_chans', 3)),
+    multiple=lambda options: int(options.get('window_size', 7)),
+    trunk='layers',
+    spandrel=_same_names,
+)

@@ -1,0 +1,31 @@
+"""How good the levels of a file are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mssr_basicsr.scalable.container import Source
+from mssr_basicsr.scalable.images import metrics, validation_pairs
+from mssr_basicsr.scalable.model import ScalableModel
+
+
+def evaluate(source: Source, gt: Path, lq: Path | None = None) -> dict[str, dict[str, float]]:
+    """PSNR (dB) and SSIM on Y of every level that is there: by level (as a string), the means over a folder of images.
+
+    Args:
+        source: a ``.mssr`` file or stream.
+        gt: the folder of ground-truth images.
+        lq: the folder of their LR images, of the same names; default: made from them by bicubic.
+
+    Raises:
+        ValueError: a wrong file or image; the text says which.
+        OSError: a file cannot be read.
+    """
+    found = {}
+    with ScalableModel(source) as model:
+        pairs = list(validation_pairs(gt, lq, model.header.scale))
+        for level in range(model.level, model.header.smallest_level + 1):
+            model.shrink(level)
+            results = [metrics(model.upscale(small, bgr=True), truth, model.header.scale) for small, truth in pairs]
+            found[str(level)] = {key: sum(result[key] for result in results) / len(results) for key in results[0]}
+    return found

@@ -1,0 +1,86 @@
+"""A level as an ONNX model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.foundation.on_demand import optional_package
+from mssr_basicsr.foundation.saving import require_output, write_whole
+from mssr_basicsr.scalable.model import ScalableModel
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """While the context is open, nothing is logged: the exporter tells of each attempt."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+class Exported(NamedTuple):
+    """What :func:`to_onnx` wrote."""
+
+    level: int
+    opset: int
+    multiple: int  #: of which height and width of the input must be multiples
+
+
+def to_onnx(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    level: int | None = None,
+    opset: int | None = None,
+    network: nn.Module | None = None,
+) -> Exported:
+    """Write a level as an ONNX model of any height and width: float32 RGB in [0, 1], (1, C, H, W).
+
+    Args:
+        source: a ``.mssr`` file.
+        output: the file to write; one that exists is overwritten. It is there whole or not at all.
+        level: default: the largest that is there.
+        opset: default: the current one of torch's exporter.
+        network: as of :class:`ScalableModel`.
+
+    Raises:
+        ValueError: a wrong file, level or output, or onnx or onnxscript is not installed; the text says which.
+        OSError: a file cannot be read or written.
+    """
+    require_output(output, source, option='--onnx')
+    onnx = optional_package('onnx', 'onnx')
+    optional_package('onnxscript', 'onnx')  # torch's exporter is written in it
+    with ScalableModel(source, level, network=network) as model:
+        upscaler = model.upscaler
+    example = torch.rand(1, upscaler.channels, 2 * max(8, upscaler.multiple), 3 * max(8, upscaler.multiple))
+    any_size = torch.export.Dim.DYNAMIC
+    with tempfile.TemporaryDirectory() as folder, _without_log():
+        path = Path(folder, 'level.onnx')
+        torch.onnx.export(
+            model.network,
+            (example,),
+            path,
+            input_names=['input'],
+            output_names=['output'],
+            dynamic_shapes=({2: any_size, 3: any_size},),
+            opset_version=opset,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        found = onnx.load(path).opset_import[0].version
+        if opset not in (None, found):  # the exporter only logs that it could not convert
+            raise OptionError('--opset', opset, f'{found}, or one that this onnx can convert it to')
+        write_whole(output, path.read_bytes())
+    return Exported(model.level, found, upscaler.multiple)

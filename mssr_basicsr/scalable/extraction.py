@@ -1,0 +1,124 @@
+"""Levels taken out of a file: as a plain checkpoint, or as a smaller file. What is in the file needs no BasicSR."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from mssr_basicsr.foundation.on_demand import MissingPackageError
+from mssr_basicsr.foundation.saving import require_output, write_whole
+from mssr_basicsr.scalable.architectures import for_spandrel
+from mssr_basicsr.scalable.building import tensors_of
+from mssr_basicsr.scalable.container import ScalableFile, Source
+from mssr_basicsr.scalable.errors import ScalableFileError
+from mssr_basicsr.scalable.model import ScalableModel
+
+FORMATS = ('.pth', '.safetensors', '.mssr')
+
+
+class FileTensors(ScalableModel):
+    """A :class:`ScalableModel` of the tensors in the file alone: it grows and shrinks, but is no network that runs."""
+
+    def _prepare_network(self, network: nn.Module | None) -> nn.Module:
+        smallest = self.header.section(self._level)
+        first = self.file.read_section(self._level)
+        dtypes = {name[len('other.') :]: tensor.dtype for name, tensor in first.items() if name.startswith('other.')}
+        return tensors_of(self.header, self.file.size or smallest.end, dtypes)
+
+
+class Extracted(NamedTuple):
+    """What :func:`extract` wrote."""
+
+    levels: range
+    bytes: int
+
+
+def level_state(source: Source, level: int | None = None) -> dict[str, Tensor]:
+    """The plain state dict of a level, which the unmodified backbone loads with ``strict=True``.
+
+    Args:
+        source: a path, or a stream that can seek.
+        level: default: the largest that is there.
+
+    Raises:
+        ScalableFileError: the file is corrupted, or does not have this level.
+        MissingPackageError: the architecture computes buffers (attention masks), which are not in the file, and BasicSR
+            is not installed.
+    """
+    with ScalableFile(source) as file:
+        header = file.header
+    try:
+        with (ScalableModel if header.computed else FileTensors)(source, level) as model:
+            return {name: tensor.detach() for name, tensor in model.network.state_dict().items()}
+    except MissingPackageError as error:
+        what = f'{header.backbone["type"]} computes {header.computed[0]}, which is not in the file'
+        raise MissingPackageError(f'{what}: {error}') from error
+
+
+def extract(
+    source: str | os.PathLike[str], output: str | os.PathLike[str], level: int | None = None, spandrel: bool = False
+) -> Extracted:
+    """Write a level as a plain checkpoint, or the levels from it on down as a smaller ``.mssr``.
+
+    Args:
+        source: a ``.mssr`` file.
+        output: ends in ``.pth`` (``{'params': state dict}``, as BasicSR's), ``.safetensors`` or ``.mssr``. A file that
+            exists is overwritten; it is there whole or not at all.
+        level: default: the largest that is there.
+        spandrel: give the tensors the names that spandrel knows.
+
+    Raises:
+        ValueError: a wrong file, level or output, or an architecture that spandrel does not open; the text says which.
+        OSError: a file cannot be read or written.
+    """
+    suffix = Path(output).suffix
+    if suffix not in FORMATS:
+        raise ScalableFileError(f'--output: found {output}; allowed: a name that ends in .pth, .safetensors or .mssr')
+    if spandrel and suffix == '.mssr':
+        raise ScalableFileError(f'--spandrel: found {output}; allowed: a name that ends in .pth or .safetensors')
+    require_output(output, source)
+    with ScalableFile(source) as file:
+        smallest = file.header.smallest_level
+        chosen = min(file.available(), default=smallest) if level is None else level
+        if suffix == '.mssr':
+            data = file.read_prefix(chosen)
+    if suffix == '.mssr':
+        with FileTensors(io.BytesIO(data), chosen):  # nothing corrupted is passed on
+            levels = range(chosen, smallest + 1)
+    else:
+        state = level_state(source, chosen)
+        data = _checkpoint(for_spandrel(state, file.header.backbone) if spandrel else state, suffix)
+        levels = range(chosen, chosen + 1)
+    write_whole(output, data)
+    return Extracted(levels, len(data))
+
+
+def _checkpoint(state: dict[str, Tensor], suffix: str) -> bytes:
+    if suffix == '.safetensors':
+        return safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()})
+    buffer = io.BytesIO()
+    torch.save({'params': state}, buffer)
+    return buffer.getvalue()
+
+
+def verify(source: Source) -> dict[str, Any]:
+    """Read, decode and place every section that is there, and hold it against its checksum.
+
+    Returns:
+        JSON values: ``file``, ``levels`` that are there, whether it is ``whole``, and ``unusable_bytes``, how many come
+        after the last section that is there in full.
+
+    Raises:
+        ScalableFileError: something is corrupted, or the smallest level is not there.
+    """
+    with FileTensors(source) as model:
+        file, level = model.file, model.level
+    end = file.header.section(level).end
+    levels = [*range(level, file.header.smallest_level + 1)]
+    return {'file': file.name, 'levels': levels, 'whole': level == 0, 'unusable_bytes': (file.size or end) - end}

@@ -1,0 +1,78 @@
+"""PSNR over size, as a figure."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mssr_basicsr.foundation.on_demand import optional_package
+from mssr_basicsr.foundation.saving import require_output, write_whole
+from mssr_basicsr.scalable.container import ScalableFile
+
+
+def new_figure(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """``pyplot.subplots(...)`` without a window; MissingPackageError without matplotlib."""
+    optional_package('matplotlib', 'plot').use('Agg')
+    from matplotlib import pyplot
+
+    return pyplot.subplots(*args, **{'constrained_layout': True, **kwargs})
+
+
+def draw_psnr(
+    axis: Any, lines: Mapping[str, Sequence[tuple[float, float]]], sizes: str, styles: Mapping[str, str] | None = None
+) -> None:
+    """Draw PSNR over size into a matplotlib axis, whose sizes become logarithmic.
+
+    Args:
+        axis: to draw into.
+        lines: by label, the points (size, PSNR in dB).
+        sizes: what the sizes are, for the axis.
+        styles: by label, of the lines, as matplotlib's format; default: dots joined by a line.
+    """
+    for label, points in lines.items():
+        axis.plot(*zip(*points), (styles or {}).get(label, 'o-'), label=label)
+    axis.set(xscale='log', xlabel=sizes, ylabel='PSNR (dB)')
+    axis.grid(alpha=0.3, which='both')
+
+
+def save_figure(figure: Any, output: str | os.PathLike[str], dpi: int = 150) -> None:
+    """Write a matplotlib figure in the format that its name ends with, whole or not at all."""
+    suffix, allowed = Path(output).suffix[1:].lower(), figure.canvas.get_supported_filetypes()
+    if suffix not in allowed:
+        names = ', '.join(f'.{name}' for name in sorted(allowed))
+        raise ValueError(f'--output: found {output}; allowed: a name that ends in {names}')
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi, format=suffix)
+    write_whole(output, buffer.getvalue())
+
+
+def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> None:
+    """Draw PSNR over the bytes that each level reads: a line for each ``.mssr`` file and validation set.
+
+    Args:
+        files: whose levels have been measured.
+        output: the figure to write, in the format that its name ends with; a file that exists is overwritten.
+
+    Raises:
+        ValueError: a wrong file or output, one without PSNR, or matplotlib is not installed; the text says which.
+        OSError: a file cannot be read or written.
+    """
+    require_output(output, *files)
+    figure, axis = new_figure(figsize=(7, 4.5))
+    for path in files:
+        with ScalableFile(path) as file:
+            levels = file.describe()['levels']
+        names = sorted({name for row in levels for name, values in row['metrics'].items() if 'psnr' in values})
+        if not names:
+            raise ValueError(f'{path}: found no PSNR in it; allowed: a file that was packed with --gt')
+        for name in names:
+            rows = [row for row in levels if 'psnr' in row['metrics'].get(name, {})]
+            points = [(row['cumulative_bytes'] / 1000, row['metrics'][name]['psnr']) for row in rows]
+            draw_psnr(axis, {f'{name}, {Path(path).stem}': points}, 'KB of the file that are read, up to each level')
+            for row, point in zip(rows, points):
+                axis.annotate(f'{row["level"]}', point, textcoords='offset points', xytext=(4, 5))
+    axis.legend()
+    save_figure(figure, output)

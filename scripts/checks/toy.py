@@ -1,0 +1,80 @@
+"""Toy data, and toy options of both stages, which take seconds on a CPU: the checks and the tests train on them."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+TOY_EDSR = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 3, 'upscale': 2}
+SPARSITY = [0, 0.5, 0.75]
+
+
+def write_pairs(folder: Path) -> None:
+    """Four random 32 x 32 images in gt/, their 16 x 16 versions in lq/."""
+    rng = np.random.default_rng(0)
+    for name in ('gt', 'lq'):
+        (folder / name).mkdir()
+    for i in range(4):
+        image = cv2.resize(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8), (32, 32), interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(folder / 'gt' / f'{i}.png'), image)
+        cv2.imwrite(str(folder / 'lq' / f'{i}.png'), cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA))
+
+
+def forward_options(data: Path) -> dict[str, Any]:
+    """A forward stage on the pairs in ``data``: levels 0, 1, 2 of the toy EDSR, 4 iterations each, SSD, EMA."""
+    dataset = {
+        'type': 'PairedImageDataset',
+        'dataroot_gt': str(data / 'gt'),
+        'dataroot_lq': str(data / 'lq'),
+        'io_backend': {'type': 'disk'},
+    }
+    return {
+        'name': 'forward',
+        'model_type': 'MSSRForwardModel',
+        'scale': 2,
+        'num_gpu': 0,
+        'manual_seed': 0,
+        'datasets': {
+            'train': {
+                'name': 'toy', **dataset, 'gt_size': 32, 'use_hflip': True, 'use_rot': True, 'num_worker_per_gpu': 0,
+                'batch_size_per_gpu': 2, 'dataset_enlarge_ratio': 10, 'prefetch_mode': None,
+            },
+            'val': {'name': 'toyval', **deepcopy(dataset)},
+        },
+        'network_g': {'type': 'MSSR', 'sparsity': list(SPARSITY), 'backbone': deepcopy(TOY_EDSR)},
+        'path': {'pretrain_network_g': None, 'strict_load_g': True, 'resume_state': None},
+        'train': {
+            'level_iter': 4,
+            'rewind_iter': 2,
+            'total_iter': 12,
+            'ema_decay': 0.9,
+            'optim_g': {'type': 'Adam', 'lr': 1e-3, 'betas': [0.9, 0.99]},
+            'scheduler': {'type': 'CosineAnnealingRestartLR', 'periods': [4], 'eta_min': 1e-5},
+            'warmup_iter': -1,
+            'pixel_opt': {'type': 'L1Loss', 'loss_weight': 1.0, 'reduction': 'mean'},
+            'ssd_opt': {'type': 'SSDLoss', 'num_depths': 2},
+        },
+        'val': {
+            'val_freq': 4,
+            'save_img': False,
+            'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 2, 'test_y_channel': True}},
+        },
+        'logger': {'print_freq': 1, 'save_checkpoint_freq': 4, 'use_tb_logger': False},
+    }  # fmt: skip
+
+
+def backward_options(forward: dict[str, Any]) -> dict[str, Any]:
+    """A backward stage that goes on where ``forward`` ends, 3 iterations each level."""
+    opt = deepcopy(forward)
+    opt.update(name='backward', model_type='MSSRBackwardModel')
+    opt['path']['pretrain_network_g'] = 'experiments/forward/models/net_g_latest.pth'
+    for key in ('level_iter', 'rewind_iter', 'ssd_opt'):
+        del opt['train'][key]
+    opt['train'].update(expansion={'type': 'SequentialExpansion', 'level_iter': 3}, total_iter=6)
+    opt['val']['val_freq'] = 3
+    opt['logger']['save_checkpoint_freq'] = 3
+    return opt

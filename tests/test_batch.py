@@ -1,0 +1,199 @@
+"""Folders of images: what becomes which file, and that one bad image, or Ctrl-C, costs no other."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from test_scalable_file import network
+
+from mssr_basicsr import pack
+from mssr_basicsr.commands.batch import plan_batch
+from mssr_basicsr.commands.main import main
+
+READABLE, WRITABLE = ('.png', '.jpg', '.gif'), ('.png', '.jpg')
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, so that paths in tests are as short as they read."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope='module')
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp('model') / 'model.mssr'
+    path.write_bytes(pack(network(), 2))
+    return path
+
+
+def picture(path: str, seed: int = 0) -> None:
+    Path(path).parent.mkdir(exist_ok=True)
+    assert cv2.imwrite(path, np.random.default_rng(seed).integers(0, 256, (6, 7, 3), dtype=np.uint8))
+
+
+def touch(*names: str) -> None:
+    for name in names:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+
+
+def plan(source: str, output: str, *others: str) -> list[tuple[str, str]]:
+    jobs = plan_batch(Path(source), output, READABLE, WRITABLE, [Path(other) for other in others]).jobs
+    return [(str(one), str(other)) for one, other in jobs]
+
+
+# ------------------------------ which output for which input ------------------------------ #
+
+
+def test_files_and_folders(here: Path) -> None:
+    touch('in/b.jpg', 'in/a.png', 'in/c.gif', 'in/.hidden.png')
+    Path('exist.d').mkdir()
+    assert plan('in/a.png', 'x.jpg') == [('in/a.png', 'x.jpg')]
+    assert plan('in/b.jpg', 'out') == [('in/b.jpg', 'out/b.png')]
+    for folder in ('out', 'exist.d', 'exist.d/', 'new.d/', 'new.d', 'new.png/'):
+        names = [f'{folder.rstrip("/")}/{name}.png' for name in 'abc']
+        assert [target for _, target in plan('in', folder)] == names
+    assert plan('in/a.png', 'exist.d') == [('in/a.png', 'exist.d/a.png')]
+
+
+def test_what_is_no_image_is_told(here: Path) -> None:
+    touch('in/a.png', 'in/notes.txt')
+    assert plan_batch(Path('in'), 'out', READABLE, WRITABLE).passed_over == [Path('in/notes.txt')]
+
+
+def test_names_that_differ_in_the_extension_alone_keep_it(here: Path) -> None:
+    touch('in/a.png', 'in/a.jpg', 'in/b.png')
+    assert [target for _, target in plan('in', 'out')] == ['out/a.jpg.png', 'out/a.png.png', 'out/b.png']
+    touch('in/a.png.gif')
+    with pytest.raises(ValueError, match=r"--output: found 'out/a.png.png'; allowed: another name for one"):
+        plan('in', 'out')
+
+
+@pytest.mark.parametrize(
+    ('source', 'output', 'message'),
+    [
+        ('in', 'x.png', "found 'x.png'; allowed: a folder, as the input is one"),
+        ('in', 'plain', "found 'plain'; allowed: a folder; this is a file"),
+        ('in/a.png', 'x.gif', r"found 'x.gif'; allowed: a folder, or a name that ends in .png, .jpg"),
+        ('in/a.png', 'in/a.png', "found 'in/a.png'; allowed: another file than the input in/a.png"),
+        ('in/a.png', 'in', "found 'in/a.png'; allowed: another file than the input in/a.png"),
+        ('in', '../{here}/in', 'allowed: another file than the input in/a.png'),
+        ('in/a.png', 'symlink.png', "found 'symlink.png'; allowed: another file than the input in/a.png"),
+        ('in/a.png', 'hardlink.png', "found 'hardlink.png'; allowed: another file than the input in/a.png"),
+        ('in', 'linked', "found 'linked/a.png'; allowed: another file than the input in/a.png"),
+        ('in/a.png', 'gt/a.png', "found 'gt/a.png'; allowed: another file than the input gt/a.png"),
+        ('in', 'plain/out', "found 'plain/out'; allowed: a place in a folder; plain is a file"),
+        ('empty', 'out', r'empty: found nothing; allowed: images \(.png, .jpg, .gif\)'),
+        ('texts', 'out', r'texts: found 1 files there, none of which is an image by its name'),
+    ],
+)
+def test_what_is_refused(source: str, output: str, message: str, here: Path) -> None:
+    touch('in/a.png', 'gt/a.png', 'texts/a.txt', 'plain')
+    Path('empty').mkdir()
+    Path('symlink.png').symlink_to('in/a.png')
+    os.link('in/a.png', 'hardlink.png')
+    Path('linked').symlink_to('in')
+    with pytest.raises(ValueError, match=message):
+        plan(source, output.format(here=here.name), 'gt/a.png')
+
+
+def test_another_file_is_overwritten(here: Path, file: Path) -> None:
+    picture('a.png')
+    touch('b.png')
+    assert main(['upscale', str(file), 'a.png', '-o', 'b.png']) == 0
+    assert cv2.imread('b.png').shape == (12, 14, 3)
+
+
+# ------------------------------ a batch goes on ------------------------------ #
+
+
+def test_a_bad_image_does_not_end_the_batch(
+    here: Path, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i, name in enumerate(('1', '3', '5', '7')):
+        picture(f'in/{name}.png', i)
+    Path('in/2.png').write_text('no image')
+    Path('in/9.png').symlink_to('nowhere')
+    from mssr_basicsr.scalable.upscaling import Upscaler
+
+    upscale, errors = Upscaler.upscale, [torch.OutOfMemoryError('no memory\nis left'), cv2.error('Bad argument')]
+
+    def failing(upscaler: Any, *args: Any, **kwargs: Any) -> Any:
+        failing.calls += 1  # type: ignore[attr-defined]
+        if failing.calls in (2, 3):  # type: ignore[attr-defined]
+            raise errors[failing.calls - 2]  # type: ignore[attr-defined]
+        return upscale(upscaler, *args, **kwargs)
+
+    failing.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(Upscaler, 'upscale', failing)
+    assert main(['upscale', str(file), 'in', '-o', 'out']) == 1
+    said = capsys.readouterr()
+    assert '2 of 6 images upscaled' in said.out
+    lines = [line for line in said.err.splitlines() if line.startswith('mssr: error: ')]
+    assert [line.split(':')[2].strip() for line in lines] == ['in/2.png', 'in/3.png', 'in/5.png', 'in/9.png']
+    assert 'in/3.png: OutOfMemoryError: no memory is left' in lines[1]
+    assert sorted(path.name for path in Path('out').iterdir()) == ['1.png', '7.png']
+
+
+def test_metrics_are_of_the_images_that_have_a_ground_truth(
+    here: Path, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ('a', 'b'):
+        picture(f'in/{name}.png')
+    Path('gt').mkdir()
+    cv2.imwrite('gt/a.png', np.zeros((12, 14, 3), np.uint8))
+    assert main(['upscale', str(file), 'in', '-o', 'out', '--gt', 'gt', '--json']) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert [Path(image['input']).name for image in said['images'] if 'psnr' in image] == ['a.png']
+    assert len(said['failures']) == 1
+    assert said['failures'][0].startswith("in/b.png: --gt: found 'gt'; allowed: one file there called b")
+
+
+def test_files_of_other_kinds_are_named(here: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture('in/a.png')
+    touch('in/notes.txt')
+    assert main(['upscale', str(file), 'in', '-o', 'out']) == 0
+    assert 'passed over in in, no images by their names: notes.txt' in capsys.readouterr().err
+
+
+def test_long_names(here: Path, file: Path) -> None:
+    name = 'n' * 251 + '.png'  # 255 bytes, the most that file systems take
+    picture('a.png')
+    assert main(['upscale', str(file), 'a.png', '-o', name]) == 0
+    assert main(['upscale', str(file), name, '-o', 'out']) == 0
+    assert sorted(path.name for path in Path('out').iterdir()) == [name]
+
+
+def test_ctrl_c(here: Path, file: Path) -> None:
+    for i in range(300):
+        picture(f'in/{i:03}.png', i)
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'mssr_basicsr', 'upscale', str(file), 'in', '-o', 'out'],
+        text=True,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a background job ignores
+    )
+    try:
+        while process.poll() is None and not list(Path('.').glob('out/???.png')):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    done = [path for path in Path('out').iterdir() if not path.name.startswith('.')]
+    assert f'mssr: interrupted; {len(done)} of 300 images were upscaled' in said
+    assert 'Traceback' not in said
+    assert all(cv2.imread(str(path)) is not None for path in Path('out').iterdir())

@@ -1,0 +1,246 @@
+"""The command mssr: what it refuses to write over, and that every failure is one line that names the file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import TOY_EDSR, call
+from test_scalable_file import network
+
+from mssr_basicsr import evaluate, extract, load_checkpoint, pack, plot, to_onnx, verify
+from mssr_basicsr.commands.main import main
+
+METRICS = {'0': {'toy': {'psnr': 31.25}}, '2': {'toy': {'psnr': 30.5}}}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, a checkpoint, its options and an image, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    built = network()
+    Path('m.mssr').write_bytes(pack(built, 2, METRICS))
+    torch.save({'params': built.state_dict()}, 'net.pth')
+    write_options('net.yml')
+    cv2.imwrite('a.png', np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8))
+    return tmp_path
+
+
+def write_options(path: str, **changes: Any) -> None:
+    sparsity = [k / 3 for k in range(3)]
+    options = {'scale': 2, 'network_g': {'type': 'MSSR', 'sparsity': sparsity, 'backbone': TOY_EDSR}, **changes}
+    Path(path).write_text(yaml.safe_dump(options))
+
+
+def error(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a failing command says."""
+    capsys.readouterr()
+    assert main(command.split()) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith('mssr: error: ')
+    return lines[0][len('mssr: error: ') :]
+
+
+# ------------------------------ no output over an input ------------------------------ #
+
+COMMANDS = {
+    'extract m.mssr --level 2 -o {}': 'm.mssr',
+    'export m.mssr --onnx {}': 'm.mssr',
+    'plot m.mssr -o {}': 'm.mssr',
+    'pack net.pth --opt net.yml -o {}': 'net.pth',
+    'pack ./net.pth -opt net.yml -o {} --dtype fp16': 'net.yml',
+    'upscale m.mssr a.png -o {}': 'a.png',
+}
+
+
+@pytest.mark.parametrize('spelling', ['plain', 'dots', 'absolute', 'symlink', 'hardlink'])
+@pytest.mark.parametrize(('command', 'victim'), COMMANDS.items())
+def test_an_output_is_no_input(
+    command: str, victim: str, spelling: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = Path(victim).read_bytes()
+    link = f'link{Path(victim).suffix}'
+    if spelling == 'symlink':
+        Path(link).symlink_to(victim)
+    if spelling == 'hardlink':
+        os.link(victim, link)
+    names = {'plain': victim, 'dots': f'./x/../{victim}', 'absolute': str(here / victim)}
+    Path('x').mkdir()
+    said = error(command.format(names.get(spelling, link)), capsys)
+    assert said.split(':')[0] in ('--output', '--onnx')
+    assert 'allowed: another file than the input ' in said
+    assert Path(victim).read_bytes() == before
+
+
+def test_an_output_is_no_input_in_python(here: Path) -> None:
+    for write in (
+        lambda: extract('m.mssr', 'm.mssr', 2),
+        lambda: to_onnx('m.mssr', here / 'm.mssr'),
+        lambda: plot(['m.mssr'], './m.mssr'),
+    ):
+        with pytest.raises(ValueError, match=r'found .*m\.mssr.; allowed: another file than the input m\.mssr'):
+            write()
+
+
+def test_another_file_is_overwritten(here: Path) -> None:
+    Path('old.mssr').write_text('something else')
+    assert main(['extract', 'm.mssr', '--level', '2', '-o', 'old.mssr']) == 0
+    assert verify('old.mssr')['levels'] == [2]
+
+
+@pytest.mark.parametrize('command', ['extract', 'export', 'plot', 'pack', 'upscale'])
+def test_help_says_what_is_overwritten(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match='0'):
+        main([command, '--help'])
+    said = ' '.join(capsys.readouterr().out.split())
+    assert 'overwritten' in said
+    assert '--debug' in said
+
+
+# ------------------------------ the network's own scale ------------------------------ #
+
+
+def test_the_network_decides_the_scale(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_options('four.yml', scale=4)
+    said = error('pack net.pth --opt four.yml -o x.mssr', capsys)
+    assert said == 'scale: found 4; allowed: 2, by which the network upscales.'
+    assert not Path('x.mssr').exists()
+    with pytest.raises(ValueError, match='scale: found 4; allowed: 2, by which the network upscales'):
+        pack(network(), 4)
+    write_options('none.yml', scale=None)
+    assert load_checkpoint(Path('net.pth'), Path('none.yml'))[1] == 2
+
+
+# ------------------------------ one line for every failure ------------------------------ #
+
+FAULTS = {
+    'info none.mssr': 'none.mssr: No such file or directory',
+    'info x': 'x: Is a directory',
+    'info a.png': 'a.png: not a scalable model file',
+    'verify none.mssr': 'none.mssr: No such file or directory',
+    'extract m.mssr -o x': '--output: found x; allowed: a name that ends in .pth, .safetensors or .mssr',
+    'extract m.mssr -o gone/x.pth': "--output: found 'gone/x.pth'; allowed: a file in a folder that is there",
+    'extract m.mssr -o x.pth --level 1': "--output: found 'x.pth'; allowed: a file; this is a folder",
+    'pack net.pth --opt net.yml -o x': "--output: found 'x'; allowed: a file; this is a folder",
+    'export m.mssr --onnx x': "--onnx: found 'x'; allowed: a file; this is a folder",
+    'extract m.mssr -o y.pth --level 7': 'level 7: this model has levels 0 to 2',
+    'extract m.mssr -o y.pth --spandrel': '--spandrel: found EDSR; allowed: RCAN, RRDBNet, SRVGGNetCompact, SwinIR',
+    'extract m.mssr -o x.mssr --spandrel': '--spandrel: found x.mssr; allowed: a name that ends in .pth',
+    'export m.mssr --onnx y.onnx --opset 3': '--opset: found 3; allowed: ',
+    'plot m.mssr -o x.xyz': '--output: found x.xyz; allowed: a name that ends in .',
+    'plot m.mssr none.mssr -o x.png': 'none.mssr: No such file or directory',
+    'upscale m.mssr none.png -o x.png': 'none.png: No such file or directory',
+    'upscale m.mssr a.png -o x.png --device cuda:77': "--device: found 'cuda:77'; allowed: cpu",
+    'upscale m.mssr a.png -o x.png --device quark': "--device: found 'quark'; allowed: cpu",
+    'upscale m.mssr a.png -o x.png --tile -3': '--tile: found -3; allowed: a whole number of at least 0',
+    'upscale m.mssr a.png -o x.png --gt none': "--gt: found 'none'; allowed: a folder of images",
+    'upscale m.mssr text.png -o x.png': 'text.png: not an image',
+    'pack net.pth --opt none.yml': 'none.yml: No such file or directory',
+    'pack net.pth --opt empty.yml': 'empty.yml: found nothing; allowed: a mapping of options',
+    'pack net.pth --opt list.yml': 'list.yml: found a list; allowed: a mapping of options',
+    'pack net.pth --opt tabs.yml': 'tabs.yml: found a tab character that violates indentation in line 2; allowed: ',
+    'pack net.pth --opt latin.yml': 'latin.yml: found bytes that are not UTF-8; allowed: a YAML',
+    'pack net.pth --opt a.png': 'a.png: found bytes that are not UTF-8',
+    'pack net.pth --opt words.yml': "network_g.type: found 'EDSR'; allowed: MSSR, in words.yml",
+    'pack net.pth --opt half.yml': "scale: found 'two'; allowed: a whole number of at least 1",
+    'pack none.pth --opt net.yml': 'none.pth: there is no such file',
+    'pack text.png --opt net.yml': 'text.png: it is no checkpoint',
+    'pack net.pth --opt net.yml --lq x': "--lq: found 'x'; allowed: with --gt",
+    'pack net.pth --opt net.yml --gt x': 'x: ',
+    'pack records/net.pth --opt net.yml': 'records/levels.json: ',
+}
+
+
+@pytest.mark.parametrize(('command', 'message'), FAULTS.items())
+def test_a_failure_is_one_line(command: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ('x', 'x.pth', 'records'):
+        Path(folder).mkdir()
+    Path('text.png').write_text('no image\n')
+    Path('records/net.pth').write_bytes(Path('net.pth').read_bytes())
+    Path('records/levels.json').write_text('[{"level": 0, "metr')
+    Path('empty.yml').touch()
+    Path('list.yml').write_text('- scale\n- network_g\n')
+    Path('tabs.yml').write_text('scale: 2\n\tnetwork_g: 3\n')
+    Path('latin.yml').write_bytes('name: Café'.encode('latin-1'))
+    write_options('words.yml', network_g='EDSR')
+    write_options('half.yml', scale='two')
+    assert error(command, capsys).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ('raised', 'line'),
+    [
+        (
+            RuntimeError('DefaultCPUAllocator:\n  not enough memory'),
+            'RuntimeError: DefaultCPUAllocator: not enough memory',
+        ),
+        (MemoryError(), 'MemoryError: '),
+        (KeyError('conv'), "KeyError: 'conv'"),
+        (RuntimeError('x ' * 5000), 'RuntimeError: ' + 'x ' * 150 + '...'),
+    ],
+)
+def test_what_nobody_foresaw_is_one_line_too(
+    raised: Exception, line: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mssr_basicsr import ScalableFile
+
+    def fail(file: Any) -> Any:
+        raise raised
+
+    monkeypatch.setattr(ScalableFile, 'describe', fail)
+    assert error('info m.mssr', capsys) == f'{line} (--debug shows where)'
+    assert main(['info', 'm.mssr', '--debug']) == 1
+    assert 'Traceback' in capsys.readouterr().err
+
+
+def test_names_of_files_that_are_no_text(here: Path) -> None:
+    name = os.fsdecode(b'caf\xe9.pth')
+    said = call(sys.executable, '-m', 'mssr_basicsr', 'extract', 'm.mssr', '--level', '2', '-o', name, cwd=here)
+    assert said.startswith('caf\\udce9.pth: level 2, ')
+    assert Path(name).is_file()
+
+
+def test_an_interruption_says_what_was_done(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mssr_basicsr.foundation import saving
+
+    def interrupt(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saving.os, 'fsync', interrupt)
+    assert main(['extract', 'm.mssr', '--level', '2', '-o', 'x.pth']) == 130
+    assert capsys.readouterr().err == 'mssr: interrupted; nothing was written\n'
+    assert sorted(path.name for path in here.iterdir()) == ['a.png', 'm.mssr', 'net.pth', 'net.yml']
+
+
+def test_a_reader_that_has_had_enough(here: Path) -> None:
+    said = call('bash', '-c', f'"{sys.executable}" -m mssr_basicsr info m.mssr | true', cwd=here)
+    assert said == ''
+
+
+# ------------------------------ in Python ------------------------------ #
+
+
+def test_evaluate_is_what_pack_measures(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path('gt').mkdir()
+    cv2.imwrite('gt/a.png', np.random.default_rng(1).integers(0, 256, (24, 22, 3), dtype=np.uint8))
+    assert main(['pack', 'net.pth', '--opt', 'net.yml', '-o', 'x.mssr', '--gt', 'gt']) == 0
+    measured = evaluate('x.mssr', Path('gt'))
+    assert list(measured) == ['0', '1', '2']
+    assert f'level 1: PSNR {measured["1"]["psnr"]:.4f} dB on gt' in capsys.readouterr().out
+
+
+def test_pack_without_the_import_hook(here: Path) -> None:
+    command = ['pack', 'net.pth', '--opt', 'net.yml', '-o', 'x.mssr']
+    said = call(sys.executable, '-m', 'mssr_basicsr', *command, cwd=here, MSSR_BASICSR_DISCOVERY='0')
+    assert 'EDSR x2' in said
+    assert Path('x.mssr').read_bytes() == pack(network(), 2)
