@@ -39,7 +39,7 @@ def test_an_image_comes_out_as_basicsr_would_make_it() -> None:
     assert np.array_equal(model.upscale(image[..., ::-1]), expected[..., ::-1])
 
 
-@pytest.mark.parametrize('shape', [(9, 13), (9, 13, 1), (9, 13, 3), (9, 13, 4), (1, 1, 3)])
+@pytest.mark.parametrize('shape', [(9, 13), (9, 13, 1), (9, 13, 2), (9, 13, 3), (9, 13, 4), (1, 1, 3)])
 @pytest.mark.parametrize('dtype', ['uint8', 'uint16', 'float32'])
 def test_kinds_of_images(shape: tuple[int, ...], dtype: str) -> None:
     image = picture(*shape, dtype=dtype)
@@ -68,7 +68,7 @@ def test_grey_images_through_a_network_for_grey() -> None:
     assert np.array_equal(result[..., 1], model.upscale(grey[::-1]))
 
 
-@pytest.mark.parametrize('image', [picture(4, 4, 2), picture(4, 4, 3).astype(np.int64), picture(0, 4, 3), picture(4)])
+@pytest.mark.parametrize('image', [picture(4, 4, 5), picture(4, 4, 3).astype(np.int64), picture(0, 4, 3), picture(4)])
 def test_what_is_no_image_is_refused(image: Any) -> None:
     with pytest.raises(ValueError, match=r'image: found .*; allowed: '):
         model_of().upscale(image)

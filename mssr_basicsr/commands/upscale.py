@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument('--level', type=int, help='default: the largest that is there')
     size.add_argument('--budget', type=parse_size, help='the most bytes of the file to read, such as 200KB')
-    parser.add_argument('--tile', type=int, help='side of tiles in input pixels, 0 for none; default: only if large')
+    parser.add_argument(
+        '--tile', type=int, help='side of tiles in input pixels, 0 for none; default: so that they fit the cache'
+    )
     parser.add_argument('--gt', type=Path, help='folder of ground-truth images of the same names: PSNR and SSIM')
     parser.add_argument('--device', help='such as cpu or cuda:1; default: cuda if there is one')
     parser.add_argument('--json', action='store_true', help='print JSON')
@@ -44,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from mssr_basicsr import ScalableModel
-    from mssr_basicsr.scalable.images import list_images, metrics, read_image, write_image
+    from mssr_basicsr.scalable.images import check_writable, list_images, metrics, read_image, write_image
 
     inputs = list_images(arguments.input)
     outputs = _output_paths(arguments.input, inputs, arguments.output)
@@ -58,12 +60,17 @@ def run(arguments: argparse.Namespace) -> int:
         for source, target in zip(inputs, outputs):
             bar.set_postfix_str(source.name)
             try:
-                result = upscaler.upscale(read_image(source), arguments.tile, bgr=True, progress=tiles)
+                picture = read_image(source)
+                check_writable(target, *(side * header.scale for side in picture.pixels.shape[:2]))
+                result = upscaler.upscale(picture.pixels, arguments.tile, bgr=True, progress=tiles)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                write_image(target, result)
-                record: dict[str, Any] = {'input': str(source), 'output': str(target)}
+                lost = picture.lost + write_image(target, result, picture.icc)
+                if lost:
+                    tqdm.write(f'mssr: {target} does not have: {"; ".join(lost)}', file=sys.stderr)
+                record: dict[str, Any] = {'input': str(source), 'output': str(target), 'lost': lost}
                 if arguments.gt is not None:
-                    record.update(metrics(result, read_image(_truth(arguments.gt, source)), header.scale))
+                    truth = read_image(_truth(arguments.gt, source)).pixels
+                    record.update(metrics(result, truth, header.scale))
                 records.append(record)
             except (ValueError, OSError) as error:
                 if len(inputs) == 1:
@@ -90,14 +97,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _output_paths(source: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
     """A file for a file, if ``output`` ends like an image; else PNGs of the same names in the folder ``output``."""
-    from mssr_basicsr.scalable.images import SUFFIXES
+    from mssr_basicsr.scalable.images import WRITABLE_SUFFIXES
 
     if output.suffix:
         if source.is_dir():
             raise ValueError(f'--output: found {output}; allowed: a folder, as the input is one')
-        if output.suffix.lower() not in SUFFIXES:
+        if output.suffix.lower() not in WRITABLE_SUFFIXES:
             raise ValueError(
-                f'--output: found {output}; allowed: a folder, or a name that ends in {", ".join(SUFFIXES)}'
+                f'--output: found {output}; allowed: a folder, or a name that ends in {", ".join(WRITABLE_SUFFIXES)}'
             )
         return [output]
     targets = [output / f'{file.stem}.png' for file in inputs]
