@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 
 from mssr_basicsr import ScalableFile
 from mssr_basicsr.scalable.description import describe
-from mssr_basicsr.scalable.images import read_image, resize_bicubic
+from mssr_basicsr.scalable.images import read_colour, resize_bicubic
 
 
 def main() -> None:
@@ -32,13 +32,13 @@ def main() -> None:
     arguments = parser.parse_args()
     with ScalableFile(arguments.model) as file:
         found = describe(file)
-    photo = read_image(arguments.photo)
+    photo = read_colour(arguments.photo)
     small, large = found['levels'][-1], found['levels'][0]
     bicubic = resize_bicubic(photo, found['scale'])
     panels = [
         ('bicubic', bicubic),
-        (f'level {small["level"]}: {small["cumulative_bytes"]:,} bytes', read_image(arguments.small)),
-        (f'level {large["level"]}: {large["cumulative_bytes"]:,} bytes', read_image(arguments.large)),
+        (f'level {small["level"]}: {small["cumulative_bytes"]:,} bytes', read_colour(arguments.small)),
+        (f'level {large["level"]}: {large["cumulative_bytes"]:,} bytes', read_colour(arguments.large)),
     ]
     side = min(photo.shape[:2]) // 3
     x, y, side = arguments.crop or ((photo.shape[1] - side) // 2, (photo.shape[0] - side) // 2, side)

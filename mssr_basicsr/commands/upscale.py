@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 lost = picture.lost + write_image(target, result, picture.icc)
                 if lost:
-                    tqdm.write(f'mssr: {target} does not have: {"; ".join(lost)}', file=sys.stderr)
+                    tqdm.write(f'mssr: {target}: not kept: {"; ".join(lost)}', file=sys.stderr)
                 record: dict[str, Any] = {'input': str(source), 'output': str(target), 'lost': lost}
                 if arguments.gt is not None:
                     truth = read_image(_truth(arguments.gt, source)).pixels

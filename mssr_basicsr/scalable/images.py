@@ -24,7 +24,7 @@ import tifffile
 from PIL import ImageCms, features
 
 from mssr_basicsr.foundation.saving import write_whole
-from mssr_basicsr.scalable.pixels import Image, check_values, to_depth, white, without_alpha
+from mssr_basicsr.scalable.pixels import Image, as_colours, check_values, to_depth, white, without_alpha
 
 _READABLE = {
     'PNG': ('.png', '.apng'),
@@ -48,7 +48,7 @@ class Picture:
         pixels: upright, (H, W) grey, (H, W, 2) grey and alpha, (H, W, 3) BGR or (H, W, 4) BGR and alpha; uint8, uint16,
             or float32, which 0 to 1 stands for black to white in.
         icc: the colour profile that the pixels' values are meant in; None for sRGB.
-        lost: what is in the file and not in here, such as ``frames 2 to 5``, and what was converted.
+        lost: what is in the file and not in here, such as ``the gamma of its values``, and how it was converted.
     """
 
     pixels: Image
@@ -117,7 +117,7 @@ def read_image(path: str | Path) -> Picture:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # Pillow's: what matters of it is an error, or is said in `lost`
-            return _read_deep_tiff(data) or _read(data)
+            return _read_tiff(data) if data[:2] in (b'II', b'MM') else _read(data)
     except _Refused as error:
         raise ValueError(f'{path}: {error}') from None
     except PIL.UnidentifiedImageError:
@@ -137,8 +137,7 @@ def read_colour(path: str | Path) -> Image:
     pixels = read_image(path).pixels
     if pixels.dtype != np.uint8:
         raise ValueError(f'{path}: found {pixels.dtype} pixels; allowed: 8 bits a channel')
-    pixels = without_alpha(pixels)
-    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
+    return as_colours(without_alpha(pixels))
 
 
 def _read(data: bytes) -> Picture:
@@ -152,7 +151,7 @@ def _read(data: bytes) -> Picture:
             raise _Refused('found a PNM of other than 8 bits a channel; allowed: samples up to 255')
         opened.load()  # raises if the file is cut short, of which OpenCV would return the upper part
         frames = getattr(opened, 'n_frames', 1)
-        lost = [f'frames 2 to {frames}'] if frames > 1 else []
+        lost = [f'all but the first of {frames} frames or pages'] if frames > 1 else []
         orientation = _orientation(opened, lost)
         lost += [*_png_losses(data, opened), *_avif_losses(data)]
         icc = opened.info.get('icc_profile')
@@ -160,11 +159,13 @@ def _read(data: bytes) -> Picture:
             pixels = _decode_deep(data)
             if data[25] in (0, 4) and pixels.ndim == 3:  # OpenCV makes colours of grey with alpha
                 pixels = pixels[..., ::3]
+            if pixels.ndim == 2 and 'transparency' in opened.info:
+                lost.append('the grey that stands for transparent')
         elif opened.mode == 'CMYK':
             pixels, icc = _decoded(_from_cmyk(opened, icc, lost)), None
         else:
             pixels = _decoded(opened)
-    if icc and icc[16:20] != (b'RGB ' if pixels.shape[2:] in ((3,), (4,)) else b'GRAY'):
+    if icc and icc[16:20] != _profile_space(pixels):
         icc = None
         lost.append('the ICC profile, which is for other channels than the image has')
     return Picture(_turned(pixels, orientation), icc, lost)
@@ -204,9 +205,9 @@ def _from_cmyk(image: PIL.Image.Image, icc: bytes | None, lost: list[str]) -> PI
         except (ImageCms.PyCMSError, OSError):
             pass
         else:
-            lost.append('CMYK: converted to sRGB by its profile')
+            lost.append('CMYK (now sRGB, by its profile)')
             return converted
-    lost.append('CMYK: converted to RGB without a profile')
+    lost.append('CMYK (now RGB, without a profile)')
     return image.convert('RGB')
 
 
@@ -231,41 +232,43 @@ def _png_chunks(data: bytes) -> set[bytes]:
 
 def _avif_losses(data: bytes) -> Iterator[str]:
     """What Pillow does not say of an AVIF: it reads all of them as 8 bits."""
-    configuration = data.find(b'av1C', 0, 4096) if data[4:8] == b'ftyp' else -1
-    if configuration > 0 and data[configuration + 6] & 0x40:
-        yield 'more than 8 bits a channel'
+    if data[4:8] == b'ftyp':
+        configuration, colours = data.find(b'av1C', 0, 4096), data.find(b'colrnclx', 0, 4096)
+        if configuration > 0 and data[configuration + 6] & 0x40:
+            yield 'more than 8 bits a channel'
+        if colours > 0 and data[colours + 11] in (16, 18):  # PQ and HLG
+            yield 'the coding of its colours for HDR'
 
 
-def _read_deep_tiff(data: bytes) -> Picture | None:
-    """A TIFF of more than 8 bits a channel; None for all other files."""
-    if data[:2] not in (b'II', b'MM'):
-        return None
+def _read_tiff(data: bytes) -> Picture:
+    """By Pillow, and what has more than 8 bits a channel by OpenCV."""
     try:
         tiff = tifffile.TiffFile(io.BytesIO(data))
-    except tifffile.TiffFileError:
-        return None
+    except tifffile.TiffFileError as error:
+        raise _Refused(f'not an image: {error}') from None
     with tiff:
         page: Any = tiff.pages.first
+        samples, extra = page.samplesperpixel, tuple(int(sample) for sample in page.extrasamples)
         if page.subfiletype & 1:
             raise _Refused('found a small preview in the place of the image, as in the raw files of cameras')
-        if page.bitspersample <= 8:
-            return None
-        kind = (page.sampleformat, page.bitspersample)
+        if page.bitspersample <= 8 and page.sampleformat != 2:
+            picture = _read(data)
+            picture.lost += ['a channel that the file does not say the meaning of'] * (0 in extra)
+            return picture
         known = {(1, 1, ()): 1, (2, 3, ()): 3, (2, 4, (2,)): 4}  # photometric, samples a pixel, extra samples
-        channels = known.get((page.photometric, page.samplesperpixel, tuple(page.extrasamples)))
-        planes = page.planarconfig if page.samplesperpixel > 1 else 1
-        if kind not in ((1, 16), (3, 32), (3, 64)) or channels is None or planes != 1:
-            extra = [int(sample) for sample in page.extrasamples]
+        channels = known.get((page.photometric, samples, extra))
+        planes = page.planarconfig if samples > 1 else 1
+        if (page.sampleformat, page.bitspersample) not in ((1, 16), (3, 32), (3, 64)) or not channels or planes != 1:
             raise _Refused(
-                f'found a TIFF of {page.samplesperpixel} x {page.bitspersample} bits, sample format '
-                f'{page.sampleformat:d}, photometric {page.photometric:d}, planar configuration {page.planarconfig:d}, '
-                f'extra samples {extra}; allowed: 8 bits, or 16-bit integers or floats that are '
-                'grey (black is 0), RGB or RGB with straight alpha, pixel by pixel'
+                f'found a TIFF of {samples} x {page.bitspersample} bits, sample format {page.sampleformat:d}, '
+                f'photometric {page.photometric:d}, planar configuration {page.planarconfig:d}, extra samples {extra}; '
+                'allowed: 8 bits, or 16-bit integers or floats that are grey (black is 0), RGB or RGB with straight '
+                'alpha, pixel by pixel'
             )
         if page.imagewidth * page.imagelength > _most_pixels():
             raise _Refused(f'found more pixels than is safe to decode; allowed: {_most_pixels():,}')
         icc = page.iccprofile
-        lost = [f'pages 2 to {len(tiff.pages)}'] if len(tiff.pages) > 1 else []
+        lost = [f'all but the first of {len(tiff.pages)} frames or pages'] if len(tiff.pages) > 1 else []
     pixels = _decode_deep(data)  # OpenCV applies a TIFF's orientation
     if pixels.shape[2:] != (() if channels == 1 else (channels,)):
         raise _Refused(f'OpenCV reads {pixels.shape} from a TIFF of {channels} channels')
@@ -284,6 +287,11 @@ def _decode_deep(data: bytes) -> Image:
     if pixels is None or pixels.dtype.itemsize == 1:
         raise _Refused('not an image that OpenCV can read in full depth')
     return pixels
+
+
+def _profile_space(image: Image) -> bytes:
+    """What an ICC profile for such an image says of itself."""
+    return b'RGB ' if image.shape[2:] in ((3,), (4,)) else b'GRAY'
 
 
 def _swapped(image: Image) -> Image:
@@ -340,9 +348,11 @@ def write_image(path: str | Path, image: Image, icc: bytes | None = None) -> lis
             lost.append('alpha')
         image = without_alpha(image)
     if image.dtype.itemsize > np.dtype(form.deepest).itemsize:
-        lost.append(f'{image.dtype}, rounded to {form.deepest}')
+        lost.append(f'{image.dtype} (now {form.deepest})')
         image = to_depth(image, form.deepest)
-    if icc and not form.icc:
+    if form.name in ('WEBP', 'AVIF') or (form.name, image.dtype.name, image.shape[2:]) == ('PNG', 'uint16', (2,)):
+        image = as_colours(image)  # they, or their encoder, have no such greys
+    if icc and (not form.icc or icc[16:20] != _profile_space(image)):
         lost.append('the ICC profile')
         icc = None
     if form.name == 'TIFF':
@@ -370,12 +380,10 @@ def _encode_tiff(image: Image, icc: bytes | None) -> bytes:
 
 
 def _encode_deep_png(image: Image, icc: bytes | None) -> bytes:
-    if image.shape[2:] == (2,):  # OpenCV has no grey with alpha
-        image = image[..., [0, 0, 0, 1]]
     done, encoded = cv2.imencode('.png', image)
     assert done
     data: bytes = encoded.tobytes()
-    if icc and image.ndim == 3:
+    if icc:
         # Not all versions of OpenCV that are in use write profiles. The chunk belongs right after the header's.
         chunk = b'iCCP' + b'ICC profile\0\0' + zlib.compress(icc)
         data = data[:33] + struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk)) + data[33:]

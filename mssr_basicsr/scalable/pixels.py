@@ -43,3 +43,10 @@ def without_alpha(image: Image) -> Image:
     if image.ndim == 3 and image.shape[2] in (2, 4):
         return image[..., 0] if image.shape[2] == 2 else image[..., :3]
     return image
+
+
+def as_colours(image: Image) -> Image:
+    """Grey as three equal channels, with the alpha that there is; colours as they are."""
+    if image.ndim == 2:
+        return np.repeat(image[..., None], 3, axis=2)
+    return image[..., [0, 0, 0, 1]] if image.shape[2] == 2 else image
