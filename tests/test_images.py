@@ -331,17 +331,13 @@ def test_tiffs_of_scanners_and_editors(bits: int, tmp_path: Path) -> None:
     planar = image[..., :3].transpose(2, 0, 1).copy()
     alpha = (image[..., 3:] / top).astype(np.float64)
     premultiplied = np.concatenate([(image[..., :3] * alpha), image[..., 3:]], axis=2).astype(dtype)
+    of_inks = (1 - image[..., :3] / top) * (top - image[..., 3:])
     for pixels, options, expected, tolerance in (
         (image[..., 0].copy(), {'photometric': 'miniswhite'}, top - image[..., 0], 0),
         (planar, {'photometric': 'rgb', 'planarconfig': 'separate'}, image[..., :3], 0),
         (image[..., :2].copy(), {}, image[..., :2], 0),
         (premultiplied, {'extrasamples': ['assocalpha']}, image, 6),
-        (
-            image,
-            {'photometric': 'separated', 'extrasamples': []},
-            (1 - image[..., :3] / top) * (255 - image[..., 3:]),
-            1,
-        ),
+        (image, {'photometric': 'separated', 'extrasamples': []}, of_inks, 1),
     ):
         tiff(path, pixels, **options)
         if bits == 16:
