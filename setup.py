@@ -50,7 +50,7 @@ setup(
         'numpy',
         'opencv-python',
         'lmdb',
-        'pillow>=10.1',
+        'pillow>=11.3',
         'pyyaml',
         'safetensors',
         'tifffile',

@@ -26,6 +26,8 @@ from PIL import ImageCms, features
 from mssr_basicsr.foundation.saving import write_whole
 from mssr_basicsr.scalable.pixels import Image, as_colours, check_values, to_depth, white, without_alpha
 
+PIL.Image.init()  # lets Pillow find out which formats it was built with
+_AVIF = 'AVIF' in PIL.Image.SAVE
 _READABLE = {
     'PNG': ('.png', '.apng'),
     'JPEG': ('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo'),
@@ -34,7 +36,7 @@ _READABLE = {
     'TIFF': ('.tif', '.tiff'),
     'GIF': ('.gif',),
     'PPM': ('.ppm', '.pgm', '.pbm'),
-    **({'AVIF': ('.avif',)} if features.check('avif') else {}),
+    **({'AVIF': ('.avif',)} if _AVIF else {}),
 }
 #: The suffixes by which images are found in a folder. What a file is read as depends on its contents alone.
 SUFFIXES = tuple(suffix for suffixes in _READABLE.values() for suffix in suffixes)
@@ -78,7 +80,7 @@ _FORMATS = {
     '.jpeg': _Format('JPEG', alpha=False, longest_side=65500, options={'quality': 95, 'subsampling': 0}),
     '.bmp': _Format('BMP', alpha=False, icc=False),
 }
-if features.check('avif'):
+if _AVIF:
     _FORMATS['.avif'] = _Format('AVIF', longest_side=65535, options={'quality': 95, 'subsampling': '4:4:4'})
 #: The suffixes that images can be written with.
 WRITABLE_SUFFIXES = tuple(_FORMATS)
@@ -92,7 +94,9 @@ def list_images(path: Path) -> list[Path]:
     """The file itself, or a folder's image files in order of their names; ValueError if there is none."""
     if path.is_file():
         return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    # What begins with a dot is hidden; on disks that a Mac has written to, such files are no images.
+    named = (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith('.'))
+    found = sorted(file for file in named if file.is_file())
     if not found:
         raise ValueError(f'{path}: no images ({", ".join(SUFFIXES)}) there')
     return found
@@ -147,7 +151,7 @@ def _read(data: bytes) -> Picture:
     except PIL.Image.DecompressionBombError:
         raise _Refused(f'found more pixels than is safe to decode; allowed: {_most_pixels():,}') from None
     with opened:
-        if opened.format == 'PPM' and (opened.mode not in ('1', 'L', 'RGB') or opened.tile[0].codec_name == 'ppm'):
+        if opened.format == 'PPM' and (opened.mode not in ('1', 'L', 'RGB') or opened.tile[0][0] == 'ppm'):
             raise _Refused('found a PNM of other than 8 bits a channel; allowed: samples up to 255')
         opened.load()  # raises if the file is cut short, of which OpenCV would return the upper part
         frames = getattr(opened, 'n_frames', 1)
@@ -277,13 +281,7 @@ def _read_tiff(data: bytes) -> Picture:
 
 def _decode_deep(data: bytes) -> Image:
     """By OpenCV, in full depth."""
-    level = cv2.utils.logging.setLogLevel(
-        cv2.utils.logging.LOG_LEVEL_SILENT
-    )  # what it logs is in the exception, or in what is raised here
-    try:
-        pixels: Image | None = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    finally:
-        cv2.utils.logging.setLogLevel(level)
+    pixels: Image | None = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype.itemsize == 1:
         raise _Refused('not an image that OpenCV can read in full depth')
     return pixels
