@@ -132,8 +132,8 @@ def read_image(path: str | Path) -> Picture:
         raise ValueError(f'{path}: not an image that can be read: {error}') from error
 
 
-def read_colour(path: str | Path) -> Image:
-    """An image as BasicSR trains on it, (H, W, 3) BGR uint8: grey as three equal channels, without alpha.
+def read_eight_bits(path: str | Path) -> Image:
+    """An image as networks are trained and measured on it: (H, W) grey or (H, W, 3) BGR, uint8, without alpha.
 
     Raises:
         ValueError: as :func:`read_image`, or more than 8 bits a channel.
@@ -141,7 +141,12 @@ def read_colour(path: str | Path) -> Image:
     pixels = read_image(path).pixels
     if pixels.dtype != np.uint8:
         raise ValueError(f'{path}: found {pixels.dtype} pixels; allowed: 8 bits a channel')
-    return as_colours(without_alpha(pixels))
+    return without_alpha(pixels)
+
+
+def read_colour(path: str | Path) -> Image:
+    """The same, always (H, W, 3): grey as three equal channels."""
+    return as_colours(read_eight_bits(path))
 
 
 def _read(data: bytes) -> Picture:

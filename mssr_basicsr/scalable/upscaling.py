@@ -119,11 +119,13 @@ class Upscaler:
 
         As large as the last cache of the processor holds the network's largest feature map of a tile; but at least 12
         times as far as the network looks beyond a tile, since all that is computed more than once (then a third); and
-        at most 512, which bounds the memory.
+        at most 512, which bounds the memory. On other devices than a CPU, 512.
         """
         reach = self.reach()
         if reach is None:
             return None
+        if next(self.network.parameters()).device.type != 'cpu':
+            return _LARGEST_TILE
         features = max((p.shape[1] for p in self.network.parameters() if p.ndim > 1), default=self.channels)
         in_cache = math.isqrt(_last_cache() // (4 * features * self.scale**2)) - 2 * reach
         return min(max(in_cache, 12 * reach, 16), _LARGEST_TILE)
