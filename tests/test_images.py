@@ -313,7 +313,9 @@ def test_what_is_not_read_of_a_file_is_said(tmp_path: Path) -> None:
     }.items():
         (lost,) = read_image(tmp_path / name).lost
         assert text in lost, name
-    assert read_image(tmp_path / 'usual.png').lost == []
+    png16(tmp_path / 'srgb.png', deep, chunk(b'cICP', bytes([1, 13, 0, 1])))
+    for name in ('usual.png', 'srgb.png'):
+        assert read_image(tmp_path / name).lost == []
 
 
 @pytest.mark.parametrize('bits', [8, 16])

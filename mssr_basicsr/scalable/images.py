@@ -82,6 +82,7 @@ _FORMATS = {
 }
 if _AVIF:
     _FORMATS['.avif'] = _Format('AVIF', longest_side=65535, options={'quality': 95, 'subsampling': '4:4:4'})
+_SRGB_CODES = bytes([1, 13])  # of primaries and transfer, in ITU-T H.273
 #: The suffixes that images can be written with.
 WRITABLE_SUFFIXES = tuple(_FORMATS)
 
@@ -224,17 +225,23 @@ def _png_losses(data: bytes, image: PIL.Image.Image) -> Iterator[str]:
     """What a PNG says of how its values are to be shown, other than by an ICC profile."""
     if image.format == 'PNG':
         chunks = _png_chunks(data)
-        if b'cICP' in chunks:
+        if chunks.get(b'cICP', _SRGB_CODES)[:2] != _SRGB_CODES:
             yield 'the coding of its colours (cICP, such as for HDR)'
-        elif b'gAMA' in chunks and not {b'iCCP', b'sRGB'} & chunks and abs(image.info['gamma'] - 1 / 2.2) > 0.01:
+        elif (
+            b'gAMA' in chunks
+            and not {b'cICP', b'iCCP', b'sRGB'} & chunks.keys()
+            and abs(image.info['gamma'] - 1 / 2.2) > 0.01
+        ):
             yield f'the gamma of its values, {image.info["gamma"]:.3f}'
 
 
-def _png_chunks(data: bytes) -> set[bytes]:
-    found, start = set(), 8
+def _png_chunks(data: bytes) -> dict[bytes, bytes]:
+    """The first bytes of each kind of chunk, by its name."""
+    found: dict[bytes, bytes] = {}
+    start = 8
     while start + 8 <= len(data):
         length, name = struct.unpack_from('>I4s', data, start)
-        found.add(name)
+        found.setdefault(name, data[start + 8 : start + 8 + min(length, 4)])
         start += 12 + length
     return found
 
