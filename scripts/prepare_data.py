@@ -9,15 +9,15 @@ writes, by BasicSR's own LmdbMaker,
     OUTPUT/prepared.json    what it was made with
 
 OUTPUT is whole or absent. Asking again for what is there does nothing; asking for something else there is refused.
-Grey images get three equal channels, alpha is dropped, a JPEG's EXIF rotation is applied. Images of more than 8 bits
-are refused. Only files directly in the input folder are read; those that do not end like an image are passed over.
+Images are read as `mssr upscale` reads them: upright, palettes and CMYK as RGB, of several frames the first. Grey ones
+get three equal channels, alpha is dropped. Images of more than 8 bits are refused. Only files directly in the input
+folder are read; those that do not end like an image are passed over.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import re
@@ -30,14 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 from basicsr.utils.lmdb_util import LmdbMaker
-from PIL import Image
 from tqdm import tqdm
 
-from mssr_basicsr.scalable.images import resize_bicubic
+from mssr_basicsr.scalable.images import SUFFIXES, read_colour, resize_bicubic
 
-EXTENSIONS = {'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp', '.ppm'}
 PNG_LEVEL = 1  # BasicSR's default: higher ones decode no faster
 
 
@@ -100,9 +97,9 @@ def _list_images(source: Path) -> list[Path]:
     """The folder's images, sorted; DataError if there are none or their names cannot be BasicSR's LMDB keys."""
     if not source.is_dir():
         raise DataError(f'{source} is not a folder')
-    paths = sorted(p for p in source.iterdir() if p.suffix.lower() in EXTENSIONS and not p.name.startswith('.'))
+    paths = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith('.'))
     if not paths:
-        raise DataError(f'no images in {source}: no file there ends in {", ".join(sorted(EXTENSIONS))}')
+        raise DataError(f'no images in {source}: no file there ends in {", ".join(SUFFIXES)}')
     bad = []
     count = Counter(p.stem for p in paths)
     for path in paths:
@@ -139,18 +136,14 @@ def _check_images(paths: list[Path], smallest: int, sub_image: int | None, step:
     bad, map_size = [], 1 << 20
     for path in tqdm(paths, desc='Check', unit='image'):
         try:
-            with Image.open(io.BytesIO(path.read_bytes())) as image:
-                image.load()  # Pillow refuses a truncated file, of which OpenCV may return the upper part
-            image_as_stored = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-            if image_as_stored is None:
-                raise OSError('OpenCV cannot decode it')
-        except Exception as error:  # a damaged file makes Pillow raise nearly anything
-            bad.append(f'{path.name}: unreadable ({error})')
+            height, width = read_colour(path).shape[:2]
+        except ValueError as error:
+            bad.append(str(error).removeprefix(f'{path.parent}{os.sep}'))
             continue
-        height, width = image_as_stored.shape[:2]
-        if image_as_stored.dtype != np.uint8:
-            bad.append(f'{path.name}: {image_as_stored.dtype} pixels; convert it to 8 bits')
-        elif min(height, width) < smallest:
+        except OSError as error:
+            bad.append(f'{path.name}: {error.strerror}')
+            continue
+        if min(height, width) < smallest:
             bad.append(f'{path.name}: {width}x{height} is too small, it must be at least {smallest}x{smallest}')
         elif sub_image and step:
             squares = len(_starts(height, sub_image, step)) * len(_starts(width, sub_image, step))
@@ -173,7 +166,7 @@ def _refuse(folder: Path, bad: list[str]) -> None:
 
 def _pairs(path: Path, scale: int, sub_image: int | None, step: int | None) -> Iterator[tuple[str, Any, Any]]:
     """Each (key, HR, LR) of one image, HR exactly `scale` times as large as LR."""
-    gt: Any = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    gt = read_colour(path)
     height, width = (side - side % scale for side in gt.shape[:2])
     gt = gt[:height, :width]
     lq = resize_bicubic(gt, 1 / scale)

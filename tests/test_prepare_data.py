@@ -16,6 +16,7 @@ import prepare_data
 import quickstart_data
 from basicsr.data.paired_image_dataset import PairedImageDataset
 from basicsr.utils.matlab_functions import imresize
+from PIL import Image
 from prepare_data import DataError, prepare
 
 
@@ -90,6 +91,18 @@ def test_grey_becomes_three_channels_and_alpha_is_dropped(source: Path, tmp_path
     pairs = read(tmp_path / 'out', 2)
     np.testing.assert_array_equal(pairs['grey'][0], np.repeat(grey, 3, 2))
     np.testing.assert_array_equal(pairs['alpha'][0], alpha[..., :3])
+
+
+def test_images_are_read_as_upscale_reads_them(source: Path, tmp_path: Path) -> None:
+    image = write(source, 'sideways.png', 16, 24)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(image[..., ::-1]).save(source / 'sideways.png', exif=exif)
+    Image.new('CMYK', (16, 16), (0, 255, 0, 0)).save(source / 'inks.tif')
+    prepare(source, tmp_path / 'out', 2)
+    pairs = read(tmp_path / 'out', 2)
+    np.testing.assert_array_equal(pairs['sideways'][0], np.rot90(image, -1))
+    assert pairs['inks'][0][0, 0].tolist() == [255, 0, 255]
 
 
 def test_noise_in_many_commits_fits_the_map(source: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from test_scalable_file import assert_same, network
 from mssr_basicsr import ScalableModel, pack
 from mssr_basicsr.commands.main import main
 from mssr_basicsr.commands.upscale import parse_size
+from mssr_basicsr.scalable import upscaling
 
 
 def model_of(name: str = 'EDSR', level: int = 1) -> ScalableModel:
@@ -39,7 +40,7 @@ def test_an_image_comes_out_as_basicsr_would_make_it() -> None:
     assert np.array_equal(model.upscale(image[..., ::-1]), expected[..., ::-1])
 
 
-@pytest.mark.parametrize('shape', [(9, 13), (9, 13, 1), (9, 13, 3), (9, 13, 4), (1, 1, 3)])
+@pytest.mark.parametrize('shape', [(9, 13), (9, 13, 1), (9, 13, 2), (9, 13, 3), (9, 13, 4), (1, 1, 3)])
 @pytest.mark.parametrize('dtype', ['uint8', 'uint16', 'float32'])
 def test_kinds_of_images(shape: tuple[int, ...], dtype: str) -> None:
     image = picture(*shape, dtype=dtype)
@@ -68,7 +69,7 @@ def test_grey_images_through_a_network_for_grey() -> None:
     assert np.array_equal(result[..., 1], model.upscale(grey[::-1]))
 
 
-@pytest.mark.parametrize('image', [picture(4, 4, 2), picture(4, 4, 3).astype(np.int64), picture(0, 4, 3), picture(4)])
+@pytest.mark.parametrize('image', [picture(4, 4, 5), picture(4, 4, 3).astype(np.int64), picture(0, 4, 3), picture(4)])
 def test_what_is_no_image_is_refused(image: Any) -> None:
     with pytest.raises(ValueError, match=r'image: found .*; allowed: '):
         model_of().upscale(image)
@@ -94,6 +95,39 @@ def test_tiles_of_a_network_that_sees_the_whole_image_are_refused() -> None:
     with pytest.raises(ValueError, match='tile: found 16; allowed: 0, since RCAN looks at the whole image'):
         model.upscale(picture(40, 40, 3), tile=16)
     assert model.upscale(picture(40, 40, 3)).shape == (80, 80, 3)
+
+
+def test_tiles_are_what_the_network_and_the_cache_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, image = model_of('EDSR'), picture(300, 500, 3)  # 8 features x2, and sees 10 pixels beyond a tile
+    whole = model.upscale(image, tile=0)
+    counts = []
+
+    def counted(tiles: list[Any]) -> list[Any]:
+        counts.append(len(tiles))
+        return tiles
+
+    for cache, side in ((2**10, 120), (4 * 8 * 4 * 150**2, 130), (2**40, 512)):
+        monkeypatch.setattr(upscaling, '_last_cache', lambda cache=cache: cache)
+        assert model.upscaler.automatic_tile() == side
+        result = model.upscaler.upscale(image, progress=counted)
+        # To the last of 8 bits: float32 may round otherwise in a window of another width.
+        difference = np.abs(result.astype(int) - whole)
+        assert difference.max() <= 1
+        assert difference.mean() < 1e-4
+    assert counts == [3 * 5, 3 * 4, 1]
+
+
+def test_values_that_would_come_out_white_or_black_are_refused() -> None:
+    model = model_of()
+    with pytest.raises(ValueError, match=r'found float32 values from 0 to 200; allowed: 0 \(black\) to 1 \(white\)'):
+        model.upscale(np.array([[0, 200]], np.float32))
+    with pytest.raises(ValueError, match='found float32 values from nan to nan'):
+        model.upscale(np.array([[0, np.nan]], np.float32))
+    assert model.upscale(np.array([[-0.01, 1.02]], np.float32)).shape == (2, 4)  # as resizing leaves behind
+    with torch.no_grad():
+        model.network.conv_last.bias.fill_(torch.inf)
+    with pytest.raises(ValueError, match='EDSR: gives values that are no numbers'):
+        model.upscale(picture(4, 4, 3))
 
 
 # ------------------------------ the command ------------------------------ #

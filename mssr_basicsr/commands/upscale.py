@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument('--level', type=int, help='default: the largest that is there')
     size.add_argument('--budget', type=parse_size, help='the most bytes of the file to read, such as 200KB')
-    parser.add_argument('--tile', type=int, help='side of tiles in input pixels, 0 for none; default: only if large')
+    parser.add_argument(
+        '--tile', type=int, help='side of tiles in input pixels, 0 for none; default: so that they fit the cache'
+    )
     parser.add_argument('--gt', type=Path, help='folder of ground-truth images of the same names: PSNR and SSIM')
     parser.add_argument('--device', help='such as cpu or cuda:1; default: cuda if there is one')
     parser.add_argument('--json', action='store_true', help='print JSON')
@@ -54,14 +56,20 @@ def run(arguments: argparse.Namespace) -> int:
 
     from mssr_basicsr import ScalableModel
     from mssr_basicsr.commands.batch import plan_batch
-    from mssr_basicsr.scalable.images import SUFFIXES, metrics, read_image, write_image
+    from mssr_basicsr.scalable.images import (
+        SUFFIXES,
+        WRITABLE_SUFFIXES,
+        check_writable,
+        metrics,
+        read_image,
+        write_image,
+    )
 
-    readable = (*SUFFIXES, '.gif', '.avif')
     if arguments.tile is not None:
         require_int('--tile', arguments.tile, 0)
     truths = _truths(arguments.gt)
     others = [arguments.file, *truths.values()]
-    jobs, passed_over = plan_batch(arguments.input, arguments.output, readable, SUFFIXES, others)
+    jobs, passed_over = plan_batch(arguments.input, arguments.output, SUFFIXES, WRITABLE_SUFFIXES, others)
     if passed_over:
         names = ', '.join(path.name for path in passed_over[:3]) + (', ...' if len(passed_over) > 3 else '')
         print(f'mssr: passed over in {arguments.input}, no images by their names: {names}', file=sys.stderr)
@@ -72,12 +80,17 @@ def run(arguments: argparse.Namespace) -> int:
     tiles = functools.partial(tqdm, unit='tile', leave=False, disable=None, file=sys.stderr)
 
     def upscale(source: Path, target: Path) -> dict[str, Any]:
-        result = upscaler.upscale(read_image(source), arguments.tile, bgr=True, progress=tiles)
+        picture = read_image(source)
+        check_writable(target, *(side * header.scale for side in picture.pixels.shape[:2]))
+        result = upscaler.upscale(picture.pixels, arguments.tile, bgr=True, progress=tiles)
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_image(target, result)
-        record: dict[str, Any] = {'input': str(source), 'output': str(target)}
+        lost = picture.lost + write_image(target, result, picture.icc)
+        if lost:
+            tqdm.write(f'mssr: {target}: not kept: {"; ".join(lost)}', file=sys.stderr)
+        record: dict[str, Any] = {'input': str(source), 'output': str(target), 'lost': lost}
         if arguments.gt is not None:
-            record.update(metrics(result, read_image(_truth(arguments.gt, truths, source)), header.scale))
+            truth = read_image(_truth(arguments.gt, truths, source)).pixels
+            record.update(metrics(result, truth, header.scale))
         return record
 
     records, failures = _each(jobs, upscale, arguments)

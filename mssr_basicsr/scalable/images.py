@@ -1,62 +1,436 @@
-"""Image files, and how good upscaled ones are by the field's protocol."""
+"""Image files: read as they are meant to be seen, written without losing anything in silence; and PSNR and SSIM.
+
+Pillow opens every file, finds its orientation, frames and colour profile, and decodes what has up to 8 bits a channel.
+It would cut deeper files to 8 bits, so OpenCV decodes these. Pillow writes 8 bits a channel, OpenCV 16-bit PNGs,
+tifffile TIFFs. Metadata such as the date, the place and the resolution are not carried over.
+"""
 
 from __future__ import annotations
 
+import io
 import os
+import struct
+import warnings
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
+import PIL.Image
+import tifffile
+from PIL import ImageCms, features
 
 from mssr_basicsr.foundation.on_demand import load_basicsr
 from mssr_basicsr.foundation.saving import write_whole
+from mssr_basicsr.scalable.pixels import Image, as_colours, check_values, to_depth, white, without_alpha
 
-Image = npt.NDArray[Any]
+PIL.Image.init()  # lets Pillow find out which formats it was built with
+_AVIF = 'AVIF' in PIL.Image.SAVE
+_READABLE = {
+    'PNG': ('.png', '.apng'),
+    'JPEG': ('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo'),
+    'BMP': ('.bmp',),
+    'WEBP': ('.webp',),
+    'TIFF': ('.tif', '.tiff'),
+    'GIF': ('.gif',),
+    'PPM': ('.ppm', '.pgm', '.pbm'),
+    **({'AVIF': ('.avif',)} if _AVIF else {}),
+}
+#: The suffixes by which images are found in a folder. What a file is read as depends on its contents alone.
+SUFFIXES = tuple(suffix for suffixes in _READABLE.values() for suffix in suffixes)
 
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff')
+
+@dataclass
+class Picture:
+    """An image as read from a file.
+
+    Attributes:
+        pixels: upright, (H, W) grey, (H, W, 2) grey and alpha, (H, W, 3) BGR or (H, W, 4) BGR and alpha; uint8, uint16,
+            or float32, which 0 to 1 stands for black to white in.
+        icc: the colour profile that the pixels' values are meant in; None for sRGB.
+        lost: what is in the file and not in here, such as ``the gamma of its values``, and how it was converted.
+    """
+
+    pixels: Image
+    icc: bytes | None = None
+    lost: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Format:
+    """What a format that images are written in can hold, and how Pillow is to write 8-bit ones."""
+
+    name: str
+    deepest: str = 'uint8'
+    alpha: bool = True
+    icc: bool = True
+    longest_side: int = 2**31 - 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# Without loss where the format has it; otherwise so that what the network made stays to be seen.
+_FORMATS = {
+    '.png': _Format('PNG', 'uint16', options={'compress_level': 4}),
+    '.tif': _Format('TIFF', 'float32'),
+    '.tiff': _Format('TIFF', 'float32'),
+    '.webp': _Format('WEBP', longest_side=16383, options={'lossless': True, 'exact': True}),
+    '.jpg': _Format('JPEG', alpha=False, longest_side=65500, options={'quality': 95, 'subsampling': 0}),
+    '.jpeg': _Format('JPEG', alpha=False, longest_side=65500, options={'quality': 95, 'subsampling': 0}),
+    '.bmp': _Format('BMP', alpha=False, icc=False),
+}
+if _AVIF:
+    _FORMATS['.avif'] = _Format('AVIF', longest_side=65535, options={'quality': 95, 'subsampling': '4:4:4'})
+_SRGB_CODES = bytes([1, 13])  # of primaries and transfer, in ITU-T H.273
+#: The suffixes that images can be written with.
+WRITABLE_SUFFIXES = tuple(_FORMATS)
+
+
+class _Refused(ValueError):
+    """An image whose pixels are there, but would come out wrong."""
 
 
 def list_images(path: Path) -> list[Path]:
     """The file itself, or a folder's image files in order of their names; ValueError if there is none."""
     if path.is_file():
         return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    # What begins with a dot is hidden; on disks that a Mac has written to, such files are no images.
+    named = (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith('.'))
+    found = sorted(file for file in named if file.is_file())
     if not found:
         raise ValueError(f'{path}: no images ({", ".join(SUFFIXES)}) there')
     return found
 
 
-def read_image(path: Path) -> Image:
-    """As in the file: (H, W) or (H, W, C), uint8 or uint16, BGR(A). ValueError if it is no image."""
-    image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED) if path.stat().st_size else None
-    if image is None:
-        raise ValueError(f'{path}: not an image that OpenCV can read')
-    return image
+# ------------------------------ reading ------------------------------ #
 
 
-def write_image(path: Path, image: Image) -> None:
-    """Write a file whose suffix says the format; it is there whole or not at all."""
-    done, data = cv2.imencode(path.suffix, image)
-    if not done:
-        raise ValueError(f'{path}: OpenCV cannot write {image.dtype} {image.shape} so')
-    write_whole(path, data.tobytes())
+def read_image(path: str | Path) -> Picture:
+    """Read an image upright and in full depth.
+
+    The orientation of its EXIF data is applied; palettes become colours, CMYK becomes RGB (by the file's profile, if it
+    has one); of several frames or pages the first is read.
+
+    Raises:
+        ValueError: no image, a damaged one, or one whose values would be misread. The text begins with the path.
+        OSError: the file cannot be read.
+    """
+    data = Path(path).read_bytes()
+    if not data:
+        raise ValueError(f'{path}: not an image: the file is empty')
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # Pillow's: what matters of it is an error, or is said in `lost`
+            return _read_tiff(data) if data[:2] in (b'II', b'MM') else _read(data)
+    except _Refused as error:
+        raise ValueError(f'{path}: {error}') from None
+    except PIL.UnidentifiedImageError:
+        raise ValueError(f'{path}: not an image; allowed: {", ".join(_READABLE)}') from None
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        raise ValueError(f'{path}: not an image that can be read: {error}') from error
+
+
+def read_eight_bits(path: str | Path) -> Image:
+    """An image as networks are trained and measured on it: (H, W) grey or (H, W, 3) BGR, uint8, without alpha.
+
+    Raises:
+        ValueError: as :func:`read_image`, or more than 8 bits a channel.
+    """
+    pixels = read_image(path).pixels
+    if pixels.dtype != np.uint8:
+        raise ValueError(f'{path}: found {pixels.dtype} pixels; allowed: 8 bits a channel')
+    return without_alpha(pixels)
+
+
+def read_colour(path: str | Path) -> Image:
+    """The same, always (H, W, 3): grey as three equal channels."""
+    return as_colours(read_eight_bits(path))
+
+
+def _read(data: bytes) -> Picture:
+    """By Pillow, and a PNG of 16 bits a channel by OpenCV."""
+    try:
+        opened = PIL.Image.open(io.BytesIO(data), formats=list(_READABLE))
+    except PIL.Image.DecompressionBombError:
+        raise _Refused(f'found more pixels than is safe to decode; allowed: {_most_pixels():,}') from None
+    with opened:
+        if opened.format == 'PPM' and (opened.mode not in ('1', 'L', 'RGB') or opened.tile[0][0] == 'ppm'):
+            raise _Refused('found a PNM of other than 8 bits a channel; allowed: samples up to 255')
+        opened.load()  # raises if the file is cut short, of which OpenCV would return the upper part
+        frames = getattr(opened, 'n_frames', 1)
+        lost = [f'all but the first of {frames} frames or pages'] if frames > 1 else []
+        orientation = _orientation(opened, lost)
+        lost += [*_png_losses(data, opened), *_avif_losses(data)]
+        icc = opened.info.get('icc_profile')
+        if opened.format == 'PNG' and data[24] == 16:
+            pixels = _decode_deep(data)
+            if data[25] in (0, 4) and pixels.ndim == 3:  # OpenCV makes colours of grey with alpha
+                pixels = pixels[..., ::3]
+            if pixels.ndim == 2 and 'transparency' in opened.info:
+                lost.append('the grey that stands for transparent')
+        elif opened.mode == 'CMYK':
+            pixels, icc = _decoded(_from_cmyk(opened, icc, lost)), None
+        else:
+            pixels = _decoded(opened)
+    if icc and icc[16:20] != _profile_space(pixels):
+        icc = None
+        lost.append('the ICC profile, which is for other channels than the image has')
+    return Picture(_turned(pixels, orientation), icc, lost)
+
+
+def _orientation(image: PIL.Image.Image, lost: list[str]) -> int:
+    """EXIF's number of where the first row and column belong; of a TIFF Pillow has applied it and removed it."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # as in read_image
+        lost.append('the damaged EXIF data, with the orientation if there was one')
+        return 1
+
+
+def _most_pixels() -> int:
+    """What Pillow takes for a decompression bomb if it is exceeded; set ``PIL.Image.MAX_IMAGE_PIXELS`` to change it."""
+    return 2 * (PIL.Image.MAX_IMAGE_PIXELS or 2**62)
+
+
+def _decoded(image: PIL.Image.Image) -> Image:
+    """The 8-bit pixels of an image that Pillow has opened, in the order of :class:`Picture`."""
+    if image.mode not in ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'RGBX', 'YCbCr'):
+        raise _Refused(f'found pixels of the kind {image.mode}; allowed: grey, colour, palette or CMYK of 8 bits')
+    transparent = image.has_transparency_data
+    if image.mode in ('1', 'L', 'LA'):
+        return np.array(image.convert('LA' if transparent else 'L'))
+    return _swapped(np.array(image.convert('RGBA' if transparent else 'RGB')))
+
+
+def _from_cmyk(image: PIL.Image.Image, icc: bytes | None, lost: list[str]) -> PIL.Image.Image:
+    """The image in sRGB, by its profile where there is a usable one; how is added to ``lost``."""
+    if icc and features.check('littlecms2'):
+        try:
+            profile, srgb = ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile('sRGB')
+            converted = ImageCms.profileToProfile(image, profile, srgb, outputMode='RGB')
+            assert converted is not None
+        except (ImageCms.PyCMSError, OSError):
+            pass
+        else:
+            lost.append('CMYK (now sRGB, by its profile)')
+            return converted
+    lost.append('CMYK (now RGB, without a profile)')
+    return image.convert('RGB')
+
+
+def _png_losses(data: bytes, image: PIL.Image.Image) -> Iterator[str]:
+    """What a PNG says of how its values are to be shown, other than by an ICC profile."""
+    if image.format == 'PNG':
+        chunks = _png_chunks(data)
+        if chunks.get(b'cICP', _SRGB_CODES)[:2] != _SRGB_CODES:
+            yield 'the coding of its colours (cICP, such as for HDR)'
+        elif (
+            b'gAMA' in chunks
+            and not {b'cICP', b'iCCP', b'sRGB'} & chunks.keys()
+            and abs(image.info['gamma'] - 1 / 2.2) > 0.01
+        ):
+            yield f'the gamma of its values, {image.info["gamma"]:.3f}'
+
+
+def _png_chunks(data: bytes) -> dict[bytes, bytes]:
+    """The first bytes of each kind of chunk, by its name."""
+    found: dict[bytes, bytes] = {}
+    start = 8
+    while start + 8 <= len(data):
+        length, name = struct.unpack_from('>I4s', data, start)
+        found.setdefault(name, data[start + 8 : start + 8 + min(length, 4)])
+        start += 12 + length
+    return found
+
+
+def _avif_losses(data: bytes) -> Iterator[str]:
+    """What Pillow does not say of an AVIF: it reads all of them as 8 bits."""
+    if data[4:8] == b'ftyp':
+        configuration, colours = data.find(b'av1C', 0, 4096), data.find(b'colrnclx', 0, 4096)
+        if configuration > 0 and data[configuration + 6] & 0x40:
+            yield 'more than 8 bits a channel'
+        if colours > 0 and data[colours + 11] in (16, 18):  # PQ and HLG
+            yield 'the coding of its colours for HDR'
+
+
+def _read_tiff(data: bytes) -> Picture:
+    """By Pillow, and what has more than 8 bits a channel by OpenCV."""
+    try:
+        tiff = tifffile.TiffFile(io.BytesIO(data))
+    except tifffile.TiffFileError as error:
+        raise _Refused(f'not an image: {error}') from None
+    with tiff:
+        page: Any = tiff.pages.first
+        samples, extra = page.samplesperpixel, tuple(int(sample) for sample in page.extrasamples)
+        if page.subfiletype & 1:
+            raise _Refused('found a small preview in the place of the image, as in the raw files of cameras')
+        if page.bitspersample <= 8 and page.sampleformat != 2:
+            picture = _read(data)
+            picture.lost += ['a channel that the file does not say the meaning of'] * (0 in extra)
+            return picture
+        known = {(1, 1, ()): 1, (2, 3, ()): 3, (2, 4, (2,)): 4}  # photometric, samples a pixel, extra samples
+        channels = known.get((page.photometric, samples, extra))
+        planes = page.planarconfig if samples > 1 else 1
+        if (page.sampleformat, page.bitspersample) not in ((1, 16), (3, 32), (3, 64)) or not channels or planes != 1:
+            raise _Refused(
+                f'found a TIFF of {samples} x {page.bitspersample} bits, sample format {page.sampleformat:d}, '
+                f'photometric {page.photometric:d}, planar configuration {page.planarconfig:d}, extra samples {extra}; '
+                'allowed: 8 bits, or 16-bit integers or floats that are grey (black is 0), RGB or RGB with straight '
+                'alpha, pixel by pixel'
+            )
+        if page.imagewidth * page.imagelength > _most_pixels():
+            raise _Refused(f'found more pixels than is safe to decode; allowed: {_most_pixels():,}')
+        icc = page.iccprofile
+        lost = [f'all but the first of {len(tiff.pages)} frames or pages'] if len(tiff.pages) > 1 else []
+    pixels = _decode_deep(data)  # OpenCV applies a TIFF's orientation
+    if pixels.shape[2:] != (() if channels == 1 else (channels,)):
+        raise _Refused(f'OpenCV reads {pixels.shape} from a TIFF of {channels} channels')
+    return Picture(pixels.astype(np.float32) if pixels.dtype == np.float64 else pixels, icc, lost)
+
+
+def _decode_deep(data: bytes) -> Image:
+    """By OpenCV, in full depth."""
+    pixels: Image | None = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.dtype.itemsize == 1:
+        raise _Refused('not an image that OpenCV can read in full depth')
+    return pixels
+
+
+def _profile_space(image: Image) -> bytes:
+    """What an ICC profile for such an image says of itself."""
+    return b'RGB ' if image.shape[2:] in ((3,), (4,)) else b'GRAY'
+
+
+def _swapped(image: Image) -> Image:
+    """RGB as BGR, RGBA as BGRA and the other way; grey as it is."""
+    if image.ndim == 2 or image.shape[2] == 2:
+        return image
+    return np.ascontiguousarray(image[..., [2, 1, 0, 3][: image.shape[2]]])
+
+
+def _turned(image: Image, orientation: int) -> Image:
+    """Upright: orientation is EXIF's number of where the stored image's first row and column belong."""
+    if orientation in (5, 6, 7, 8):
+        image = image.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
+
+
+# ------------------------------ writing ------------------------------ #
+
+
+def check_writable(path: str | Path, height: int, width: int) -> None:
+    """ValueError unless an image of that size can be written under that name."""
+    form = _FORMATS.get(Path(path).suffix.lower())
+    if form is None:
+        raise ValueError(f'{path}: found {Path(path).suffix!r}; allowed: a name that ends in {", ".join(_FORMATS)}')
+    if max(height, width) > form.longest_side:
+        raise ValueError(f'{path}: found {width}x{height} pixels; allowed in {form.name}: {form.longest_side:,} a side')
+
+
+def write_image(path: str | Path, image: Image, icc: bytes | None = None) -> list[str]:
+    """Write a file whose suffix says the format; it is there whole or not at all.
+
+    PNG, TIFF, WebP and BMP are written without loss, JPEG and AVIF at quality 95 without subsampling of colours. TIFF
+    holds all depths, PNG up to 16 bits, the others 8; deeper values are rounded. JPEG and BMP have no alpha.
+
+    Args:
+        image: pixels as in :class:`Picture`.
+        icc: the colour profile that they are in.
+
+    Returns:
+        What of the image the file does not hold; empty if it holds all.
+
+    Raises:
+        ValueError: no format has this suffix, or it does not hold images of this size.
+    """
+    path = Path(path)
+    check_writable(path, *image.shape[:2])
+    form, lost = _FORMATS[path.suffix.lower()], []
+    if image.shape[2:] in ((2,), (4,)) and not form.alpha:
+        if (image[..., -1] < white(image.dtype)).any():
+            lost.append('alpha')
+        image = without_alpha(image)
+    if image.dtype.itemsize > np.dtype(form.deepest).itemsize:
+        lost.append(f'{image.dtype} (now {form.deepest})')
+        image = to_depth(image, form.deepest)
+    if form.name in ('WEBP', 'AVIF') or (form.name, image.dtype.name, image.shape[2:]) == ('PNG', 'uint16', (2,)):
+        image = as_colours(image)  # they, or their encoder, have no such greys
+    if icc and (not form.icc or icc[16:20] != _profile_space(image)):
+        lost.append('the ICC profile')
+        icc = None
+    if form.name == 'TIFF':
+        data = _encode_tiff(image, icc)
+    elif image.dtype == np.uint16:
+        data = _encode_deep_png(image, icc)
+    else:
+        stream = io.BytesIO()
+        icc_option = {'icc_profile': icc} if icc else {}
+        PIL.Image.fromarray(_swapped(image)).save(stream, form.name, **form.options, **icc_option)
+        data = stream.getvalue()
+    write_whole(path, data)
+    return lost
+
+
+def _encode_tiff(image: Image, icc: bytes | None) -> bytes:
+    stream = io.BytesIO()
+    options: dict[str, Any] = {'planarconfig': 'contig'} if image.ndim == 3 else {}
+    if image.shape[2:] in ((2,), (4,)):
+        options['extrasamples'] = ['unassalpha']
+    options['photometric'] = 'rgb' if image.shape[2:] in ((3,), (4,)) else 'minisblack'
+    options['predictor'] = image.dtype != np.float32  # of floats it takes a package more
+    tifffile.imwrite(stream, _swapped(image), compression='zlib', iccprofile=icc, metadata=None, **options)
+    return stream.getvalue()
+
+
+def _encode_deep_png(image: Image, icc: bytes | None) -> bytes:
+    done, encoded = cv2.imencode('.png', image)
+    assert done
+    data: bytes = encoded.tobytes()
+    if icc:
+        # Not all versions of OpenCV that are in use write profiles. The chunk belongs right after the header's.
+        chunk = b'iCCP' + b'ICC profile\0\0' + zlib.compress(icc)
+        data = data[:33] + struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk)) + data[33:]
+    return data
+
+
+# ------------------------------ how good images are ------------------------------ #
 
 
 def metrics(image: Image, truth: Image, scale: int) -> dict[str, float]:
     """PSNR (dB) and SSIM on the Y channel, ``scale`` pixels of border left out, by BasicSR's functions.
 
-    Both are BGR uint8. The truth is cut to the image's size: its own may have been no multiple of the scale.
+    Both are pixels as in :class:`Picture`, of any depth: both count from black to white in full. Alpha does not count.
+    The truth is cut to the image's size where it is larger by less than ``scale``: its own may have been no multiple.
+
+    Raises:
+        ValueError: one is grey and the other coloured, the sizes do not fit, too little is left within the border, or
+            the truth's values are none that :func:`check_values` passes.
     """
     load_basicsr('to measure PSNR and SSIM')
     from basicsr.metrics import calculate_psnr, calculate_ssim
 
-    height, width = image.shape[:2]
-    if truth.ndim != image.ndim or min(np.subtract(truth.shape, image.shape)) < 0:
-        raise ValueError(f'the ground truth has shape {truth.shape}, the upscaled image {image.shape}')
-    images = [picture.astype(np.uint8) for picture in (image, truth[:height, :width])]
+    image, truth = without_alpha(image), without_alpha(truth)
+    if image.ndim != truth.ndim:
+        kinds = ['grey' if picture.ndim == 2 else 'coloured' for picture in (truth, image)]
+        raise ValueError(f'the ground truth: found a {kinds[0]} image; allowed: a {kinds[1]} one, as the upscaled is')
+    (height, width), (true_height, true_width) = image.shape[:2], truth.shape[:2]
+    if not (0 <= true_height - height < scale and 0 <= true_width - width < scale):
+        raise ValueError(
+            f'the ground truth: found {true_width}x{true_height} pixels; allowed: {width}x{height}, which the upscaled '
+            f'image has, or up to {scale - 1} more a side'
+        )
+    if min(height, width) < 2 * scale + 11:  # SSIM's window
+        raise ValueError(f'the ground truth: found {width}x{height} pixels; allowed: at least {2 * scale + 11} a side')
+    check_values(truth)
+    images = [picture * (255 / white(picture.dtype)) for picture in (image, truth[:height, :width])]
     return {
         'psnr': float(calculate_psnr(*images, crop_border=scale, test_y_channel=image.ndim == 3)),
         'ssim': float(calculate_ssim(*images, crop_border=scale, test_y_channel=image.ndim == 3)),

@@ -1,25 +1,37 @@
-"""Upscaling images of any size and kind with a network, in tiles where they are large."""
+"""Upscaling images of any size and kind with a network, in tiles so that memory stays in bounds."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.scalable.architectures import Images, images_of
+from mssr_basicsr.scalable.pixels import Image, check_values, to_depth, white
 
-Image = npt.NDArray[Any]
-
-_AUTOMATIC_TILE = 512  # input pixels; images of up to four such tiles are upscaled whole
+_SMALL = 128**2  # input pixels; what has no more is upscaled whole, however far the network looks
+_LARGEST_TILE = 512  # input pixels
 _FARTHEST = 1024  # a network that looks farther than this, in input pixels, is taken to look everywhere
+
+
+class _Window(NamedTuple):
+    """A part of an image that the network is given."""
+
+    top: int  # where the tile, whose surroundings it also shows, belongs
+    left: int
+    rows: slice  # the window in the input
+    columns: slice
+    inner_rows: slice  # the tile in the network's output
+    inner_columns: slice
 
 
 class Upscaler:
@@ -55,6 +67,7 @@ class Upscaler:
         """What height and width of the network's input must be multiples of."""
         return self.images.multiple
 
+    @torch.no_grad()
     def upscale(
         self,
         image: Image,
@@ -65,90 +78,111 @@ class Upscaler:
         """Upscale one image.
 
         Args:
-            image: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8, uint16 or float32 in [0, 1]; the fourth channel is
-                alpha, upscaled bicubically so that what is opaque stays opaque (our choice).
+            image: (H, W) or (H, W, 1) grey, (H, W, 2) grey and alpha, (H, W, 3) colour, (H, W, 4) colour and alpha;
+                uint8, uint16 or float32 from 0 to 1. Alpha is upscaled bicubically, so that what is opaque stays opaque
+                (our choice).
             tile: side of the tiles in input pixels; 0 for none. Tiles overlap as far as the network looks, so that
-                their size makes no difference. Default: 512 where the image is larger than 1024 x 1024.
-            bgr: whether the channels are in the order of OpenCV.
+                their size makes no difference but in how float32 rounds. Default: as :meth:`automatic_tile` says.
+            bgr: whether the colours are in the order of OpenCV.
             progress: is given the list of tiles to go through, such as ``tqdm``.
 
         Returns:
             The image, ``scale`` times as high and wide, of the same dtype and number of channels.
 
         Raises:
-            ValueError: an image of another kind; or tiles of a network that looks at the whole image.
+            ValueError: an image of another kind; tiles of a network that looks at the whole image; or a network that
+                gives what is no number.
         """
-        if image.dtype not in (np.uint8, np.uint16, np.float32) or image.ndim not in (2, 3) or 0 in image.shape:
-            raise ValueError(f'image: found {image.dtype} {image.shape}; allowed: uint8, uint16, float32 (H, W[, C])')
+        if image.ndim not in (2, 3) or 0 in image.shape:
+            raise ValueError(f'image: found the shape {image.shape}; allowed: (H, W) or (H, W, 1 to 4)')
         planes: Image = image[..., None] if image.ndim == 2 else image
-        if planes.shape[2] not in (1, 3, 4):
-            raise ValueError(f'image: found {planes.shape[2]} channels; allowed: 1 (grey), 3 (colour), 4 (with alpha)')
-        top: float = {1: 255, 2: 65535, 4: 1}[image.dtype.itemsize]
-        colour = planes[..., :3].astype(np.float32) / np.float32(top)
-        result: Any = self._upscale_colour(colour[..., ::-1] if bgr else colour, tile, progress)
-        result = result[..., ::-1] if bgr else result
-        if planes.shape[2] == 4:
-            height, width = result.shape[:2]
-            alpha: Image = planes[..., 3].astype(np.float32) / np.float32(top)
-            alpha = cv2.resize(alpha, (width, height), interpolation=cv2.INTER_CUBIC)
-            result = np.concatenate([result, alpha[..., None]], axis=2)
-        result = result.clip(0, 1) * np.float32(top)
-        if image.dtype != np.float32:
-            result = result.round()
-        return np.ascontiguousarray(result[..., 0] if image.ndim == 2 else result, image.dtype)
+        height, width, channels = planes.shape
+        if channels > 4:
+            raise ValueError(f'image: found {channels} channels; allowed: 1 (grey), 3 (colour), and one more for alpha')
+        check_values(image)
+        s, colours = self.scale, channels - (channels in (2, 4))
+        result = np.empty((height * s, width * s, channels), image.dtype)
+        if colours < channels:
+            result[..., -1] = _resized_alpha(planes[..., -1], width * s, height * s)
+        padded = _pad(planes[..., :colours], -height % self.multiple, -width % self.multiple)
+        if bgr and colours == 3:
+            padded = padded[..., ::-1]
+        for window in progress(self._windows(padded.shape[0], padded.shape[1], tile)):
+            part = np.ascontiguousarray(padded[window.rows, window.columns])
+            found = self._upscale_colours(part)[window.inner_rows, window.inner_columns]
+            found = found[..., ::-1] if bgr and colours == 3 else found
+            target = result[window.top * s :, window.left * s :, :colours][: found.shape[0], : found.shape[1]]
+            target[...] = found[: target.shape[0], : target.shape[1]]  # without the padding
+        return result[..., 0] if image.ndim == 2 else result
 
-    def _upscale_colour(self, colour: Image, tile: int | None, progress: Callable[[list[Any]], Iterable[Any]]) -> Image:
-        """(H, W, 1 or 3) in [0, 1] to its (scale H, scale W, same), not clipped."""
-        x = torch.from_numpy(np.ascontiguousarray(colour)).permute(2, 0, 1)
+    def _upscale_colours(self, part: Image) -> Image:
+        """(H, W, 1 or 3) to its (scale H, scale W, same), of the same dtype."""
+        white_value = white(part.dtype)
+        x = torch.from_numpy(part.astype(np.float32) / np.float32(white_value)).permute(2, 0, 1)
         if x.shape[0] == self.channels:
-            return self.upscale_tensor(x[None], tile, progress)[0].permute(1, 2, 0).numpy()
-        if self.channels == 1:  # a network for grey images upscales each channel
-            return self.upscale_tensor(x[:, None], tile, progress)[:, 0].permute(1, 2, 0).numpy()
-        # A grey image goes through a colour network as equal channels, and comes back as their luma.
-        red, green, blue = self.upscale_tensor(x.expand(3, -1, -1)[None], tile, progress)[0]
-        luma: Image = (0.299 * red + 0.587 * green + 0.114 * blue)[..., None].numpy()
-        return luma
+            y = self._run(x[None])[0]
+        elif self.channels == 1:  # a network for grey images upscales each channel
+            y = self._run(x[:, None])[:, 0]
+        else:  # a grey image goes through a colour network as equal channels, and comes back as their luma
+            red, green, blue = self._run(x.expand(3, -1, -1)[None])[0]
+            y = (0.299 * red + 0.587 * green + 0.114 * blue)[None]
+        if not y.isfinite().all():
+            raise ValueError(f'{type(self.network).__name__}: gives values that are no numbers (NaN or infinite)')
+        y = y.clamp_(0, 1).mul_(white_value)
+        found: Image = (y if part.dtype == np.float32 else y.round_()).permute(1, 2, 0).numpy()
+        return found.astype(part.dtype)
 
-    @torch.no_grad()
-    def upscale_tensor(
-        self, x: Tensor, tile: int | None = None, progress: Callable[[list[Any]], Iterable[Any]] = iter
-    ) -> Tensor:
-        """(N, C, H, W) float32 in [0, 1] to (N, C, scale H, scale W) float32 on the CPU, not clipped."""
-        height, width = x.shape[2:]
-        m, s = self.multiple, self.scale
-        x = _pad(x, -height % m, -width % m)
-        padded_height, padded_width = x.shape[2:]
-        side = self._tile_side(tile, padded_height, padded_width)
-        if side is None:
-            return self._run(x)[..., : height * s, : width * s]
-        margin = self.reach()
-        assert margin is not None
-        result = x.new_empty(*x.shape[:2], padded_height * s, padded_width * s)
-        corners = [(top, left) for top in range(0, padded_height, side) for left in range(0, padded_width, side)]
-        for top, left in progress(corners):
-            bottom, right = min(top + side, padded_height), min(left + side, padded_width)
-            # Where the window ends at the image's edge, the network sees the edge as it does in the whole image.
-            first_row, first_column = max(top - margin, 0), max(left - margin, 0)
-            window = self._run(x[..., first_row : bottom + margin, first_column : right + margin])
-            window = window[..., (top - first_row) * s :, (left - first_column) * s :]
-            result[..., top * s : bottom * s, left * s : right * s] = window[
-                ..., : (bottom - top) * s, : (right - left) * s
-            ]
-        return result[..., : height * s, : width * s]
+    def automatic_tile(self) -> int | None:
+        """The default side of tiles in input pixels, None if the network looks at the whole image (our choice).
 
-    def _tile_side(self, tile: int | None, height: int, width: int) -> int | None:
-        """The side of the tiles, or None for the whole image at once."""
-        if tile == 0 or (tile is None and height * width <= (2 * _AUTOMATIC_TILE) ** 2):
+        As large as the last cache of the processor holds the network's largest feature map of a tile; but at least 12
+        times as far as the network looks beyond a tile, since all that is computed more than once (then a third); and
+        at most 512, which bounds the memory. On other devices than a CPU, 512.
+        """
+        reach = self.reach()
+        if reach is None:
             return None
-        if self.reach() is None:
+        if next(self.network.parameters()).device.type != 'cpu':
+            return _LARGEST_TILE
+        features = max((p.shape[1] for p in self.network.parameters() if p.ndim > 1), default=self.channels)
+        in_cache = math.isqrt(_last_cache() // (4 * features * self.scale**2)) - 2 * reach
+        return min(max(in_cache, 12 * reach, 16), _LARGEST_TILE)
+
+    def _windows(self, height: int, width: int, tile: int | None) -> list[_Window]:
+        """What the network is to be given, one after the other, of an image of that size."""
+        whole = [_Window(0, 0, slice(None), slice(None), slice(None), slice(None))]
+        if tile == 0 or (tile is None and height * width <= _SMALL):
+            return whole
+        if tile is not None and tile < 1:
+            raise ValueError(f'tile: found {tile}; allowed: 0 (none) or the side of tiles in pixels')
+        reach = self.reach()
+        side = self.automatic_tile() if tile is None else tile
+        if reach is None or side is None:
             if tile is None:
-                return None
+                return whole
             name = type(self.network).__name__
             raise ValueError(f'tile: found {tile}; allowed: 0, since {name} looks at the whole image for each pixel')
-        side = _AUTOMATIC_TILE if tile is None else tile
-        if side < 1:
-            raise ValueError(f'tile: found {tile}; allowed: 0 (none) or the side of tiles in pixels')
-        return -(-side // self.multiple) * self.multiple
+        if tile is None and height * width <= (side + 2 * reach) ** 2:
+            return whole
+        vertical, horizontal = (self._spans(length, side, reach) for length in (height, width))
+        return [
+            _Window(top, left, rows, columns, inner_rows, inner_columns)
+            for top, rows, inner_rows in vertical
+            for left, columns, inner_columns in horizontal
+        ]
+
+    def _spans(self, length: int, side: int, reach: int) -> list[tuple[int, slice, slice]]:
+        """Tiles along one axis, evenly large: where each begins, what the network sees, and the tile in its output."""
+        m, s = self.multiple, self.scale
+        even = -(-length // -(-length // side))
+        even = -(-even // m) * m
+        spans = []
+        for start in range(0, length, even):
+            end = min(start + even, length)
+            # Where the window ends at the image's edge, the network sees the edge as it does in the whole image.
+            first = max(start - reach, 0)
+            spans.append((start, slice(first, end + reach), slice((start - first) * s, (end - first) * s)))
+        return spans
 
     def _run(self, x: Tensor) -> Tensor:
         weight = next(self.network.parameters())
@@ -184,9 +218,28 @@ class Upscaler:
         return 2 * _FARTHEST
 
 
-def _pad(x: Tensor, bottom: int, right: int) -> Tensor:
+def _pad(image: Image, bottom: int, right: int) -> Image:
     """Mirror rows at the bottom and columns at the right; repeat the last where there are too few to mirror."""
     if bottom or right:
-        enough = bottom < x.shape[2] and right < x.shape[3]
-        return F.pad(x, (0, right, 0, bottom), mode='reflect' if enough else 'replicate')
-    return x
+        enough = bottom < image.shape[0] and right < image.shape[1]
+        return np.pad(image, ((0, bottom), (0, right), (0, 0)), mode='reflect' if enough else 'edge')
+    return image
+
+
+def _resized_alpha(alpha: Image, width: int, height: int) -> Image:
+    resized: Image = cv2.resize(to_depth(alpha, np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    return to_depth(resized.clip(0, 1), alpha.dtype)
+
+
+@functools.lru_cache
+def _last_cache() -> int:
+    """Bytes of the processor's largest cache, where the system says so; else what is usual."""
+    units = {'K': 2**10, 'M': 2**20, 'G': 2**30}
+    sizes = []
+    for file in Path('/sys/devices/system/cpu/cpu0/cache').glob('index*/size'):
+        try:
+            text = file.read_text().strip()
+            sizes.append(int(text[:-1]) * units[text[-1]])
+        except (OSError, ValueError, KeyError, IndexError):
+            pass
+    return max(sizes, default=16 * 2**20)
