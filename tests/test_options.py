@@ -127,6 +127,26 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
         'train.rewind_iter: found 5; allowed: a whole number from 0 to 4.',
     ),
     (
+        'train.precision',
+        'fp16',
+        "train.precision: found 'fp16'; allowed: bf16, fp32 (fp16 would need its losses scaled, and bf16 needs nothing).",
+    ),
+    (
+        'train.precision',
+        'half',
+        "train.precision: found 'half'; allowed: bf16, fp32.",
+    ),
+    (
+        'train.channels_last',
+        'yes, please',
+        "train.channels_last: found 'yes, please'; allowed: true, false.",
+    ),
+    (
+        'val.precision',
+        16,
+        'val.precision: found 16; allowed: bf16, fp32.',
+    ),
+    (
         'train.ssd_opt.type',
         'SSD',
         "train.ssd_opt.type: found 'SSD'; allowed: ",

@@ -96,13 +96,16 @@ def check_feature_taps(network: nn.Module, taps: Sequence[str], x: Tensor) -> No
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """While the context is open, ``module`` computes ``forward`` in place of its own."""
+    before = vars(module).get('forward')
     module.forward = forward
     try:
         yield
     finally:
         del module.forward  # what was assigned to the instance: the class's own is there again
+        if before is not None:
+            module.forward = before
 
 
 class ImageFinisher:
@@ -135,9 +138,9 @@ class ImageFinisher:
     def _run(self, x: Tensor, tap: str, features: Tensor, replaced: Sequence[nn.Module]) -> Tensor:
         with ExitStack() as stack:
             for module in replaced:
-                stack.enter_context(_forward_replaced(module, lambda features, *args, **kwargs: features))
+                stack.enter_context(forward_replaced(module, lambda features, *args, **kwargs: features))
             module = self.network.get_submodule(tap)
-            stack.enter_context(_forward_replaced(module, lambda *args, **kwargs: features))
+            stack.enter_context(forward_replaced(module, lambda *args, **kwargs: features))
             return self.network(x)  # type: ignore[no-any-return]
 
     @torch.no_grad()
