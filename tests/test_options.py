@@ -129,7 +129,7 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'train.precision',
         'fp16',
-        "train.precision: found 'fp16'; allowed: bf16, fp32 (fp16 would need its losses scaled, and bf16 needs nothing).",
+        "train.precision: found 'fp16'; allowed: bf16, fp32 (fp16 would need its losses scaled, and bf16 needs ",
     ),
     (
         'train.precision',
@@ -165,6 +165,11 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
         'train.ssd_opt.target',
         'ground_truth',
         "train.ssd_opt.target: found 'ground_truth'; allowed: both, gt, teacher.",
+    ),
+    (
+        'train.ssd_opt.batch_share',
+        50,
+        'train.ssd_opt.batch_share: found 50; allowed: a share above 0 and up to 1.',
     ),
     (
         'train.ssd_opt.depths',

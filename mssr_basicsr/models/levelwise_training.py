@@ -141,7 +141,7 @@ class LevelwiseTraining(NestedLevels):
 
     def optimize_parameters(self, current_iter: int) -> None:  # type: ignore[override]  # as SRModel's
         """The model class's iteration, after which the frozen weights have their values again."""
-        with self._computing_in_training(), self.distilling(current_iter):
+        with self.distilling(current_iter), self._computing_in_training():
             super().optimize_parameters(self.step)
         self.frozen.put_back(self.network.backbone)
         if self.ema_decay > 0:
@@ -166,7 +166,10 @@ class LevelwiseTraining(NestedLevels):
 
     @contextmanager
     def distilling(self, current_iter: int) -> Iterator[None]:
-        """While the context is open, iteration ``current_iter`` runs and leaves what a distillation needs of it."""
+        """While the context is open, iteration ``current_iter`` runs and leaves what a distillation needs of it.
+
+        It is entered before the networks take ``train.precision`` on: what is tried out there is in fp32.
+        """
         yield
 
     def model_ema(self, decay: float = 0.999) -> None:
