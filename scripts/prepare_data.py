@@ -35,7 +35,7 @@ from basicsr.utils.lmdb_util import LmdbMaker
 from PIL import Image
 from tqdm import tqdm
 
-from mssr_basicsr.scalable.images import resize_bicubic
+from mssr_basicsr.scalable.images import read_to_evaluate, resize_bicubic
 
 EXTENSIONS = {'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp', '.ppm'}
 PNG_LEVEL = 1  # BasicSR's default: higher ones decode no faster
@@ -68,6 +68,7 @@ def prepare(
 
     paths = _list_images(source)
     settings = {'scale': scale, 'sub_image': sub_image, 'step': step, 'images': len(paths), 'sha256': _digest(paths)}
+    settings['grey files'] = 'kept grey'
     databases = ('gt.lmdb', f'lq_x{scale}.lmdb')
     if output.exists():
         _check_prepared(output, databases, settings)
@@ -85,8 +86,8 @@ def prepare(
         with closing(hr), closing(lr):
             for path in tqdm(paths, desc='Write', unit='image'):
                 for key, gt, lq in _pairs(path, scale, sub_image, step):
-                    hr.put(_png(gt), key, gt.shape)
-                    lr.put(_png(lq), key, lq.shape)
+                    hr.put(_png(gt), key, np.atleast_3d(gt).shape)
+                    lr.put(_png(lq), key, np.atleast_3d(lq).shape)
         (new / 'prepared.json').write_text(json.dumps(settings, indent=2) + '\n')
         for file in new.rglob('*'):
             if file.is_file():
@@ -173,7 +174,7 @@ def _refuse(folder: Path, bad: list[str]) -> None:
 
 def _pairs(path: Path, scale: int, sub_image: int | None, step: int | None) -> Iterator[tuple[str, Any, Any]]:
     """Each (key, HR, LR) of one image, HR exactly `scale` times as large as LR."""
-    gt: Any = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    gt = read_to_evaluate(path)  # a grey file stays one: evaluation makes a difference
     height, width = (side - side % scale for side in gt.shape[:2])
     gt = gt[:height, :width]
     lq = resize_bicubic(gt, 1 / scale)

@@ -1,4 +1,4 @@
-"""Image files, and how good upscaled ones are by the field's protocol."""
+"""Image files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mssr_basicsr.foundation.saving import write_whole
+from mssr_basicsr.scalable.evaluation import published_metrics
 
 Image = npt.NDArray[Any]
 
@@ -45,23 +46,14 @@ def write_image(path: Path, image: Image) -> None:
 
 
 def metrics(image: Image, truth: Image, scale: int) -> dict[str, float]:
-    """PSNR (dB) and SSIM on the Y channel, ``scale`` pixels of border left out, by BasicSR's functions.
+    """PSNR (dB) and SSIM as published, by :func:`published_metrics`, ``scale`` pixels of border left out.
 
-    Both are BGR uint8. The truth is cut to the image's size: its own may have been no multiple of the scale.
+    Both are grey or BGR, uint8. The truth is cut to the image's size: its own may have been no multiple of the scale.
     """
-    from mssr_basicsr.adapter.discovery import load_basicsr
-
-    load_basicsr()
-    from basicsr.metrics import calculate_psnr, calculate_ssim
-
     height, width = image.shape[:2]
     if truth.ndim != image.ndim or min(np.subtract(truth.shape, image.shape)) < 0:
         raise ValueError(f'the ground truth has shape {truth.shape}, the upscaled image {image.shape}')
-    images = [picture.astype(np.uint8) for picture in (image, truth[:height, :width])]
-    return {
-        'psnr': float(calculate_psnr(*images, crop_border=scale, test_y_channel=image.ndim == 3)),
-        'ssim': float(calculate_ssim(*images, crop_border=scale, test_y_channel=image.ndim == 3)),
-    }
+    return published_metrics(image, truth[:height, :width], scale)
 
 
 def resize_bicubic(image: Image, factor: float) -> Image:
@@ -75,21 +67,30 @@ def resize_bicubic(image: Image, factor: float) -> Image:
     return resized
 
 
+def read_to_evaluate(path: Path) -> Image:
+    """A grey file as (H, W), any other as (H, W, 3) BGR; uint8. ValueError if it is none that OpenCV can read."""
+    stored = cv2.imread(os.fspath(path), cv2.IMREAD_UNCHANGED)
+    image = stored if stored is None or stored.ndim == 2 else cv2.imread(os.fspath(path), cv2.IMREAD_COLOR)
+    if image is None:
+        raise ValueError(f'{path}: not an image that OpenCV can read')
+    if image.dtype != np.uint8:
+        raise ValueError(f'{path}: found {image.dtype} pixels; allowed: 8 bits a channel')
+    return image
+
+
 def validation_pairs(gt: Path, lq: Path | None, scale: int) -> Iterator[tuple[Image, Image]]:
-    """For each image in the folder ``gt``, (LR, ground truth) in BGR uint8.
+    """For each image in the folder ``gt``, (LR, ground truth cut to a multiple of the scale): both grey, or both BGR.
 
     The LR image is the one of the same name in ``lq``, or made by :func:`resize_bicubic`.
     """
     for file in list_images(gt):
-        truth = cv2.imread(os.fspath(file), cv2.IMREAD_COLOR)
-        if truth is None:
-            raise ValueError(f'{file}: not an image that OpenCV can read')
+        truth = read_to_evaluate(file)
         height, width = (size - size % scale for size in truth.shape[:2])
         truth = truth[:height, :width]
         if lq is None:
             yield resize_bicubic(truth, 1 / scale), truth
-        else:
-            small = cv2.imread(os.fspath(lq / file.name), cv2.IMREAD_COLOR)
-            if small is None:
-                raise ValueError(f'{lq / file.name}: the LR image of {file} is not there')
-            yield small, truth
+            continue
+        if not (lq / file.name).is_file():
+            raise ValueError(f'{lq / file.name}: the LR image of {file} is not there')
+        small = read_to_evaluate(lq / file.name)
+        yield small if small.ndim == truth.ndim else small[..., 0], truth
