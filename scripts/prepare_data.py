@@ -30,10 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 from basicsr.utils.lmdb_util import LmdbMaker
 from tqdm import tqdm
 
-from mssr_basicsr.scalable.images import SUFFIXES, read_colour, resize_bicubic
+from mssr_basicsr.scalable.images import SUFFIXES, read_eight_bits, resize_bicubic
 
 PNG_LEVEL = 1  # BasicSR's default: higher ones decode no faster
 
@@ -65,6 +66,7 @@ def prepare(
 
     paths = _list_images(source)
     settings = {'scale': scale, 'sub_image': sub_image, 'step': step, 'images': len(paths), 'sha256': _digest(paths)}
+    settings['grey files'] = 'kept grey'
     databases = ('gt.lmdb', f'lq_x{scale}.lmdb')
     if output.exists():
         _check_prepared(output, databases, settings)
@@ -82,8 +84,8 @@ def prepare(
         with closing(hr), closing(lr):
             for path in tqdm(paths, desc='Write', unit='image'):
                 for key, gt, lq in _pairs(path, scale, sub_image, step):
-                    hr.put(_png(gt), key, gt.shape)
-                    lr.put(_png(lq), key, lq.shape)
+                    hr.put(_png(gt), key, np.atleast_3d(gt).shape)
+                    lr.put(_png(lq), key, np.atleast_3d(lq).shape)
         (new / 'prepared.json').write_text(json.dumps(settings, indent=2) + '\n')
         for file in new.rglob('*'):
             if file.is_file():
@@ -136,7 +138,7 @@ def _check_images(paths: list[Path], smallest: int, sub_image: int | None, step:
     bad, map_size = [], 1 << 20
     for path in tqdm(paths, desc='Check', unit='image'):
         try:
-            height, width = read_colour(path).shape[:2]
+            height, width = read_eight_bits(path).shape[:2]
         except ValueError as error:
             bad.append(str(error).removeprefix(f'{path.parent}{os.sep}'))
             continue
@@ -166,7 +168,7 @@ def _refuse(folder: Path, bad: list[str]) -> None:
 
 def _pairs(path: Path, scale: int, sub_image: int | None, step: int | None) -> Iterator[tuple[str, Any, Any]]:
     """Each (key, HR, LR) of one image, HR exactly `scale` times as large as LR."""
-    gt = read_colour(path)
+    gt = read_eight_bits(path)  # a grey file stays one: evaluation makes a difference
     height, width = (side - side % scale for side in gt.shape[:2])
     gt = gt[:height, :width]
     lq = resize_bicubic(gt, 1 / scale)

@@ -19,7 +19,8 @@ import cv2
 
 from mssr_basicsr import ScalableModel
 from mssr_basicsr.foundation.saving import require_output
-from mssr_basicsr.scalable.images import metrics, resize_bicubic, validation_pairs
+from mssr_basicsr.scalable.images import resize_bicubic, validation_pairs
+from mssr_basicsr.scalable.metrics import metrics
 from mssr_basicsr.scalable.plotting import new_figure, save_figure
 
 

@@ -40,7 +40,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def picture(path: str, seed: int = 0) -> None:
     Path(path).parent.mkdir(exist_ok=True)
-    assert cv2.imwrite(path, np.random.default_rng(seed).integers(0, 256, (6, 7, 3), dtype=np.uint8))
+    assert cv2.imwrite(path, np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8))
 
 
 def touch(*names: str) -> None:
@@ -113,7 +113,7 @@ def test_another_file_is_overwritten(here: Path, file: Path) -> None:
     picture('a.png')
     touch('b.png')
     assert main(['upscale', str(file), 'a.png', '-o', 'b.png']) == 0
-    assert cv2.imread('b.png').shape == (12, 14, 3)
+    assert cv2.imread('b.png').shape == (16, 18, 3)
 
 
 # ------------------------------ a batch goes on ------------------------------ #
@@ -153,7 +153,7 @@ def test_metrics_are_of_the_images_that_have_a_ground_truth(
     for name in ('a', 'b'):
         picture(f'in/{name}.png')
     Path('gt').mkdir()
-    cv2.imwrite('gt/a.png', np.zeros((12, 14, 3), np.uint8))
+    cv2.imwrite('gt/a.png', np.zeros((16, 18, 3), np.uint8))
     assert main(['upscale', str(file), 'in', '-o', 'out', '--gt', 'gt', '--json']) == 1
     said = json.loads(capsys.readouterr().out)
     assert [Path(image['input']).name for image in said['images'] if 'psnr' in image] == ['a.png']
@@ -194,6 +194,7 @@ def test_ctrl_c(here: Path, file: Path) -> None:
         process.kill()
     assert process.returncode == 130
     done = [path for path in Path('out').iterdir() if not path.name.startswith('.')]
-    assert f'mssr: interrupted; {len(done)} of 300 images were upscaled' in said
+    # The signal may come when an image has been written and not yet been counted.
+    assert any(f'mssr: interrupted; {len(done) - i} of 300 images were upscaled' in said for i in (0, 1)), said
     assert 'Traceback' not in said
     assert all(cv2.imread(str(path)) is not None for path in Path('out').iterdir())

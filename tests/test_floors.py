@@ -23,7 +23,7 @@ FLOORS = {
     'foundation': 1, 'method': 1,
     'scalable': 2, 'sparse': 2,
     'adapter': 3,
-    'archs': 4, 'losses': 4, 'models': 4,
+    'archs': 4, 'data': 4, 'losses': 4, 'metrics': 4, 'models': 4,
     'commands': 5,
 }  # fmt: skip
 ENTRANCE = 6

@@ -22,11 +22,11 @@ from mssr_basicsr.scalable.images import (
     SUFFIXES,
     WRITABLE_SUFFIXES,
     check_writable,
-    metrics,
-    read_colour,
+    read_eight_bits,
     read_image,
     write_image,
 )
+from mssr_basicsr.scalable.metrics import metrics
 from mssr_basicsr.scalable.upscaling import Upscaler
 
 HEIGHT, WIDTH = 6, 9
@@ -470,25 +470,25 @@ def test_figures_that_would_be_wrong_are_refused() -> None:
     for truth, text in (
         (np.zeros((42, 50, 3), np.uint8), 'found 50x42 pixels; allowed: 50x40, .* up to 1 more a side'),
         (image[:, :-1], 'found 49x40 pixels; allowed: 50x40'),
-        (image[..., 0], 'found a grey image; allowed: a coloured one'),
         (image + np.float32(255), 'found float32 values from 255 to 255; allowed: 0'),
     ):
         with pytest.raises(ValueError, match=text):
             metrics(image, truth, 2)
+    with pytest.raises(ValueError, match='found a coloured image; allowed: a grey one'):
+        metrics(image[..., 0], image, 2)
     with pytest.raises(ValueError, match='found 14x14 pixels; allowed: at least 15 a side'):
         metrics(image[:14, :14], image[:14, :14], 2)
 
 
-def test_pictures_for_training_are_eight_bit_colours(tmp_path: Path) -> None:
+def test_pictures_for_training_have_eight_bits_and_no_alpha(tmp_path: Path) -> None:
     for mode in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA'):
         expected = saved(of_mode(mode), tmp_path / 'a.png')
-        expected = {1: expected[..., None], 2: expected[..., :1], 3: expected, 4: expected[..., :3]}[
-            expected.shape[2] if expected.ndim == 3 else 1
-        ]
-        np.testing.assert_array_equal(rgb(read_colour(tmp_path / 'a.png')), np.broadcast_to(expected, (6, 9, 3)), mode)
+        if expected.ndim == 3:
+            expected = {1: expected[..., 0], 2: expected[..., 0], 3: expected, 4: expected[..., :3]}[expected.shape[2]]
+        np.testing.assert_array_equal(rgb(read_eight_bits(tmp_path / 'a.png')), expected, mode)
     png16(tmp_path / 'a.png', smooth(3, 65535).astype(np.uint16))
     with pytest.raises(ValueError, match=r'a\.png: found uint16 pixels; allowed: 8 bits a channel'):
-        read_colour(tmp_path / 'a.png')
+        read_eight_bits(tmp_path / 'a.png')
 
 
 # ------------------------------ the command ------------------------------ #

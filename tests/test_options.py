@@ -127,6 +127,26 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
         'train.rewind_iter: found 5; allowed: a whole number from 0 to 4.',
     ),
     (
+        'train.precision',
+        'fp16',
+        "train.precision: found 'fp16'; allowed: bf16, fp32 (fp16 would need its losses scaled, and bf16 needs ",
+    ),
+    (
+        'train.precision',
+        'half',
+        "train.precision: found 'half'; allowed: bf16, fp32.",
+    ),
+    (
+        'train.channels_last',
+        'yes, please',
+        "train.channels_last: found 'yes, please'; allowed: true, false.",
+    ),
+    (
+        'val.precision',
+        16,
+        'val.precision: found 16; allowed: bf16, fp32.',
+    ),
+    (
         'train.ssd_opt.type',
         'SSD',
         "train.ssd_opt.type: found 'SSD'; allowed: ",
@@ -145,6 +165,11 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
         'train.ssd_opt.target',
         'ground_truth',
         "train.ssd_opt.target: found 'ground_truth'; allowed: both, gt, teacher.",
+    ),
+    (
+        'train.ssd_opt.batch_share',
+        50,
+        'train.ssd_opt.batch_share: found 50; allowed: a share above 0 and up to 1.',
     ),
     (
         'train.ssd_opt.depths',

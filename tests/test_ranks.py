@@ -65,7 +65,7 @@ def ended_with(folder: Path, name: str, rank: int) -> dict[str, Any]:
     return torch.load(folder / f'{name}_rank{rank}.pth', weights_only=True)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize('ssd', [True, False], ids=['ssd', 'plain'])
+@pytest.mark.parametrize('ssd', [True, False], ids=['ssd, bf16', 'plain'])
 def test_both_stages_on_two_ranks(
     ssd: bool, forward_opt: dict[str, Any], backward_opt: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -73,6 +73,7 @@ def test_both_stages_on_two_ranks(
     if not ssd:
         del forward_opt['train']['ssd_opt']
     for opt in (forward_opt, backward_opt):
+        opt['train'].update(precision='bf16' if ssd else 'fp32', channels_last=ssd)
         torchrun(tmp_path, opt)
         one, other = ended_with(tmp_path, opt['name'], 0), ended_with(tmp_path, opt['name'], 1)
         assert one['depths'] == other['depths']

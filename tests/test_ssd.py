@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mssr_basicsr.archs.feature_taps import ImageFinisher, find_feature_taps, record_features
+from mssr_basicsr.losses.self_distillation import SelfDistillation
 from mssr_basicsr.losses.ssd_loss import SSDLoss
 
 EXPECTED_TAPS = {
@@ -37,10 +38,10 @@ def test_taps_are_found_and_what_features_replace_is_not_computed(name: str) -> 
         image = network(x)
     row, blocks = taps[0].split('.')[0], network.get_submodule(taps[0].split('.')[0])
     with_weights = [f'{row}.{i}' for i, block in blocks.named_children() if has_layers(block)]
-    finisher.finish(x, taps[0], features[taps[0]])  # the first use tries out what can be left out
+    finisher.try_out(x)
     for tap in taps:
         with FlopCounterMode(display=False) as counter:
-            finished = finisher.finish(x, tap, features[tap])
+            (finished,) = finisher.finish(x, {tap: features[tap]})
         assert torch.allclose(finished, image, rtol=1e-4, atol=1e-5)
         operations = {module.partition('.')[2] for module in counter.get_flop_counts()}
         depth = int(tap.split('.')[1])
@@ -73,9 +74,35 @@ def test_what_is_still_needed_is_computed() -> None:
     assert taps == ['blocks.0', 'blocks.1', 'blocks.2']
     x, features = torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)
     with torch.no_grad():
-        image = ImageFinisher(network, taps).finish(x, 'blocks.1', features)
+        (image,) = ImageFinisher(network, taps).finish(x, {'blocks.1': features})
         expected = network.blocks[0](x) + features + network.blocks[2](features)
     assert torch.allclose(image, expected)
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_images_from_several_taps_are_those_from_each_alone(name: str) -> None:
+    """As one batch, with the gradients of each; nothing after a tap runs twice."""
+    torch.manual_seed(0)
+    network = build_network(BACKBONES[name]).eval().requires_grad_(False)
+    taps = find_feature_taps(network)[1:]
+    x = torch.rand(2, 3, 16, 16)
+    with record_features(network, taps) as recorded:
+        network(torch.rand(2, 3, 16, 16))  # another image's features
+    results, calls = {}, {}
+    for together in (True, False):
+        features = {tap: recorded[tap].clone().requires_grad_() for tap in taps}
+        finisher = ImageFinisher(network, find_feature_taps(network))
+        finisher.try_out(x)
+        with FlopCounterMode(display=False) as counter:
+            parts = [features] if together else [{tap: given} for tap, given in features.items()]
+            images = [image for part in parts for image in finisher.finish(x, part)]
+        calls[together] = counter.get_total_flops()
+        torch.stack([(i + 1) * image.square().mean() for i, image in enumerate(images)]).sum().backward()
+        results[together] = [*images, *(given.grad for given in features.values())]
+    for one, other in zip(results[True], results[False]):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+    assert calls[True] == calls[False]
+    assert finisher._one_batch
 
 
 def test_gradients_reach_the_features_and_not_the_larger_network() -> None:
@@ -85,7 +112,8 @@ def test_gradients_reach_the_features_and_not_the_larger_network() -> None:
     x = torch.rand(1, 3, 16, 16)
     with record_features(student, ['body.1']) as features:
         student(x)
-    ImageFinisher(network, taps).finish(x, 'body.1', features['body.1']).sum().backward()
+    (image,) = ImageFinisher(network, taps).finish(x, {'body.1': features['body.1']})
+    image.sum().backward()
     has_gradient = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
     assert 'body.1.conv2.weight' in has_gradient
     assert 'conv_first.weight' in has_gradient
@@ -113,6 +141,31 @@ def test_the_teachers_image_is_not_made_where_it_is_not_needed() -> None:
         raise AssertionError
 
     ssd_loss(target='gt')([torch.zeros(1, 1, 2, 2)], torch.zeros(1, 1, 2, 2), teacher)
+
+
+def test_a_share_of_the_batch_is_distilled() -> None:
+    loss = ssd_loss(batch_share=0.5)
+    drawn = [loss.sample_images(6, f'seed, iteration {i}') for i in range(200)]
+    assert drawn == [loss.sample_images(6, f'seed, iteration {i}') for i in range(200)]
+    assert {(images.start, images.stop) for images in drawn} == {(0, 3), (1, 4), (2, 5), (3, 6)}
+    assert loss.sample_images(1, 'any') == slice(0, 1)
+    assert ssd_loss().sample_images(6, 'any') == slice(0, 6)
+
+
+def test_what_is_distilled_of_a_share_by_hand() -> None:
+    """The loss of a batch of four with a share of a half is that of the two images by themselves, gradients too."""
+    teacher = build_network(TOY_EDSR).eval().requires_grad_(False)
+    student = build_network(TOY_EDSR)
+    x, gt, taps = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 16, 16), find_feature_taps(teacher)
+    losses = {}
+    for share, seen in ((0.5, slice(None)), (1.0, ssd_loss(batch_share=0.5).sample_images(4, 'seed'))):
+        distillation = SelfDistillation(ssd_loss(batch_share=share, target='both'), teacher, taps)
+        student.zero_grad()
+        with distillation.watching(student, x[seen], 'seed'):
+            loss = distillation.term(student(x[seen]), gt[seen])
+        loss.backward()
+        losses[share] = [loss, *(parameter.grad for parameter in student.body[0].parameters())]
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-7) for one, other in zip(*losses.values()))
 
 
 def test_depths_come_from_the_seed_alone() -> None:

@@ -23,7 +23,9 @@ from typing import Any, Callable
 #: The modules whose import registers the plugin's classes with BasicSR's registries.
 REGISTERING = (
     'mssr_basicsr.archs.mssr_arch',
+    'mssr_basicsr.data.paired_evaluation_dataset',
     'mssr_basicsr.losses.ssd_loss',
+    'mssr_basicsr.metrics.published',
     'mssr_basicsr.models.mssr_model',
 )
 

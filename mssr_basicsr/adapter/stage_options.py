@@ -9,9 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mssr_basicsr.foundation.checks import option, require_bool, require_int, require_one_of
+from mssr_basicsr.foundation.checks import OptionError, option, require_bool, require_int, require_one_of
 from mssr_basicsr.method.criteria import CRITERION_REGISTRY
 from mssr_basicsr.method.recovery import RECOVERY_STARTS
+
+PRECISIONS = ('fp32', 'bf16')
+
+
+def check_precision(name: str, found: Any) -> str:
+    """``found``, one of :data:`PRECISIONS`; else OptionError."""
+    if found == 'fp16':
+        raise OptionError(name, found, 'bf16, fp32 (fp16 would need its losses scaled, and bf16 needs nothing)')
+    return require_one_of(name, found, PRECISIONS)
 
 
 def _first_level(name: str, found: Any) -> int:
@@ -39,6 +48,18 @@ class StageOptions:
         'without it, the epoch that it resumes in begins anew.',
         require_bool,
         True,
+    )
+    precision: str = option(
+        "How the networks compute in training: fp32, or bf16 where torch's autocast does so. Losses, parameters, "
+        'gradients, optimizers, EMA and all that is saved are fp32 in any case; so is validation (val.precision).',
+        check_precision,
+        'fp32',
+    )
+    channels_last: bool = option(
+        "Whether net_g, and what it is distilled from, have their features in torch's channels_last memory format in "
+        'training. For most convolutional networks that is faster, for some it is slower.',
+        require_bool,
+        False,
     )
 
 

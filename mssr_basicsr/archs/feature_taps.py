@@ -6,7 +6,7 @@ features that the first has at a tap can go into the second, which finishes the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Callable
 
@@ -98,13 +98,16 @@ def check_feature_taps(network: nn.Module, taps: Sequence[str], x: Tensor) -> No
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """While the context is open, ``module`` computes ``forward`` in place of its own."""
+    before = vars(module).get('forward')
     module.forward = forward
     try:
         yield
     finally:
         del module.forward  # what was assigned to the instance: the class's own is there again
+        if before is not None:
+            module.forward = before
 
 
 class ImageFinisher:
@@ -116,45 +119,69 @@ class ImageFinisher:
         taps: its taps, shallowest first.
 
     What the handed-over features replace is not computed where the trunk's structure allows it: where the taps lie
-    in one row of modules and the image depends on the row's earlier modules only through the tap. That is tried out
-    on the first image (the network's own features must give the network's own image), not assumed.
+    in one row of modules and the image depends on the row's earlier modules only through the tap. Images from several
+    taps are then one batch from each tap on. Both are tried out (the network's own features must give the network's
+    own image), not assumed.
     """
 
     def __init__(self, network: nn.Module, taps: Sequence[str]) -> None:
         self.network = network
         self.taps = taps
         self._replaced: dict[str, list[nn.Module]] | None = None
+        self._one_batch = False
 
-    def finish(self, x: Tensor, tap: str, features: Tensor) -> Tensor:
-        """The image, (N, C, H, W), that the network makes of ``x`` when ``tap`` gives ``features``.
+    def finish(self, x: Tensor, features: Mapping[str, Tensor]) -> list[Tensor]:
+        """The image, (N, C, H, W), that the network makes of ``x`` for each of ``features``, its tap giving these.
 
-        Gradients flow to ``features``.
+        Gradients flow to ``features``, which are in the order of the taps.
         """
-        if self._replaced is None:
-            self._replaced = self._find_replaced(x[:1])
-        return self._run(x, tap, features, self._replaced[tap])
+        self.try_out(x)
+        assert self._replaced is not None
+        if self._one_batch:
+            return list(self._run(x, features, self._replaced[next(iter(features))]).chunk(len(features)))
+        return [self._run(x, {tap: given}, self._replaced[tap]) for tap, given in features.items()]
 
-    def _run(self, x: Tensor, tap: str, features: Tensor, replaced: Sequence[nn.Module]) -> Tensor:
+    def _run(self, x: Tensor, features: Mapping[str, Tensor], replaced: Sequence[nn.Module]) -> Tensor:
+        """The images from all of ``features``, as one batch; the modules ``replaced``, before all taps, do not run."""
         with ExitStack() as stack:
             for module in replaced:
-                stack.enter_context(_forward_replaced(module, lambda features, *args, **kwargs: features))
-            module = self.network.get_submodule(tap)
-            stack.enter_context(_forward_replaced(module, lambda *args, **kwargs: features))
-            return self.network(x)  # type: ignore[no-any-return]
+                stack.enter_context(forward_replaced(module, lambda features, *args, **kwargs: features))
+            for i, (tap, given) in enumerate(features.items()):
+                module = self.network.get_submodule(tap)
+                stack.enter_context(forward_replaced(module, _giving(given, module.forward if i else None)))
+            return self.network(torch.cat([x] * len(features)))  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def _find_replaced(self, x: Tensor) -> dict[str, list[nn.Module]]:
-        """For each tap the modules that need not run, because the features at the tap are given."""
-        with record_features(self.network, self.taps) as features:
+    def try_out(self, x: Tensor) -> None:
+        """Find out, once, what need not run because the features at a tap are given; with ``x``'s first image."""
+        if self._replaced is not None:
+            return
+        x = x[:1]
+        with record_features(self.network, self.taps) as recorded:
             image = self.network(x)
-        replaced = {}
-        for tap in self.taps:
-            row, _, index = tap.rpartition('.')
-            siblings = list(self.network.get_submodule(row).named_children())
-            before = [module for _, module in siblings[: [name for name, _ in siblings].index(index)]]
-            try:
-                same = torch.allclose(self._run(x, tap, features[tap], before), image, rtol=1e-4, atol=1e-5)
-            except (RuntimeError, TypeError):  # a module that does more than to pass its features on
-                same = False
-            replaced[tap] = before if same else []
-        return replaced
+        features = {tap: recorded[tap] for tap in self.taps}
+        before = {tap: self._before(tap) for tap in self.taps}
+        skippable = {tap for tap in self.taps if self._gives(image, x, {tap: features[tap]}, before[tap])}
+        self._replaced = {tap: before[tap] if tap in skippable else [] for tap in self.taps}
+        in_one_row = len({tap.rpartition('.')[0] for tap in self.taps}) == 1 and len(skippable) == len(self.taps)
+        self._one_batch = in_one_row and self._gives(image, x, features, before[self.taps[0]])
+
+    def _before(self, tap: str) -> list[nn.Module]:
+        """The modules before ``tap`` in its row."""
+        row, _, index = tap.rpartition('.')
+        siblings = list(self.network.get_submodule(row).named_children())
+        return [module for _, module in siblings[: [name for name, _ in siblings].index(index)]]
+
+    def _gives(self, image: Tensor, x: Tensor, features: Mapping[str, Tensor], replaced: Sequence[nn.Module]) -> bool:
+        try:
+            images = self._run(x, features, replaced)
+        except (RuntimeError, TypeError):  # a module that does more than to pass its features on
+            return False
+        return all(torch.allclose(one, image, rtol=1e-4, atol=1e-5) for one in images.chunk(len(features)))
+
+
+def _giving(features: Tensor, forward: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+    """A tap's forward that gives ``features``, after what ``forward`` makes of the shallower taps' if there are any."""
+    if forward is None:
+        return lambda *args, **kwargs: features
+    return lambda *args, **kwargs: torch.cat([forward(*args, **kwargs), features])

@@ -139,8 +139,9 @@ class MSSR(nn.Module):
         self.level_map = buffer_tree(
             {name: torch.full_like(w, self.smallest_level, dtype=torch.uint8) for name, w in weights.items()}
         )
+        # Of the weights' dtype: a product with a bool tensor takes several times as long.
         self.mask = buffer_tree(
-            {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}, persistent=False
+            {name: torch.ones_like(w, requires_grad=False) for name, w in weights.items()}, persistent=False
         )
         #: Whether normalisation layers use, and leave as they are, the running statistics that they have, as they do
         #: in the backward stage, since all levels share them.

@@ -60,10 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
         SUFFIXES,
         WRITABLE_SUFFIXES,
         check_writable,
-        metrics,
         read_image,
         write_image,
     )
+    from mssr_basicsr.scalable.metrics import metrics
 
     if arguments.tile is not None:
         require_int('--tile', arguments.tile, 0)

@@ -24,22 +24,24 @@ class SelfDistillation:
         self.loss, self.teacher, self.taps = loss, teacher, taps
         self._finisher = ImageFinisher(teacher, taps)
         self._drawn: list[str] = []
+        self._images = slice(None)
         self._features: dict[str, Tensor] = {}
         self._x: Tensor | None = None
 
     @contextmanager
     def watching(self, student: nn.Module, x: Tensor, seed: str) -> Iterator[None]:
-        """While the context is open, ``student(x)`` leaves its features at depths that ``seed`` draws.
+        """While the context is open, ``student(x)`` leaves its features at depths, and of images, that ``seed`` draws.
 
         Args:
             student: the small network.
             x: its input, (N, C, H, W).
-            seed: the same one draws the same depths on every rank.
+            seed: the same one draws the same depths, and the same places in the batch, on every rank.
         """
-        self._drawn = self.loss.sample_taps(self.taps, seed)
+        self._finisher.try_out(x)
+        self._drawn, self._images = self.loss.sample_taps(self.taps, seed), self.loss.sample_images(len(x), seed)
         try:
             with record_features(student, self._drawn) as self._features:
-                self._x = x
+                self._x = x[self._images]
                 yield
         finally:
             self._features, self._x = {}, None
@@ -54,6 +56,6 @@ class SelfDistillation:
         x = self._x
         if x is None:
             return None
-        images = [self._finisher.finish(x, tap, self._features[tap]) for tap in self._drawn]
-        loss: Tensor = self.loss(images, gt, lambda: self.teacher(x))
+        features = {tap: self._features[tap][self._images] for tap in self._drawn}
+        loss: Tensor = self.loss(self._finisher.finish(x, features), gt[self._images], lambda: self.teacher(x))
         return loss

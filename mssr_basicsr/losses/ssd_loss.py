@@ -27,6 +27,8 @@ class SSDLoss(nn.Module):
         loss_weight: the weight of the whole term.
         target: what the finished images should be: ``gt`` the ground truth, ``teacher`` the larger network's own
             image, ``both`` the mean of the two losses. The abstract leaves this open; the default is our choice.
+        batch_share: which share of a batch is distilled, above 0 and up to 1: of 0.5, each iteration distils half of
+            its images, which costs half as much. The abstract knows no such thing.
     """
 
     def __init__(
@@ -35,12 +37,16 @@ class SSDLoss(nn.Module):
         criterion: Mapping[str, Any] | None = None,
         loss_weight: float = 1.0,
         target: str = 'gt',
+        batch_share: float = 1.0,
     ) -> None:
         super().__init__()
         if num_depths != 'all':
             num_depths = require_int('train.ssd_opt.num_depths', num_depths, 1, note=", or 'all'")
         require_one_of('train.ssd_opt.target', target, ('gt', 'teacher', 'both'))
+        if isinstance(batch_share, bool) or not isinstance(batch_share, (int, float)) or not 0 < batch_share <= 1:
+            raise OptionError('train.ssd_opt.batch_share', batch_share, 'a share above 0 and up to 1')
         self.num_depths = num_depths
+        self.batch_share = batch_share
         self.criterion: nn.Module = build_loss(criterion or {'type': 'L1Loss'})
         self.loss_weight = loss_weight
         self.target = target
@@ -57,6 +63,15 @@ class SSDLoss(nn.Module):
         if self.num_depths == 'all':
             return list(taps)
         return [taps[i] for i in sorted(random.Random(seed).sample(range(len(taps)), int(self.num_depths)))]
+
+    def sample_images(self, batch_size: int, seed: str) -> slice:
+        """Which images of a batch one iteration distils: neighbours, since what a batch has next to what is random.
+
+        The same seed gives the same places on every rank, each of which has other images.
+        """
+        count = max(1, round(self.batch_share * batch_size))
+        start = random.Random(f'{seed}, images').randrange(batch_size - count + 1)
+        return slice(start, start + count)
 
     def forward(self, images: Sequence[Tensor], gt: Tensor, teacher: Callable[[], Tensor]) -> Tensor:
         """The weighted mean over the depths.

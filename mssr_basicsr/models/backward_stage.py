@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from basicsr.utils import get_root_logger
-from torch import Tensor
+from torch import Tensor, nn
 
 from mssr_basicsr.adapter.ranks import digest
 from mssr_basicsr.adapter.stage_options import BackwardOptions
@@ -123,6 +123,9 @@ class BackwardStage(LevelwiseTraining):
             get_root_logger().info(f'All levels in one file of {len(data):,} bytes: {path}')
 
     # ------------------------------ tickets ------------------------------ #
+
+    def networks_to_learn_from(self) -> list[nn.Module]:
+        return [] if self.cri_ticket is None else [self.ticket]
 
     def _ticket_loss(self, output: Tensor, gt: Tensor) -> Tensor:
         loss: Tensor = self.cri_ticket(output, self.ticket(self.lq))

@@ -142,6 +142,9 @@ class ForwardStage(LevelwiseTraining):
 
     # ------------------------------ saving ------------------------------ #
 
+    def networks_to_learn_from(self) -> list[nn.Module]:
+        return [] if self.self_distillation is None else [self.teacher]
+
     def extra_networks(self) -> dict[str, nn.Module]:
         networks: dict[str, Any] = {'rewind': self.rewind_point}
         if self.self_distillation is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,6 +34,7 @@ from mssr_basicsr.losses.pixel_and_distillation_loss import PixelAndDistillation
 from mssr_basicsr.method.frozen_weights import FrozenWeights
 from mssr_basicsr.method.schedules import LevelTraining
 from mssr_basicsr.models.nested_levels import NestedLevels
+from mssr_basicsr.models.precision import computing, lacks_bf16
 from mssr_basicsr.scalable.errors import ScalableFileError
 from mssr_basicsr.scalable.packing import level_metrics, pack
 
@@ -73,6 +74,10 @@ class LevelwiseTraining(NestedLevels):
 
     def write_result(self) -> None:
         """After the last save: write what the stage is for, if it is not a checkpoint."""
+
+    def networks_to_learn_from(self) -> list[nn.Module]:
+        """Frozen networks whose images or features the training distils."""
+        return []
 
     def extra_networks(self) -> dict[str, nn.Module]:
         """Networks without which a resumed run could not go on, by the key they have in a checkpoint."""
@@ -136,7 +141,7 @@ class LevelwiseTraining(NestedLevels):
 
     def optimize_parameters(self, current_iter: int) -> None:  # type: ignore[override]  # as SRModel's
         """The model class's iteration, after which the frozen weights have their values again."""
-        with self.distilling(current_iter):
+        with self.distilling(current_iter), self._computing_in_training():
             super().optimize_parameters(self.step)
         self.frozen.put_back(self.network.backbone)
         if self.ema_decay > 0:
@@ -145,8 +150,26 @@ class LevelwiseTraining(NestedLevels):
             self.check_result(self.plan.locate(current_iter)[0])
 
     @contextmanager
+    def _computing_in_training(self) -> Iterator[None]:
+        """While the context is open, the networks have ``train.precision`` and ``train.channels_last``.
+
+        What the class trains beside ``net_g``, discriminators, has only the former: BasicSR's flatten their features by
+        ``view``, which takes no other layout.
+        """
+        others = [net for name, net in vars(self).items() if name.startswith('net_') and not name.endswith('_ema')]
+        bare = [self.get_bare_model(net) for net in others if isinstance(net, nn.Module) and net is not self.net_g]
+        options, own = self.options, [self.network, *self.networks_to_learn_from()]
+        with ExitStack() as stack:
+            stack.enter_context(computing(own, self.device, options.precision, options.channels_last))
+            stack.enter_context(computing(bare, self.device, options.precision))
+            yield
+
+    @contextmanager
     def distilling(self, current_iter: int) -> Iterator[None]:
-        """While the context is open, iteration ``current_iter`` runs and leaves what a distillation needs of it."""
+        """While the context is open, iteration ``current_iter`` runs and leaves what a distillation needs of it.
+
+        It is entered before the networks take ``train.precision`` on: what is tried out there is in fp32.
+        """
         yield
 
     def model_ema(self, decay: float = 0.999) -> None:
@@ -178,6 +201,10 @@ class LevelwiseTraining(NestedLevels):
         self.plan = TrainingPlan(self.make_plan())
         self.plan.check({**self.opt, 'train': self._train_opt})
         self._warn_of_unprunable()
+        if self.options.precision == 'bf16' and lacks_bf16(self.device):
+            get_root_logger().warning(
+                'train.precision: bf16; this processor has no bf16 arithmetic, training will be slower than in fp32.'
+            )
         try:
             self.pack()  # what the file cannot hold is refused now, and not after days of training
         except ScalableFileError as error:

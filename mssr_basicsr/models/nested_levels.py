@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from mssr_basicsr.adapter.ranks import wait_for_all
 from mssr_basicsr.adapter.records import LevelRecord, describe_level, level_table
 from mssr_basicsr.adapter.resuming import random_state, set_random_state
+from mssr_basicsr.adapter.stage_options import check_precision
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain
 from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.saving import saved_whole, write_whole
+from mssr_basicsr.models.precision import computing
 
 if TYPE_CHECKING:
     Base = SRModel
@@ -47,6 +49,8 @@ class NestedLevels(Base):
             logger = get_root_logger()
             logger.warning(f'{opt["num_gpu"]} GPUs but no launcher: one is used; to use all, start with torchrun.')
             opt['num_gpu'] = 1
+        val_opt = opt.get('val') or {}
+        self._val_precision = check_precision('val.precision', val_opt.get('precision', 'fp32'))
         self.records: dict[int, LevelRecord] = {}
         self._measured: dict[str, float] = {}
         super().__init__(opt)
@@ -74,10 +78,11 @@ class NestedLevels(Base):
     def validation(self, dataloader: Any, current_iter: int | str, tb_logger: Any, save_img: bool = False) -> None:
         """The model class's validation for each of :meth:`levels_to_validate`, then one row for each in a table.
 
-        The training is left as it was (level, modes, random generators). No rank goes on before all are done.
+        In fp32, as networks are mostly used, unless ``val.precision`` is bf16. The training is left as it was (level,
+        modes, random generators). No rank goes on before all are done.
         """
         name, levels = dataloader.dataset.opt['name'], self.levels_to_validate()
-        with self._training_left_as_it_was():
+        with self._training_left_as_it_was(), computing([self.result], self.device, self._val_precision):
             for level in levels:
                 self.set_level(level)
                 with self._reported_apart(dataloader.dataset.opt, level, len(levels) > 1):

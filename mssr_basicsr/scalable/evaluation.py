@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mssr_basicsr.scalable.container import Source
-from mssr_basicsr.scalable.images import metrics, validation_pairs
+from mssr_basicsr.scalable.images import validation_pairs
+from mssr_basicsr.scalable.metrics import metrics
 from mssr_basicsr.scalable.model import ScalableModel
 
 

@@ -1,4 +1,4 @@
-"""Image files: read as they are meant to be seen, written without losing anything in silence; and PSNR and SSIM.
+"""Image files: read as they are meant to be seen, written without losing anything in silence.
 
 Pillow opens every file, finds its orientation, frames and colour profile, and decodes what has up to 8 bits a channel.
 It would cut deeper files to 8 bits, so OpenCV decodes these. Pillow writes 8 bits a channel, OpenCV 16-bit PNGs,
@@ -8,7 +8,6 @@ tifffile TIFFs. Metadata such as the date, the place and the resolution are not 
 from __future__ import annotations
 
 import io
-import os
 import struct
 import warnings
 import zlib
@@ -25,7 +24,7 @@ from PIL import ImageCms, features
 
 from mssr_basicsr.foundation.on_demand import load_basicsr
 from mssr_basicsr.foundation.saving import write_whole
-from mssr_basicsr.scalable.pixels import Image, as_colours, check_values, to_depth, white, without_alpha
+from mssr_basicsr.scalable.pixels import Image, as_colours, to_depth, white, without_alpha
 
 PIL.Image.init()  # lets Pillow find out which formats it was built with
 _AVIF = 'AVIF' in PIL.Image.SAVE
@@ -144,11 +143,6 @@ def read_eight_bits(path: str | Path) -> Image:
     if pixels.dtype != np.uint8:
         raise ValueError(f'{path}: found {pixels.dtype} pixels; allowed: 8 bits a channel')
     return without_alpha(pixels)
-
-
-def read_colour(path: str | Path) -> Image:
-    """The same, always (H, W, 3): grey as three equal channels."""
-    return as_colours(read_eight_bits(path))
 
 
 def _read(data: bytes) -> Picture:
@@ -401,40 +395,7 @@ def _encode_deep_png(image: Image, icc: bytes | None) -> bytes:
     return data
 
 
-# ------------------------------ how good images are ------------------------------ #
-
-
-def metrics(image: Image, truth: Image, scale: int) -> dict[str, float]:
-    """PSNR (dB) and SSIM on the Y channel, ``scale`` pixels of border left out, by BasicSR's functions.
-
-    Both are pixels as in :class:`Picture`, of any depth: both count from black to white in full. Alpha does not count.
-    The truth is cut to the image's size where it is larger by less than ``scale``: its own may have been no multiple.
-
-    Raises:
-        ValueError: one is grey and the other coloured, the sizes do not fit, too little is left within the border, or
-            the truth's values are none that :func:`check_values` passes.
-    """
-    load_basicsr('to measure PSNR and SSIM')
-    from basicsr.metrics import calculate_psnr, calculate_ssim
-
-    image, truth = without_alpha(image), without_alpha(truth)
-    if image.ndim != truth.ndim:
-        kinds = ['grey' if picture.ndim == 2 else 'coloured' for picture in (truth, image)]
-        raise ValueError(f'the ground truth: found a {kinds[0]} image; allowed: a {kinds[1]} one, as the upscaled is')
-    (height, width), (true_height, true_width) = image.shape[:2], truth.shape[:2]
-    if not (0 <= true_height - height < scale and 0 <= true_width - width < scale):
-        raise ValueError(
-            f'the ground truth: found {true_width}x{true_height} pixels; allowed: {width}x{height}, which the upscaled '
-            f'image has, or up to {scale - 1} more a side'
-        )
-    if min(height, width) < 2 * scale + 11:  # SSIM's window
-        raise ValueError(f'the ground truth: found {width}x{height} pixels; allowed: at least {2 * scale + 11} a side')
-    check_values(truth)
-    images = [picture * (255 / white(picture.dtype)) for picture in (image, truth[:height, :width])]
-    return {
-        'psnr': float(calculate_psnr(*images, crop_border=scale, test_y_channel=image.ndim == 3)),
-        'ssim': float(calculate_ssim(*images, crop_border=scale, test_y_channel=image.ndim == 3)),
-    }
+# ------------------------------ pairs to evaluate on ------------------------------ #
 
 
 def resize_bicubic(image: Image, factor: float) -> Image:
@@ -447,20 +408,18 @@ def resize_bicubic(image: Image, factor: float) -> Image:
 
 
 def validation_pairs(gt: Path, lq: Path | None, scale: int) -> Iterator[tuple[Image, Image]]:
-    """For each image in the folder ``gt``, (LR, ground truth) in BGR uint8.
+    """For each image in the folder ``gt``, (LR, ground truth cut to a multiple of the scale): both grey, or both BGR.
 
     The LR image is the one of the same name in ``lq``, or made by :func:`resize_bicubic`.
     """
     for file in list_images(gt):
-        truth = cv2.imread(os.fspath(file), cv2.IMREAD_COLOR)
-        if truth is None:
-            raise ValueError(f'{file}: not an image that OpenCV can read')
+        truth = read_eight_bits(file)
         height, width = (size - size % scale for size in truth.shape[:2])
         truth = truth[:height, :width]
         if lq is None:
             yield resize_bicubic(truth, 1 / scale), truth
-        else:
-            small = cv2.imread(os.fspath(lq / file.name), cv2.IMREAD_COLOR)
-            if small is None:
-                raise ValueError(f'{lq / file.name}: the LR image of {file} is not there')
-            yield small, truth
+            continue
+        if not (lq / file.name).is_file():
+            raise ValueError(f'{lq / file.name}: the LR image of {file} is not there')
+        small = read_eight_bits(lq / file.name)
+        yield small if small.ndim == truth.ndim else small[..., 0], truth

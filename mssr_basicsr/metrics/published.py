@@ -1,0 +1,31 @@
+"""The published protocol as metrics of BasicSR, for a validation set of type PairedEvaluationDataset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+from basicsr.utils.registry import METRIC_REGISTRY
+
+from mssr_basicsr.scalable.metrics import published_metrics
+
+Image = npt.NDArray[Any]
+
+
+@METRIC_REGISTRY.register()
+def calculate_psnr_published(img: Image, img2: Image, crop_border: int, round_y: bool = False, **_: Any) -> float:
+    """PSNR in dB as :func:`published_metrics` has it.
+
+    Args:
+        img: the upscaled image, (H, W) or (H, W, 3) BGR, from 0 to 255.
+        img2: the ground truth; (H, W) where it is a grey file.
+        crop_border: pixels of each edge that do not count.
+        round_y: whether Y is rounded to 8 bits.
+    """
+    return published_metrics(img, img2, crop_border, round_y)['psnr']
+
+
+@METRIC_REGISTRY.register()
+def calculate_ssim_published(img: Image, img2: Image, crop_border: int, round_y: bool = False, **_: Any) -> float:
+    """SSIM as :func:`published_metrics` has it; the arguments are those of :func:`calculate_psnr_published`."""
+    return published_metrics(img, img2, crop_border, round_y)['ssim']

@@ -1,0 +1,155 @@
+"""The published protocol: values by hand, against BasicSR's, and bicubic's published figures where the sets are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import skimage
+from basicsr.data import build_dataset
+from basicsr.metrics import calculate_metric, calculate_psnr, calculate_ssim
+from basicsr.utils import bgr2ycbcr, tensor2img
+from conftest import Run
+
+from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.scalable.images import resize_bicubic, validation_pairs
+from mssr_basicsr.scalable.metrics import metrics, published_metrics
+
+PHOTOGRAPHS = Path(skimage.__file__).parent / 'data'
+#: Set5, Set14, BSD100 in folders; they are nobody's to commit.
+SETS = Path(os.environ.get('MSSR_TEST_SETS', Path(__file__).resolve().parents[2] / 'shared' / 'data'))
+
+
+def test_values_by_hand() -> None:
+    grey = np.full((20, 20), 100.0)
+    brighter = published_metrics(grey + 5, grey, 2)
+    assert brighter['psnr'] == pytest.approx(10 * np.log10(255**2 / 25))
+    c1 = (0.01 * 255) ** 2  # of flat images all variances are 0
+    assert brighter['ssim'] == pytest.approx((2 * 105 * 100 + c1) / (105**2 + 100**2 + c1))
+    assert published_metrics(grey, grey, 2) == {'psnr': float('inf'), 'ssim': pytest.approx(1)}
+    # White and black have a Y of 235 and 16: in colour, 255 levels apart are 219.
+    black, white = np.zeros((20, 20, 3)), np.full((20, 20, 3), 255.0)
+    assert published_metrics(white, black, 2)['psnr'] == pytest.approx(20 * np.log10(255 / 219), abs=1e-4)
+    # What lies in the border does not count.
+    framed = np.pad(grey, 2)
+    assert published_metrics(framed + np.pad(np.zeros((20, 20)), 2, constant_values=9), framed, 2)['psnr'] == float(
+        'inf'
+    )
+    # One grey level up in all channels is 0.86 of Y up: rounded, all of it or nothing.
+    colour = np.full((20, 20, 3), 100.0)
+    assert published_metrics(colour + 1, colour, 2)['psnr'] == pytest.approx(20 * np.log10(255 / (219 / 255)), abs=1e-3)
+    assert published_metrics(colour + 1, colour, 2, round_y=True)['psnr'] == pytest.approx(20 * np.log10(255))
+
+
+@pytest.mark.parametrize('name', ['coffee.png', 'camera.png'])
+def test_against_basicsr(name: str) -> None:
+    truth = cv2.imread(str(PHOTOGRAPHS / name), cv2.IMREAD_UNCHANGED)
+    image = cv2.GaussianBlur(truth, (5, 5), 1)
+    coloured = truth.ndim == 3
+    for round_y in (False, True):
+        pair = (image, truth)
+        if round_y and coloured:
+            pair = tuple((bgr2ycbcr(one.astype(np.float32) / 255, y_only=True) * 255).round() for one in pair)
+        options = {'crop_border': 3, 'test_y_channel': coloured and not round_y}
+        found = published_metrics(image, truth, 3, round_y)
+        assert found['psnr'] == pytest.approx(calculate_psnr(*pair, **options), abs=1e-4)
+        assert found['ssim'] == pytest.approx(calculate_ssim(*pair, **options), abs=1e-6)
+
+
+def test_a_grey_file_is_its_y(tmp_path: Path) -> None:
+    """Upscaled by bicubic, LR and truth both from the file; as colours it would have seemed 1.32 dB better."""
+    camera = cv2.imread(str(PHOTOGRAPHS / 'camera.png'), cv2.IMREAD_UNCHANGED)
+    cv2.imwrite(str(tmp_path / 'camera.png'), camera)
+    ((small, truth),) = validation_pairs(tmp_path, None, 2)
+    assert small.shape == (256, 256) and np.array_equal(truth, camera)
+    upscaled = resize_bicubic(small, 2)
+    error = np.square(upscaled.astype(float) - camera)[2:-2, 2:-2].mean()
+    assert metrics(upscaled, truth, 2)['psnr'] == pytest.approx(10 * np.log10(255**2 / error))
+    as_colours = [np.dstack([grey] * 3) for grey in (upscaled, camera)]
+    squeezed = published_metrics(*as_colours, border=2)['psnr'] - metrics(upscaled, truth, 2)['psnr']
+    assert squeezed == pytest.approx(20 * np.log10(255 / 219), abs=1e-3)
+    # A colour network gives colours, which count as their grey: of equal channels, these.
+    assert published_metrics(as_colours[0], camera, 2)['psnr'] == pytest.approx(metrics(upscaled, truth, 2)['psnr'])
+
+
+@pytest.mark.parametrize(
+    ('image', 'truth', 'text'),
+    [
+        ((20, 20), (20, 21), 'found 21x20 pixels; allowed: 20x20'),
+        ((20, 20), (20, 20, 3), 'found a coloured image; allowed: a grey one'),
+        ((14, 20), (14, 20), 'found 20x14 pixels; allowed: at least 15 a side'),
+    ],
+)
+def test_what_cannot_be_compared(image: Any, truth: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        published_metrics(np.zeros(image), np.zeros(truth), 2)
+
+
+@pytest.mark.parametrize(
+    ('name', 'psnr', 'rounded'), [('Set5', 33.68, 33.65), ('Set14', 30.24, 30.22), ('BSD100', 29.56, 29.55)]
+)
+def test_bicubics_published_figures(name: str, psnr: float, rounded: float) -> None:
+    if not (SETS / name).is_dir():
+        pytest.skip(f'{SETS / name} is not there')
+    pairs = [(resize_bicubic(small, 2), truth) for small, truth in validation_pairs(SETS / name, None, 2)]
+    for round_y, expected in ((False, psnr), (True, rounded)):
+        found = mean(published_metrics(image, truth, 2, round_y)['psnr'] for image, truth in pairs)
+        assert round(found, 2) == expected
+
+
+# ------------------------------ in BasicSR ------------------------------ #
+
+
+@pytest.fixture
+def grey_and_colour(toy_data: Path, tmp_path: Path) -> dict[str, Any]:
+    """Options of a validation set of two images: one a grey file, one the same grey as colours."""
+    for part in ('gt', 'lq'):
+        (tmp_path / part).mkdir()
+        image = cv2.imread(str(toy_data / part / '0.png'), cv2.IMREAD_GRAYSCALE)
+        cv2.imwrite(str(tmp_path / part / 'grey.png'), image)
+        cv2.imwrite(str(tmp_path / part / 'rgb.png'), np.dstack([image] * 3))
+    return {
+        'name': 'greyval', 'type': 'PairedEvaluationDataset', 'io_backend': {'type': 'disk'},
+        'dataroot_gt': str(tmp_path / 'gt'), 'dataroot_lq': str(tmp_path / 'lq'),
+    }  # fmt: skip
+
+
+def test_the_dataset_keeps_grey_files_grey(grey_and_colour: dict[str, Any]) -> None:
+    dataset = build_dataset({**grey_and_colour, 'phase': 'val', 'scale': 2})
+    grey, coloured = sorted((dataset[i] for i in range(2)), key=lambda pair: pair['gt_path'])
+    assert grey['gt'].shape == (1, 32, 32) and coloured['gt'].shape == (3, 32, 32)
+    assert grey['lq'].shape == coloured['lq'].shape == (3, 16, 16)
+    upscaled = {'img': np.full((32, 32, 3), 128, np.uint8)}
+    found = [
+        calculate_metric({**upscaled, 'img2': tensor2img(pair['gt'])}, {'type': kind, 'crop_border': 2})
+        for pair in (grey, coloured)
+        for kind in ('calculate_psnr_published', 'calculate_ssim_published')
+    ]
+    truth = cv2.imread(grey['gt_path'], cv2.IMREAD_UNCHANGED)
+    assert found[:2] == pytest.approx(list(published_metrics(upscaled['img'], truth, 2).values()))
+    assert found[2] == pytest.approx(found[0] + 20 * np.log10(255 / 219), abs=1e-3)
+
+
+def test_a_training_validates_by_the_protocol(
+    forward_opt: dict[str, Any], grey_and_colour: dict[str, Any], run: Run
+) -> None:
+    import json
+
+    forward_opt['datasets']['val'] = grey_and_colour
+    forward_opt['train'].update(level_iter=4, total_iter=12)
+    forward_opt['val']['metrics'] = {'psnr': {'type': 'calculate_psnr_published', 'crop_border': 2}}
+    records = json.loads((run(forward_opt) / 'models' / 'levels.json').read_text())
+    assert all(5 < record['metrics']['greyval']['psnr'] < 40 for record in records)
+
+
+def test_the_dataset_is_not_trained_on(forward_opt: dict[str, Any], run: Run) -> None:
+    forward_opt['datasets']['train']['type'] = 'PairedEvaluationDataset'
+    with pytest.raises(
+        OptionError, match=r"datasets\.train\.type: found 'PairedEvaluationDataset'; allowed: a dataset"
+    ):
+        run(forward_opt)
