@@ -66,6 +66,7 @@ class Upscaler:
             raise ValueError(f'image: found {planes.shape[2]} channels; allowed: 1 (grey), 3 (colour), 4 (with alpha)')
         top: float = {1: 255, 2: 65535, 4: 1}[image.dtype.itemsize]
         colour = planes[..., :3].astype(np.float32) / np.float32(top)
+        bgr = bgr and planes.shape[2] > 1  # torch takes no array with a negative stride, even of a single channel
         result: Any = self._upscale_colour(colour[..., ::-1] if bgr else colour, tile, progress)
         result = result[..., ::-1] if bgr else result
         if planes.shape[2] == 4:
