@@ -13,12 +13,21 @@ step "Environment"
 step "Data"
 python scripts/quickstart_data.py
 
+# The options ask for bf16, which is slower than fp32 where the processor has no arithmetic for it.
+force=
+python - << 'END' || force="--force_yml train:precision=fp32"
+import sys
+import torch
+from mssr_basicsr.models.precision import lacks_bf16
+sys.exit(lacks_bf16(torch.device('cuda' if torch.cuda.is_available() else 'cpu')))
+END
+
 for stage in forward backward; do
     step "The $stage stage: options/mssr_$stage.yml"
     if [ -e "experiments/mssr_$stage/models/net_g_latest.pth" ]; then
         echo "Done before; to do it again, remove experiments/mssr_$stage."
     else
-        python -m mssr_basicsr.train -opt "options/mssr_$stage.yml" --auto_resume
+        python -m mssr_basicsr.train -opt "options/mssr_$stage.yml" --auto_resume $force
     fi
 done
 

@@ -24,6 +24,28 @@ def test_the_report_is_made_from_the_results() -> None:
     assert report.report(study.read_results()) == (ROOT / 'docs' / 'results.md').read_text('utf-8')
 
 
+def test_what_basicsr_measured_is_corrected() -> None:
+    """The nested model's smallest level is its ticket: measured anew, and by BasicSR's metrics with the correction."""
+    kept = study.read_results()
+    corrected = report.psnr_by_level(report.as_published(kept)['main_forward']['levels'])[4]
+    (ticket,) = [record for record in kept['main_forward']['levels'] if record['level'] == 4]
+    (anew,) = [record for record in kept['main_backward_teacher']['levels'] if record['level'] == 4]
+    assert (ticket['evaluation'], anew['evaluation']) == ('basicsr', 'published')
+    assert corrected == pytest.approx({name: found['psnr'] for name, found in anew['metrics'].items()}, abs=2e-3)
+    assert ticket['metrics']['Set14']['psnr'] == pytest.approx(corrected['Set14'] + 1.3219 / 14, abs=1e-4)
+
+
+def test_the_readmes_headline_is_in_the_results() -> None:
+    results = report.as_published(study.read_results())
+    expected = {
+        f'level {level}': ' / '.join(f'{psnr[name]:.2f}' for name in report.SETS)
+        for level, psnr in report.psnr_by_level(results['main_backward_teacher']['levels']).items()
+    }
+    lines = (ROOT / 'README.md').read_text('utf-8').splitlines()
+    for level, psnr in expected.items():
+        assert any(f'{level} |' in line and f'| {psnr} |' in line for line in lines), (level, psnr)
+
+
 @pytest.mark.parametrize('name', study.RUNS)
 def test_a_run_is_accepted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its options, with the files that it needs from other runs, make a model that is ready to train."""

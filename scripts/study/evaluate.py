@@ -56,8 +56,7 @@ def main() -> None:
     if arguments.run:
         results = read_results()
         for record in results[arguments.run]['levels']:
-            record['metrics'] = levels[record['level']]
-        results[arguments.run]['evaluation'] = 'published'
+            record.update(metrics=levels[record['level']], evaluation='published')
         write_whole(RESULTS, (json.dumps(results, indent=1) + '\n').encode())
 
 

@@ -317,13 +317,14 @@ def keep(run: Run) -> None:
         'seconds_per_iteration': round(seconds, 4),
         'data_seconds_per_iteration': round(data_seconds, 4),
         'threads': torch.get_num_threads(),
-        'evaluation': 'published',
         'levels': json.loads(levels.read_text()) if levels.is_file() else [record_of_stock(run, logs[-1])],
     }
+    for record in result['levels']:
+        record['evaluation'] = 'published'  # by the metrics that the options name; before, some had BasicSR's
     results = read_results()
     if run.stage == 'backward':  # what it is compared with; the forward stage may be run again some day
         tickets = results[Path(run.needs[0]).parts[1]]['levels']
-        result['tickets'] = [{key: ticket[key] for key in ('level', 'metrics')} for ticket in tickets]
+        result['tickets'] = [{key: ticket[key] for key in ('level', 'metrics', 'evaluation')} for ticket in tickets]
     before = results.get(run.name)
     if before is not None:
         result['earlier'] = [*before.pop('earlier', []), before]
@@ -395,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.command == 'list':
         done = read_results()
         for name, described in RUNS.items():
-            print(f'{described.table:8} {name:24} {"done" if name in done else ""}')
+            print(f'{described.table:8} {name:32} {"done" if name in done else ""}')
     else:
         for described in RUNS.values():
             if described.name in args.names or described.table in args.names:
