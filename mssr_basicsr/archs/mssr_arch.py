@@ -19,6 +19,7 @@ from mssr_basicsr.archs.feature_taps import find_feature_taps
 from mssr_basicsr.foundation.checkpoints import CheckpointError
 from mssr_basicsr.foundation.checks import OptionError, arguments_checked, closest, match_names, require_int
 from mssr_basicsr.method.level_map import LevelMap, buffer_tree, count, mask_of, num_kept
+from mssr_basicsr.scalable.building import without_weight_files
 from mssr_basicsr.scalable.container import MAX_LEVELS
 
 
@@ -128,7 +129,7 @@ class MSSR(nn.Module):
             names = ', '.join(sorted(ARCH_REGISTRY.keys()))
             allowed = f'{names}; of another package, import it first: its own train.py does, and mssr --import PACKAGE'
             raise OptionError('network_g.backbone.type', backbone['type'], allowed)
-        self.backbone_options = deepcopy(dict(backbone))
+        self.backbone_options = deepcopy(without_weight_files(backbone))
         with arguments_checked('network_g.backbone', backbone, 'architecture'):
             self.backbone: nn.Module = build_network(backbone)
 

@@ -54,6 +54,14 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
     return network.eval().requires_grad_(True)
 
 
+def without_weight_files(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an architecture but for files that it would take first weights from, such as ``spynet_path``.
+
+    They are those that end in ``_path``. A network whose weights are all at hand is built without them.
+    """
+    return {key: value for key, value in options.items() if not key.endswith('_path')}
+
+
 def build_for(header: Header, size: int) -> nn.Module:
     """The backbone of a file whose first ``size`` bytes are there.
 

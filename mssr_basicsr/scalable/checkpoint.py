@@ -12,6 +12,7 @@ from basicsr.utils.options import ordered_yaml
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain
 from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
 from mssr_basicsr.foundation.checks import OptionError, require_int
+from mssr_basicsr.scalable.building import without_weight_files
 from mssr_basicsr.scalable.packing import level_metrics
 
 
@@ -31,6 +32,8 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
     if network_opt.pop('type', None) != 'MSSR':
         raise OptionError('network_g.type', (opt.get('network_g') or {}).get('type'), f'MSSR, in {options}')
     network_opt.pop('level', None)
+    if isinstance(network_opt.get('backbone'), dict):
+        network_opt['backbone'] = without_weight_files(network_opt['backbone'])
     network = MSSR(**network_opt)
     try:
         loaded = read_checkpoint(checkpoint)

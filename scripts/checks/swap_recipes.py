@@ -2,10 +2,11 @@
 
     python scripts/checks/swap_recipes.py CHECKOUT [--match PART ...] [--others HAT REALESRGAN] [--logs FOLDER]
 
-CHECKOUT is a clone of BasicSR. Each YAML below its options/train that has a scale is trained as it is (stock), then with
-MSSR in it: forward stage, backward stage, and a test of every level; all by the checkout's own scripts. With --others, so
-are some YAMLs of HAT and Real-ESRGAN, by their own. The table says for each run whether it works, is refused (by an error
-that names the option) or failed, and which losses the stock run logs and one of ours does not ("-": none).
+CHECKOUT is a clone of BasicSR. Each YAML below its options/train that has a scale is trained as it is (stock), then
+with MSSR in it: forward stage, backward stage, and a test of every level; all by the checkout's own scripts. With
+--others, so are some YAMLs of HAT and Real-ESRGAN, by their own. The table says for each run whether it works, is
+refused (by an error that names the option) or failed, and which losses the stock run logs and one of ours does not
+("-": none).
 
 What is made smaller, and nothing else:
 - data: a few random images and clips; a validation image is 37 x 53, for video classes a multiple of 4 (BasicVSR++: of
@@ -16,8 +17,8 @@ What is made smaller, and nothing else:
   them.
 - depths: at most two blocks, groups or layers of each kind.
 - pretrained networks, SPyNet's, EDVR's and VGG's weights are random.
-Each run is a fork of this process, which has imported BasicSR. The exit status is 1 if a run fails that stock can do, or
-if a loss is lost.
+Each run is a fork of this process, which has imported BasicSR. The exit status is 1 if a run fails that stock can do,
+or if a loss is lost.
 """
 
 from __future__ import annotations
@@ -140,7 +141,12 @@ def shrink(opt: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
         if 'input_size' in opt['network_d']:
             opt['network_d']['input_size'] = 128
     if 'val' not in opt['datasets']:
-        opt['datasets']['val'] = {'name': 'validation', 'type': 'PairedImageDataset', 'dataroot_gt': '', 'dataroot_lq': ''}
+        opt['datasets']['val'] = {
+            'name': 'validation',
+            'type': 'PairedImageDataset',
+            'dataroot_gt': '',
+            'dataroot_lq': '',
+        }
     make_data(opt, folder, lq_patch)
     data.update(gt_size=lq_patch * opt['scale'], num_worker_per_gpu=0, batch_size_per_gpu=1, dataset_enlarge_ratio=2)
     if 'gt_size' in opt:
@@ -362,7 +368,7 @@ def main() -> None:
                 print('| ' + ' | '.join(rows[-1]) + ' |', flush=True)
         wrong = [row[0] for row in rows if is_wrong(row)]
         working = sum(row[2:6] == ['works'] * 4 for row in rows)
-        print(f'{working} of {len(rows)} work in all runs; {len(wrong)} are wrong{": " if wrong else ""}{", ".join(wrong)}.')
+        print(f'{working} of {len(rows)} work in all runs. Wrong: {", ".join(wrong) or "none"}.')
         sys.exit(1 if wrong else 0)
 
 
