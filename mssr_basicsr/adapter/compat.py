@@ -122,7 +122,7 @@ def provide_color_conversions() -> None:
 
 
 def provide_wandb_ids(init_wandb_logger: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Wraps ``init_wandb_logger``: wandb without ``util.generate_id``, which BasicSR calls, gets its successor there."""
+    """Wraps ``init_wandb_logger``: wandb without ``util.generate_id``, which BasicSR calls, gets its successor."""
     wandb = importlib.import_module('wandb')
     if not hasattr(wandb.util, 'generate_id'):
         wandb.util.generate_id = importlib.import_module('wandb.sdk.lib.runid').generate_id

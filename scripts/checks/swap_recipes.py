@@ -12,7 +12,7 @@ What is made smaller, and nothing else:
 - data: a few random images and clips; a validation image is 37 x 53, for video classes a multiple of 4 (BasicVSR++: of
   64). lmdb becomes disk. Where validation is commented out, as Real-ESRGAN's, it is put in.
 - patches: 16 x 16 before upscaling, 32 x 32 for video, 64 x 64 for BasicVSR++, 128 / scale for a VGGStyleDiscriminator,
-  whose input_size follows. One patch a batch, five frames a clip, a pool of two training pairs.
+  whose input_size follows. One patch a batch, five to seven frames a clip, a pool of two training pairs.
 - iterations: two for stock and for each of three levels; milestones, periods and the phases fix_flow and tsa_iter with
   them.
 - depths: at most two blocks, groups or layers of each kind.
@@ -105,7 +105,7 @@ def make_data(opt: dict[str, Any], folder: Path, lq_patch: int) -> None:
             data['meta_info_file'] = str(folder / 'clips.txt')
             Path(data['meta_info_file']).write_text('00001/0001 7 (0,0,3)\n')
         else:
-            write_clip(gt / '000', lq / '000', [f'{i:08d}.png' for i in range(5)], size, scale)
+            write_clip(gt / '000', lq / '000', [f'{i:08d}.png' for i in range(7)], size, scale)
 
 
 def write_pretrained(project: Path) -> None:
@@ -116,14 +116,16 @@ def write_pretrained(project: Path) -> None:
     from basicsr.archs.spynet_arch import SpyNet
 
     folder = project / PRETRAINED
-    (folder / 'flownet').mkdir(parents=True)
+    folder.mkdir(parents=True)
     vgg = torchvision.models.vgg19().state_dict()
     for name, weight in vgg.items():  # those that no loss uses take no room
         if name.startswith('classifier'):
             vgg[name] = torch.zeros(1).expand(weight.shape)
     torch.save(vgg, folder / 'vgg19-dcbb9e9d.pth')
-    torch.save({'params': SpyNet().state_dict()}, folder / 'spynet.pth')
-    torch.save({'params': EDVRFeatureExtractor(5, 64, None).state_dict()}, folder / 'edvr.pth')
+    spynet = {name: weight for name, weight in SpyNet().state_dict().items() if name not in ('mean', 'std')}
+    torch.save({'params': spynet}, folder / 'spynet.pth')
+    for frames in (5, 7):
+        torch.save({'params': EDVRFeatureExtractor(frames, 64, None).state_dict()}, folder / f'edvr{frames}.pth')
 
 
 # ------------------------------ the swap ------------------------------ #
@@ -161,9 +163,10 @@ def shrink(opt: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
             network[key] = depth[:2] if isinstance(depth, list) else min(depth, 2)
             if key == 'depths':
                 network[key] = [min(layers, 2) for layers in network[key]]
-    for key in ('spynet_path', 'edvr_path'):
-        if key in network:
-            network[key] = str(PRETRAINED / key.replace('_path', '.pth'))
+    if 'spynet_path' in network:
+        network['spynet_path'] = str(PRETRAINED / 'spynet.pth')
+    if 'edvr_path' in network:
+        network['edvr_path'] = str(PRETRAINED / f'edvr{2 * network["temporal_padding"] + 1}.pth')
     train['total_iter'] = LEVEL_ITER
     for key, value in (('milestones', [1]), ('periods', [LEVEL_ITER]), ('restart_weights', [1])):
         if key in train['scheduler']:
