@@ -52,6 +52,7 @@ setup(
         'lmdb',
         'pyyaml',
         'safetensors',
+        'setuptools<82',  # the pkg_resources in it, without which TensorBoard does not start
         'tqdm',
         'xxhash>=3',
         'zstandard',
@@ -68,7 +69,7 @@ setup(
             'onnxscript',
             'pytest',
             'ruff',
-            'setuptools>=64',
+            'setuptools>=64,<82',
             'spandrel',
             'types-PyYAML',
             'types-tqdm',

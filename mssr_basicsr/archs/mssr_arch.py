@@ -127,7 +127,7 @@ class MSSR(nn.Module):
             raise OptionError('network_g.backbone', backbone, 'the options of an architecture, with its type')
         if backbone['type'] not in ARCH_REGISTRY and f'{backbone["type"]}_basicsr' not in ARCH_REGISTRY:
             names = ', '.join(sorted(ARCH_REGISTRY.keys()))
-            allowed = f'{names}; of another package, import it first: its own train.py does, and mssr --import PACKAGE'
+            allowed = f'{names}; of another package, import it first: its own train.py does, and mssr --import MODULE'
             raise OptionError('network_g.backbone.type', backbone['type'], allowed)
         self.backbone_options = deepcopy(without_weight_files(backbone))
         with arguments_checked('network_g.backbone', backbone, 'architecture'):

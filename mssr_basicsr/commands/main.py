@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -10,6 +11,7 @@ from importlib import import_module
 from mssr_basicsr import __version__
 
 COMMANDS = ('info', 'verify', 'upscale', 'extract', 'export', 'plot', 'pack')
+BUILDING = ('upscale', 'extract', 'export', 'pack')  #: those that build a backbone
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,14 +26,41 @@ def build_parser() -> argparse.ArgumentParser:
         module = import_module(f'mssr_basicsr.commands.{name}')
         command = commands.add_parser(name, help=module.HELP, description=module.run.__doc__.replace('``', ''))
         module.add_arguments(command)
+        if name in BUILDING:
+            command.add_argument(
+                '--import',
+                dest='imports',
+                metavar='MODULE',
+                action='append',
+                default=[],
+                help="a module that registers the backbone's architecture, such as hat.archs; may be given again",
+            )
         command.set_defaults(run=module.run)
     return parser
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import what registers architectures with BasicSR, also from the current folder, as a Python script there would.
+
+    Raises:
+        ValueError: a module cannot be imported; the text says why.
+    """
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for name in names:
+        try:
+            import_module(name)
+        except Exception as error:  # whatever the module does when it is imported
+            raise ValueError(
+                f'--import: found {name!r}; allowed: a module ({type(error).__name__}: {error})'
+            ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Exit status: 0 done, 1 it could not be done (one line says why), 2 wrong usage."""
     arguments = build_parser().parse_args(argv)
     try:
+        import_modules(getattr(arguments, 'imports', []))
         return int(arguments.run(arguments))
     except (ValueError, OSError) as error:
         print(f'mssr: error: {error}', file=sys.stderr)

@@ -41,9 +41,8 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
     name = arguments.pop('type')
     registered = [key for key in (name, f'{name}_basicsr') if key in ARCH_REGISTRY]
     if not registered:
-        raise ScalableFileError(
-            f'backbone: {name} is not registered with BasicSR; import the package that has it first'
-        )
+        message = f'backbone: {name} is not registered with BasicSR; import the package that has it first'
+        raise ScalableFileError(f'{message} (mssr ... --import MODULE)')
     with torch.random.fork_rng(devices=[]), torch.device('cpu'):
         try:
             network: nn.Module = ARCH_REGISTRY.get(registered[0])(**arguments)

@@ -5,9 +5,9 @@
 For each number of ranks (1: plain; more: under torchrun) the two stages run once undisturbed. Then they run again and
 are killed at random instants, half of them aimed: at a file of a save being made, written half, renamed or removed, and
 before and after a level ends or begins. Each time they are resumed with --auto_resume. What a disturbed pair of stages
-ends with (weights, EMA, level map, rewind point, every level's file, all metrics, the .mssr file, a discriminator) must be
-the undisturbed one's, bit for bit. When a pair is done before all kills are spent, the next one begins. A run that was
-killed before its first save begins anew; "resumes" counts those that went on from a save.
+ends with (weights, EMA, level map, rewind point, every level's file, all metrics, the .mssr file, a discriminator) must
+be the undisturbed one's, bit for bit. When a pair is done before all kills are spent, the next one begins. A run that
+was killed before its first save begins anew; "resumes" counts those that went on from a save.
 
 The exit status is 1 if anything differs.
 """
