@@ -379,7 +379,7 @@ def test_options_that_the_model_class_never_reads_are_named(forward_opt: dict[st
     forward_opt['network_d'] = {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3}
     forward_opt['train'].update(tsa_iter=1, gan_opt={'type': 'GANLoss'}, total_itr=12)
     said = warnings_of(forward_opt, run)
-    assert 'MSSRForwardModel with SRModel reads none of these options: network_d, ' in said
+    assert 'MSSRForwardModel with SRModel reads none of these options: network_d (the nearest' in said
     assert all(f'train.{name}' in said for name in ('tsa_iter', 'gan_opt'))
     assert 'train.total_itr (the nearest that is read is total_iter)' in said
 

@@ -9,10 +9,10 @@ refused (by an error that names the option) or failed, and which losses the stoc
 ("-": none).
 
 What is made smaller, and nothing else:
-- data: a few random images and clips; a validation image is 37 x 53, for video classes a multiple of 4 (BasicVSR++: of
-  64). lmdb becomes disk. Where validation is commented out, as Real-ESRGAN's, it is put in.
-- patches: 16 x 16 before upscaling, 32 x 32 for video, 64 x 64 for BasicVSR++, 128 / scale for a VGGStyleDiscriminator,
-  whose input_size follows. One patch a batch, five to seven frames a clip, a pool of two training pairs.
+- data: a few random images and clips; a validation image is 37 x 53, for video classes a little larger than a patch.
+  lmdb becomes disk. Where validation is commented out, as Real-ESRGAN's, it is put in.
+- patches: 16 x 16 before upscaling, 32 x 32 for video, 64 x 64 where SPyNet needs that, and what a
+  VGGStyleDiscriminator's input_size wants. One patch a batch, five to seven frames a clip, a pool of two pairs.
 - iterations: two for stock and for each of three levels; milestones, periods and the phases fix_flow and tsa_iter with
   them.
 - depths: at most two blocks, groups or layers of each kind.
@@ -137,11 +137,9 @@ def shrink(opt: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     network, train, data = opt['network_g'], opt['train'], opt['datasets']['train']
     video = 'Video' in opt['model_type'] or 'EDVR' in opt['model_type']
     opt.update(num_gpu=0, name=name)
-    lq_patch = 64 if network['type'] == 'BasicVSRPlusPlus' else 32 if video else 16
+    lq_patch = 64 if 'spynet_path' in network else 32 if video else 16
     if opt.get('network_d', {}).get('type') == 'VGGStyleDiscriminator':
-        lq_patch = 128 // opt['scale']
-        if 'input_size' in opt['network_d']:
-            opt['network_d']['input_size'] = 128
+        lq_patch = opt['network_d'].get('input_size', 128) // opt['scale']
     if 'val' not in opt['datasets']:
         opt['datasets']['val'] = {
             'name': 'validation',
