@@ -53,6 +53,7 @@ setup(
         'pillow>=11.3',
         'pyyaml',
         'safetensors',
+        'setuptools<82',  # the pkg_resources in it, without which TensorBoard does not start
         'tifffile',
         'tqdm',
         'xxhash>=3',
@@ -70,7 +71,7 @@ setup(
             'onnxscript',
             'pytest',
             'ruff',
-            'setuptools>=64',
+            'setuptools>=64,<82',
             'spandrel',
             'types-PyYAML',
             'types-tqdm',

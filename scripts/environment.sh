@@ -27,7 +27,7 @@ has() { python -c "import sys; from importlib.metadata import version; [version(
 # In this order and without build isolation: BasicSR's setup.py needs torch, and an isolated build would download it again.
 has torch torchvision || python -m pip install torch torchvision
 has basicsr || {
-    python -m pip install cython numpy setuptools wheel
+    python -m pip install cython numpy 'setuptools<82' wheel
     python -m pip install --no-build-isolation basicsr
 }
 python -m pip install --quiet -e ".[$1]"

@@ -20,6 +20,7 @@ import basicsr.models.realesrnet_model
 import basicsr.train
 import basicsr.utils.dist_util
 import basicsr.utils.img_process_util
+import basicsr.utils.logger
 import basicsr.utils.options
 import pytest
 import torch
@@ -30,7 +31,7 @@ from basicsr.models.base_model import BaseModel
 from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
 from conftest import TOY_EDSR, call
 
-from mssr_basicsr.adapter import compat
+from mssr_basicsr.adapter import compat, cpu
 
 FUNCTIONAL_TENSOR = 'torchvision.transforms.functional_tensor'
 
@@ -182,12 +183,66 @@ assert net.find_unused_parameters
 net(torch.full((1, 1), float(rank))).sum().backward()
 assert net.module.weight.grad.item() == 0.5, 'the mean over both ranks'
 print(f'done {rank}', flush=True)
-torch.distributed.destroy_process_group()
 """)
     said = run(tmp_path, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'script.py')
     assert 'done 0' in said and 'done 1' in said
     if said.count('stock refuses') < 4:
         pytest.skip('this BasicSR launches on a CPU')
+
+
+def test_gloo_ends_before_python_does(tmp_path: Path) -> None:
+    """A distributed network is alive to the end, as in a training script; threads are counted after everything else."""
+    (tmp_path / 'script.py').write_text("""
+import atexit, pathlib, sys
+import torch
+from basicsr.utils import dist_util
+
+def count_threads():
+    names = [path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')]
+    print('gloo threads:', sum('gloo' in name for name in names), flush=True)
+
+atexit.register(count_threads)  # which runs last
+dist_util.init_dist('pytorch')
+if 'stay' in sys.argv:
+    from mssr_basicsr.adapter import cpu
+    atexit.unregister(cpu.leave_process_group)
+network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+network(torch.ones(1, 1)).sum().backward()
+del network
+""")
+    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1', 'script.py']
+    assert 'gloo threads: 0' in run(tmp_path, *launch)
+    assert 'gloo threads: 0' not in run(tmp_path, *launch, 'stay')
+
+
+def test_color_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
+    from basicsr.utils import color_util, matlab_functions
+
+    names = ('rgb2ycbcr', 'bgr2ycbcr', 'ycbcr2rgb', 'ycbcr2bgr')
+    for name in names:
+        monkeypatch.delattr(matlab_functions, name)
+    monkeypatch.setattr(matlab_functions, 'rgb2ycbcr', 'its own', raising=False)
+    compat.provide_color_conversions()
+    assert matlab_functions.rgb2ycbcr == 'its own'
+    assert all(getattr(matlab_functions, name) is getattr(color_util, name) for name in names[1:])
+
+
+@pytest.mark.parametrize('is_old', [True, False])
+def test_wandb_ids(is_old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wandb with generate_id where BasicSR looks for it, or where current wandb has it."""
+    began = []
+    util, runid = SimpleNamespace(), SimpleNamespace(generate_id=lambda: 'new')
+    if is_old:
+        util.generate_id = lambda: 'old'
+    wandb = SimpleNamespace(util=util, init=lambda **kwargs: began.append(kwargs))
+    for name, module in (('wandb', wandb), ('wandb.sdk.lib.runid', runid)):
+        monkeypatch.setitem(sys.modules, name, module)
+    opt = {'name': 'x', 'logger': {'wandb': {'project': 'p'}}}
+    if not is_old:
+        with pytest.raises(AttributeError, match='generate_id'):
+            stock(basicsr.train.init_wandb_logger)(opt)
+    basicsr.train.init_wandb_logger(opt)
+    assert (began[0]['id'], began[0]['project']) == ('old' if is_old else 'new', 'p')
 
 
 def test_slurm_on_cpu(tmp_path: Path) -> None:
@@ -426,6 +481,7 @@ def test_applied_once_and_signatures_kept() -> None:
         (basicsr.utils.img_process_util, 'filter2D'),
         (basicsr.models.realesrnet_model, 'filter2D'),
         (basicsr.models.realesrgan_model, 'filter2D'),
+        *((module, 'init_wandb_logger') for module in (basicsr, basicsr.train, basicsr.utils, basicsr.utils.logger)),
         (MODEL_REGISTRY, 'get'),
         (ARCH_REGISTRY, 'get'),
     ]
@@ -443,16 +499,16 @@ def test_nothing_changes_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     load = torch.load
     called = []
-    compat.launch_on_cpu(lambda backend, **kwargs: called.append((backend, kwargs)), 'nccl', timeout=1)
-    state = compat.load_resume_state_on_cpu(lambda opt: (opt, torch.load is load), 'opt')
+    cpu.launch_on_cpu(lambda backend, **kwargs: called.append((backend, kwargs)), 'nccl', timeout=1)
+    state = cpu.load_resume_state_on_cpu(lambda opt: (opt, torch.load is load), 'opt')
     model = SimpleNamespace(device=torch.device('cuda'), opt={'dist': True})
-    assert compat.parallel_on_cpu(lambda model, net: net, model, 'net') == 'net'
+    assert cpu.parallel_on_cpu(lambda model, net: net, model, 'net') == 'net'
     prefetcher = CUDAPrefetcher.__new__(CUDAPrefetcher)
-    compat.prefetch_on_cpu(lambda *args: called.append(args), prefetcher, 'loader', {'num_gpu': 1})
+    cpu.prefetch_on_cpu(lambda *args: called.append(args), prefetcher, 'loader', {'num_gpu': 1})
     assert called.pop() == (prefetcher, 'loader', {'num_gpu': 1}) and type(prefetcher) is CUDAPrefetcher
     assert (called, state) == ([('nccl', {'timeout': 1})], ('opt', True))
 
 
 def test_one_process_on_the_cpu_is_left_to_basicsr() -> None:
     model = SimpleNamespace(device=torch.device('cpu'), opt={'dist': False})
-    assert compat.parallel_on_cpu(lambda model, net: net, model, 'net') == 'net'
+    assert cpu.parallel_on_cpu(lambda model, net: net, model, 'net') == 'net'

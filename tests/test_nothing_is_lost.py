@@ -137,6 +137,23 @@ def test_a_save_of_an_earlier_run_is_not_paired_with_a_new_one(
     assert sorted(path.name for path in experiment.glob('training_states/*')) == ['12.state', '4.state']
 
 
+def test_options_that_have_changed_are_said(forward_opt: dict[str, Any], run: Run) -> None:
+    """They hold from now on, for the levels to come."""
+    experiment = run(forward_opt)
+    forget_after(experiment, 8)
+    forward_opt['network_g']['sparsity'] = [0, 0.5, 0.9]
+    forward_opt['train'].update(criterion='lamp', rewind='lr')
+    run(forward_opt, '--auto_resume')
+    log = max(experiment.glob('*.log'), key=os.path.getmtime).read_text()
+    assert 'Options have changed. ' in log
+    for name, before, now in (
+        ('network_g.sparsity', [0.0, 0.5, 0.75], [0.0, 0.5, 0.9]),
+        ('train.criterion', 'global_magnitude', 'lamp'),
+        ('train.rewind', 'weights', 'lr'),
+    ):
+        assert f'{name}: the run began with {before!r} and goes on with {now!r}' in log
+
+
 def chaos(kills: int, ranks: int) -> None:
     """scripts/checks/chaos.py, which exits with 1 where a killed and resumed training differs."""
     said = call(sys.executable, ROOT / 'scripts' / 'checks' / 'chaos.py', '--kills', str(kills), '--ranks', str(ranks))

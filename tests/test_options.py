@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,6 +183,71 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
         'train.scheduler.periods: found [3]; allowed: periods of 4 or more in all (the schedule is for one level).',
     ),
     (
+        'train.criterian',
+        'lamp',
+        "train.criterian: found 'lamp'; allowed: no such option; the nearest is train.criterion.",
+    ),
+    (
+        'train.rewnd',
+        'lr',
+        "train.rewnd: found 'lr'; allowed: no such option; the nearest is train.rewind.",
+    ),
+    (
+        'train.ssd_op',
+        {'type': 'SSDLoss'},
+        "train.ssd_op: found {'type': 'SSDLoss'}; allowed: no such option; the nearest is train.ssd_opt.",
+    ),
+    (
+        'train.expansion',
+        {'type': 'SequentialExpansion'},
+        'allowed: nothing, MSSRForwardModel does not read it (MSSRBackwardModel does).',
+    ),
+    (
+        'network_g.sparcity',
+        [0, 0.5],
+        'network_g.sparcity: found [0, 0.5]; allowed: no such option; the nearest is sparsity (the architecture',
+    ),
+    (
+        'network_g.prunnable',
+        ['*'],
+        "network_g.prunnable: found ['*']; allowed: no such option; the nearest is prunable (the architecture",
+    ),
+    (
+        'network_g.num_feat',
+        8,
+        'network_g.num_feat: found 8; allowed: network_g.backbone.num_feat alone',
+    ),
+    (
+        'base_model_typ',
+        'SRModel',
+        "base_model_typ: found 'SRModel'; allowed: no such option; the nearest is base_model_type.",
+    ),
+    (
+        'base_model_type',
+        'MSSRModel',
+        '(MSSRModel cannot be extended: it is a model of MSSR itself).',
+    ),
+    (
+        'base_model_type',
+        'StyleGAN2Model',
+        '(StyleGAN2Model cannot be extended: it is no SRModel).',
+    ),
+    (
+        'base_model_type',
+        'HATModel',
+        "base_model_type: found 'HATModel'; allowed: EDVRModel, ",
+    ),
+    (
+        'train.optim_g.lr',
+        '1e-4',
+        "train.optim_g.lr: found '1e-4'; allowed: a number; YAML reads this as a string, write !!float 1e-4.",
+    ),
+    (
+        'logger.save_checkpoint_freq',
+        '1e1',
+        "logger.save_checkpoint_freq: found '1e1'; allowed: a number; YAML reads this as a string, write !!float 1e1.",
+    ),
+    (
         'val.val_freq',
         3,
         "val.val_freq: found 3; allowed: a divisor of each level's iterations, [4, 4, 4], so that each level ends",
@@ -323,3 +389,39 @@ def test_the_testing_model_does_not_train(forward_opt: dict[str, Any], run: Run)
     forward_opt['model_type'] = 'MSSRModel'
     with pytest.raises(OptionError, match=r"model_type: found 'MSSRModel'; allowed: MSSRForwardModel, MSSRBackward"):
         run(forward_opt)
+
+
+def warnings_of(opt: dict[str, Any], run: Run) -> str:
+    """The warnings in the log of a run, which stops where it would train."""
+    with pytest.raises(AssertionError, match='the training has started'):
+        run(opt)
+    (log,) = Path('experiments', opt['name']).glob('train_*.log')
+    return '\n'.join(line for line in log.read_text().splitlines() if 'WARNING' in line)
+
+
+@pytest.mark.usefixtures('no_training')
+def test_options_that_the_model_class_never_reads_are_named(forward_opt: dict[str, Any], run: Run) -> None:
+    forward_opt['network_d'] = {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3}
+    forward_opt['train'].update(tsa_iter=1, gan_opt={'type': 'GANLoss'}, total_itr=12)
+    said = warnings_of(forward_opt, run)
+    assert 'MSSRForwardModel with SRModel reads none of these options: network_d (the nearest' in said
+    assert all(f'train.{name}' in said for name in ('tsa_iter', 'gan_opt'))
+    assert 'train.total_itr (the nearest that is read is total_iter)' in said
+
+
+@pytest.mark.usefixtures('no_training')
+def test_options_that_the_model_class_reads_are_not_named(forward_opt: dict[str, Any], run: Run) -> None:
+    assert 'reads none of these options' not in warnings_of(forward_opt, run)
+
+
+@pytest.mark.usefixtures('no_training')
+def test_a_backbone_with_little_to_prune_is_said(forward_opt: dict[str, Any], run: Run) -> None:
+    ecbsr = {'type': 'ECBSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_block': 2, 'num_channel': 8, 'with_idt': False}
+    ecbsr.update(act_type='prelu', scale=2)
+    forward_opt['network_g']['backbone'] = ecbsr
+    network = build_network(ecbsr)
+    prunable = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, torch.nn.Conv2d))
+    total = sum(parameter.numel() for parameter in network.parameters())
+    said = warnings_of(forward_opt, run)
+    assert f'Only {prunable:,} of the {total:,} parameters ({prunable / total:.0%}) are prunable' in said
+    assert f'Every level has the other {total - prunable:,}.' in said

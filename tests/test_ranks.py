@@ -28,6 +28,7 @@ def spy_on_save(model, epoch, current_iter):
     save(model, epoch, current_iter)
     if current_iter == -1:
         ended = {'network': model.network.state_dict(), 'ema': model.net_g_ema.state_dict(), 'depths': depths}
+        ended['net_d'] = model.get_bare_model(model.net_d).state_dict() if 'network_d' in model.opt else {}
         torch.save(ended, f'{model.opt["name"]}_rank{rank}.pth')
 
 def spy_on_optimize(model, current_iter):
@@ -53,6 +54,10 @@ except Exception as error:
 """
 
 
+DISCRIMINATOR = {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 4}
+GAN_LOSS = {'type': 'GANLoss', 'gan_type': 'vanilla', 'loss_weight': 0.1}
+
+
 def torchrun(folder: Path, opt: dict[str, Any], *arguments: str, expect: int = 0) -> str:
     (folder / 'driver.py').write_text(DRIVER)
     (folder / f'{opt["name"]}.yml').write_text(yaml.safe_dump(opt, sort_keys=False))
@@ -65,26 +70,30 @@ def ended_with(folder: Path, name: str, rank: int) -> dict[str, Any]:
     return torch.load(folder / f'{name}_rank{rank}.pth', weights_only=True)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize('ssd', [True, False], ids=['ssd, bf16', 'plain'])
+@pytest.mark.parametrize('setup', ['ssd, bf16', 'plain', 'gan'])
 def test_both_stages_on_two_ranks(
-    ssd: bool, forward_opt: dict[str, Any], backward_opt: dict[str, Any], tmp_path: Path
+    setup: str, forward_opt: dict[str, Any], backward_opt: dict[str, Any], tmp_path: Path
 ) -> None:
     del forward_opt['manual_seed']  # each rank then draws its own, and rank 0's counts
-    if not ssd:
+    if setup == 'plain':
         del forward_opt['train']['ssd_opt']
+    if setup == 'gan':
+        for opt in (forward_opt, backward_opt):
+            opt.update(base_model_type='ESRGANModel', network_d=dict(DISCRIMINATOR))
+            opt['train'].update(optim_d={'type': 'Adam', 'lr': 1e-3}, gan_opt=dict(GAN_LOSS))
     for opt in (forward_opt, backward_opt):
-        opt['train'].update(precision='bf16' if ssd else 'fp32', channels_last=ssd)
+        opt['train'].update(precision='bf16' if 'bf16' in setup else 'fp32', channels_last='bf16' in setup)
         torchrun(tmp_path, opt)
         one, other = ended_with(tmp_path, opt['name'], 0), ended_with(tmp_path, opt['name'], 1)
         assert one['depths'] == other['depths']
-        for key in ('network', 'ema'):
+        for key in ('network', 'ema', 'net_d'):
             assert one[key].keys() == other[key].keys()
             assert all(torch.equal(one[key][name], other[key][name]) for name in one[key])
         sizes = {name: (levels >= 2).sum() for name, levels in one['network'].items() if name.startswith('level_map.')}
         assert sum(sizes.values()) == 1692
         # No rank has ended before rank 0 has validated: torchrun may stop rank 0 when the process of another ends.
         assert (tmp_path / 'ended0').read_text() == (tmp_path / 'ended1').read_text()
-    assert len(ended_with(tmp_path, 'forward', 0)['depths']) == (16 if ssd else 0)
+    assert len(ended_with(tmp_path, 'forward', 0)['depths']) == (0 if setup == 'plain' else 16)
 
 
 @pytest.mark.parametrize(

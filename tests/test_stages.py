@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from basicsr.archs import build_network
+from basicsr.utils.registry import ARCH_REGISTRY
 from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run
-from torch import Tensor
+from torch import Tensor, nn
 
 from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.method.criteria import CRITERION_REGISTRY
@@ -275,6 +276,37 @@ def test_every_backbone_goes_through_both_stages(
         plain = load(models / f'net_g_level{level}.pth')['params']
         build_network(BACKBONES[name]).load_state_dict(plain, strict=True)
         assert equal(plain, network.export(level))
+
+
+class Normalised(nn.Module):
+    """A toy network with batch normalisation."""
+
+    def __init__(self, num_feat: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, num_feat, 3, 1, 1), nn.BatchNorm2d(num_feat), nn.Conv2d(num_feat, 12, 3, 1, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(self.body(x), 2)
+
+
+def test_running_statistics_stay_in_the_backward_stage(
+    forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All levels share them: they move in the forward stage, and are then left alone."""
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Normalised', Normalised)
+    for opt in (forward_opt, backward_opt):
+        opt['network_g']['backbone'] = {'type': 'Normalised', 'num_feat': 8}
+    del forward_opt['train']['ssd_opt']
+    mean, count = 'body.1.running_mean', 'body.1.num_batches_tracked'
+    before = load(run(forward_opt) / 'models' / 'net_g_latest.pth')['params_ema']
+    models = run(backward_opt) / 'models'
+    assert before[f'backbone.{mean}'].abs().max() > 0 and before[f'backbone.{count}'] > 0
+    for level in range(3):
+        plain = load(models / f'net_g_level{level}.pth')['params']
+        assert torch.equal(plain[mean], before[f'backbone.{mean}'])
+        assert torch.equal(plain[count], before[f'backbone.{count}'])
 
 
 @pytest.mark.parametrize('recover', ['ticket', 'rewind', 'zero'])

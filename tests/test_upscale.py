@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from basicsr.archs.edsr_arch import EDSR
 from basicsr.utils import img2tensor, tensor2img
+from basicsr.utils.registry import ARCH_REGISTRY
 from conftest import BACKBONES
 from test_scalable_file import assert_same, network
 
@@ -27,6 +30,26 @@ def model_of(name: str = 'EDSR', level: int = 1) -> ScalableModel:
 
 def picture(*shape: int, dtype: str = 'uint8') -> Any:
     return np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+
+
+def test_an_architecture_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """It is registered by the module that --import names, here one of the current folder."""
+    (tmp_path / 'their_archs.py').write_text(
+        'from basicsr.archs.edsr_arch import EDSR\nfrom basicsr.utils.registry import ARCH_REGISTRY\n'
+        "ARCH_REGISTRY._obj_map['Theirs'] = EDSR\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', sys.path.copy())
+    monkeypatch.setattr(ARCH_REGISTRY, '_obj_map', {**ARCH_REGISTRY._obj_map, 'Theirs': EDSR})
+    Path('x.mssr').write_bytes(pack(network({**BACKBONES['EDSR'], 'type': 'Theirs'}), 2))
+    del ARCH_REGISTRY._obj_map['Theirs']
+    extract = ['extract', 'x.mssr', '-o', 'x.pth']
+    assert main(extract) == 1
+    assert 'Theirs is not registered with BasicSR; import the package that has it' in capsys.readouterr().err
+    assert main([*extract, '--import', 'no_archs']) == 1
+    assert "--import: found 'no_archs'; allowed: a module (ModuleNotFoundError: " in capsys.readouterr().err
+    assert main([*extract, '--import', 'their_archs']) == 0
+    del sys.modules['their_archs']
 
 
 # ------------------------------ in Python ------------------------------ #

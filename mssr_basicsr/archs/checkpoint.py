@@ -17,6 +17,7 @@ from mssr_basicsr.foundation.checkpoints import (
 )
 from mssr_basicsr.foundation.checks import OptionError, require_int
 from mssr_basicsr.scalable.architectures import check_scale
+from mssr_basicsr.scalable.building import without_weight_files
 from mssr_basicsr.scalable.packing import level_metrics
 
 
@@ -38,7 +39,10 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
         found = network_opt.get('type') if isinstance(network_opt, dict) else network_opt
         raise OptionError('network_g.type', found, f'MSSR, in {options}')
     scale = None if opt.get('scale') is None else require_int('scale', opt['scale'], 1)
-    network = MSSR(**{key: value for key, value in network_opt.items() if key not in ('type', 'level')})
+    arguments = {key: value for key, value in network_opt.items() if key not in ('type', 'level')}
+    if isinstance(arguments.get('backbone'), dict):
+        arguments['backbone'] = without_weight_files(arguments['backbone'])
+    network = MSSR(**arguments)
     try:
         loaded = read_checkpoint(checkpoint)
         state = state_dict_of(loaded, 'params_ema')

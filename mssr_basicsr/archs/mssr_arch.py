@@ -21,6 +21,7 @@ from mssr_basicsr.foundation.checks import OptionError, arguments_checked, close
 from mssr_basicsr.method.criteria import Criterion
 from mssr_basicsr.method.level_map import MAX_LEVELS, LevelMap, buffer_tree, count, mask_of, num_kept, prune
 from mssr_basicsr.scalable.architectures import known_of
+from mssr_basicsr.scalable.building import without_weight_files
 
 
 def check_sparsity(sparsity: Any) -> list[float]:
@@ -127,9 +128,9 @@ class MSSR(nn.Module):
             raise OptionError('network_g.backbone', backbone, 'the options of an architecture, with its type')
         if backbone['type'] not in ARCH_REGISTRY and f'{backbone["type"]}_basicsr' not in ARCH_REGISTRY:
             names = ', '.join(sorted(ARCH_REGISTRY.keys()))
-            allowed = f'{names}; of another package, import it first: its own train.py does, and mssr --import PACKAGE'
+            allowed = f'{names}; of another package, import it first: its own train.py does, and mssr --import MODULE'
             raise OptionError('network_g.backbone.type', backbone['type'], allowed)
-        self.backbone_options = deepcopy(dict(backbone))
+        self.backbone_options = deepcopy(without_weight_files(backbone))
         with arguments_checked('network_g.backbone', backbone, 'architecture'):
             self.backbone: nn.Module = build_network(backbone)
 

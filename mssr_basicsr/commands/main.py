@@ -14,6 +14,7 @@ from mssr_basicsr import __version__
 from mssr_basicsr.commands.errors import one_line
 
 COMMANDS = ('info', 'verify', 'upscale', 'extract', 'export', 'plot', 'pack')
+BUILDING = ('upscale', 'extract', 'export', 'pack')  #: those that build a backbone
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,8 +30,34 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=module.HELP, description=module.run.__doc__.replace('``', ''))
         module.add_arguments(command)
         command.add_argument('--debug', action='store_true', help='show the traceback of an error')
+        if name in BUILDING:
+            command.add_argument(
+                '--import',
+                dest='imports',
+                metavar='MODULE',
+                action='append',
+                default=[],
+                help="a module that registers the backbone's architecture, such as hat.archs; may be given again",
+            )
         command.set_defaults(run=module.run)
     return parser
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import what registers architectures with BasicSR, also from the current folder, as a Python script there would.
+
+    Raises:
+        ValueError: a module cannot be imported; the text says why.
+    """
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for name in names:
+        try:
+            import_module(name)
+        except Exception as error:  # whatever the module does when it is imported
+            raise ValueError(
+                f'--import: found {name!r}; allowed: a module ({type(error).__name__}: {error})'
+            ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors='backslashreplace')  # the name of a file may be no text, and is no reason to fail
     try:
         arguments = build_parser().parse_args(words)
+        import_modules(getattr(arguments, 'imports', []))
         status = int(arguments.run(arguments))
         sys.stdout.flush()
         return status

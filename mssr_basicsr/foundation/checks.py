@@ -16,6 +16,7 @@ class OptionError(ValueError):
     """A wrong value in the YAML. The text is ``<option>: found <value>; allowed: <what is>.``"""
 
     def __init__(self, option: str, found: object, allowed: str) -> None:
+        found = dict(found) if isinstance(found, Mapping) else found
         super().__init__(f'{option}: found {found!r}; allowed: {allowed}.')
 
 

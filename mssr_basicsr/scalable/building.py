@@ -38,9 +38,8 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
     name = arguments.pop('type')
     registered = [key for key in (name, f'{name}_basicsr') if key in ARCH_REGISTRY]
     if not registered:
-        raise ScalableFileError(
-            f'backbone: {name} is not registered with BasicSR; import the package that has it first'
-        )
+        message = f'backbone: {name} is not registered with BasicSR; import the package that has it first'
+        raise ScalableFileError(f'{message} (mssr ... --import MODULE)')
     with torch.random.fork_rng(devices=[]), torch.device('cpu'):
         try:
             network: nn.Module = ARCH_REGISTRY.get(registered[0])(**arguments)
@@ -49,6 +48,14 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
         except Exception as error:  # whatever an architecture does with options that it was not made for
             raise ScalableFileError(f'backbone: {name}({arguments}): {type(error).__name__}: {error}') from error
     return network.eval().requires_grad_(True)
+
+
+def without_weight_files(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an architecture but for files that it would take first weights from, such as ``spynet_path``.
+
+    They are those that end in ``_path``. A network whose weights are all at hand is built without them.
+    """
+    return {key: value for key, value in options.items() if not key.endswith('_path')}
 
 
 def build_for(header: Header, size: int) -> nn.Module:

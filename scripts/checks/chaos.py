@@ -1,13 +1,13 @@
 """Kill both stages of a tiny training with SIGKILL, again and again, and see that nothing is lost.
 
-    python scripts/checks/chaos.py [--kills 40] [--ranks 1 2] [--seed 0]
+    python scripts/checks/chaos.py [--kills 40] [--ranks 1 2] [--seed 0] [--base-model SRModel]
 
 For each number of ranks (1: plain; more: under torchrun) the two stages run once undisturbed. Then they run again and
 are killed at random instants, half of them aimed: at a file of a save being made, written half, renamed or removed, and
 before and after a level ends or begins. Each time they are resumed with --auto_resume. What a disturbed pair of stages
-ends with (weights, EMA, level map, rewind point, every level's file, all metrics, the .mssr file) must be the
-undisturbed one's, bit for bit. When a pair is done before all kills are spent, the next one begins. A run that was
-killed before its first save begins anew; "resumes" counts those that went on from a save.
+ends with (weights, EMA, level map, rewind point, every level's file, all metrics, the .mssr file, a discriminator) must
+be the undisturbed one's, bit for bit. When a pair is done before all kills are spent, the next one begins. A run that
+was killed before its first save begins anew; "resumes" counts those that went on from a save.
 
 The exit status is 1 if anything differs.
 """
@@ -28,6 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable
 
+import numpy as np
 import torch
 import yaml
 from toy import backward_options, forward_options, write_pairs
@@ -45,9 +46,9 @@ STAGES = ('forward', 'backward')
 # ------------------------------ the training that is killed ------------------------------ #
 
 
-def options(folder: Path, stage: str, ranks: int) -> dict[str, Any]:
+def options(folder: Path, stage: str, ranks: int, base_model: str) -> dict[str, Any]:
     """The toy options, with saves and epochs that begin within levels."""
-    opt = forward_options(folder)
+    opt = {**forward_options(folder), 'base_model_type': base_model}
     # One worker where there is one rank. Under torchrun on a CPU a worker takes 10 s to end, whatever the model.
     num_worker = 1 if stage == 'forward' and ranks == 1 else 0
     opt['datasets']['train'].update(
@@ -63,7 +64,43 @@ def options(folder: Path, stage: str, ranks: int) -> dict[str, Any]:
         opt['train']['expansion']['level_iter'] = 12
         opt['train'].update(total_iter=24, ticket_opt={'type': 'L1Loss'})
         opt['val']['val_freq'], opt['logger']['save_checkpoint_freq'] = 6, 4
+    if base_model == 'ESRGANModel':
+        opt['network_d'] = {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 4}
+        opt['train'].update(
+            optim_d={'type': 'Adam', 'lr': 1e-3}, gan_opt={**GAN_LOSS}, net_d_iters=1, net_d_init_iters=0
+        )
+    elif base_model == 'RealESRNetModel':
+        opt.update(DEGRADATION)
+        opt['datasets']['train'].update(type='ChaosKernelsDataset', gt_size=32)
     return opt
+
+
+GAN_LOSS = {
+    'type': 'GANLoss', 'gan_type': 'vanilla', 'real_label_val': 1.0, 'fake_label_val': 0.0, 'loss_weight': 0.1,
+}  # fmt: skip
+# Real-ESRGAN's own, with a pool of four training pairs.
+DEGRADATION = {
+    'gt_size': 16, 'queue_size': 4, 'resize_prob': [0.2, 0.7, 0.1], 'resize_range': [0.5, 1.5],
+    'gaussian_noise_prob': 0.5, 'noise_range': [1, 30], 'poisson_scale_range': [0.05, 3], 'gray_noise_prob': 0.4,
+    'jpeg_range': [30, 95], 'second_blur_prob': 0.8, 'resize_prob2': [0.3, 0.4, 0.3], 'resize_range2': [0.5, 1.2],
+    'gaussian_noise_prob2': 0.5, 'noise_range2': [1, 25], 'poisson_scale_range2': [0.05, 2.5],
+    'gray_noise_prob2': 0.4, 'jpeg_range2': [30, 95], 'gt_usm': True,
+}  # fmt: skip
+
+
+def register_kernels_dataset() -> None:
+    """A data set of images and blur kernels, as BasicSR's RealESRGANDataset, which makes any image 400 x 400."""
+    from basicsr.data.paired_image_dataset import PairedImageDataset
+    from basicsr.utils.registry import DATASET_REGISTRY
+
+    class ChaosKernelsDataset(PairedImageDataset):  # type: ignore[misc]
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            item = super().__getitem__(index)
+            kernels = torch.from_numpy(np.random.rand(3, 21, 21).astype(np.float32))
+            kernels /= kernels.sum((1, 2), keepdim=True)
+            return {'gt': item['gt'], **dict(zip(('kernel1', 'kernel2', 'sinc_kernel'), kernels))}
+
+    DATASET_REGISTRY.register(ChaosKernelsDataset)
 
 
 def child() -> None:
@@ -72,6 +109,7 @@ def child() -> None:
 
     from mssr_basicsr.models.levelwise_training import LevelwiseTraining as Training
 
+    register_kernels_dataset()
     torch.set_num_threads(1)
     aimed_at = os.environ['CHAOS_EVENT'] if os.environ['CHAOS_RANK'] == os.environ.get('RANK', '0') else NO_EVENT
     experiments, events = str(Path.cwd() / 'experiments'), Counter[str]()
@@ -115,10 +153,6 @@ def child() -> None:
     Training.resume_training = surrounded(Training.resume_training, 'resuming')  # type: ignore[method-assign]
     sys.addaudithook(audit)
     train_pipeline(str(Path.cwd()))
-    # All is saved. Python's own end would now and then abort a rank in gloo's threads (seen with torch 2.15).
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 # ------------------------------ the one who kills ------------------------------ #
@@ -151,13 +185,14 @@ def kill_all(mark: str) -> None:
 class Trainer:
     """Trains in a folder, as often as it is told to, and kills as it is told to."""
 
-    def __init__(self, folder: Path, ranks: int, rng: random.Random) -> None:
+    def __init__(self, folder: Path, ranks: int, base_model: str, rng: random.Random) -> None:
         self.folder, self.ranks, self.rng = folder, ranks, rng
         self.seconds: dict[str, float] = {}  # that a stage's training took, undisturbed
         self.resumes = 0
         folder.mkdir()
         for stage in STAGES:
-            (folder / f'{stage}.yml').write_text(yaml.safe_dump(options(folder.parent, stage, ranks), sort_keys=False))
+            opt = options(folder.parent, stage, ranks, base_model)
+            (folder / f'{stage}.yml').write_text(yaml.safe_dump(opt, sort_keys=False))
 
     def models(self, stage: str) -> Path:
         """Where the stage leaves what it ends with."""
@@ -249,7 +284,8 @@ def flat(thing: Any, name: str = '') -> dict[str, Any]:
 def differences(one: Path, other: Path) -> list[str]:
     """What of two experiments' ``models`` that count is not the same, bit for bit."""
     names = {path.name for folder in (one, other) for path in folder.glob('*')}
-    wanted = {'net_g_latest.pth', 'levels.json', *(name for name in names if 'level' in name or name.endswith('.mssr'))}
+    wanted = {'net_g_latest.pth', 'levels.json'}
+    wanted |= {name for name in names if 'level' in name or 'latest' in name or name.endswith('.mssr')}
     found = [f'{name}: not there' for name in wanted if not ((one / name).is_file() and (other / name).is_file())]
     found += [str(path) for path in one.glob('.saving-*')]
     for name in sorted(wanted) if not found else []:
@@ -264,18 +300,18 @@ def differences(one: Path, other: Path) -> list[str]:
     return found
 
 
-def chaos(ranks: int, num_kills: int, seed: int) -> int:
+def chaos(ranks: int, num_kills: int, seed: int, base_model: str) -> int:
     """Kill so often; print what happened; the number of differences."""
     kills: list[str] = []
     resumes = pairs = mismatches = 0
     with tempfile.TemporaryDirectory() as folder:
         root, rng = Path(folder), random.Random(f'{seed} {ranks}')
         write_pairs(root)
-        reference = Trainer(root / 'undisturbed', ranks, rng)
+        reference = Trainer(root / 'undisturbed', ranks, base_model, rng)
         for stage in STAGES:
             reference.undisturbed(stage)
         while len(kills) < num_kills or not pairs:
-            trainer = Trainer(root / f'pair{pairs}', ranks, rng)
+            trainer = Trainer(root / f'pair{pairs}', ranks, base_model, rng)
             for stage in STAGES:
                 while len(kills) < num_kills:
                     killed = trainer.disturbed(stage, len(kills) % 2 == 0, reference.seconds[stage])
@@ -291,7 +327,7 @@ def chaos(ranks: int, num_kills: int, seed: int) -> int:
             pairs += 1
             resumes += trainer.resumes
     counts = f'{len(kills)} kills, {resumes} resumes, {pairs} pairs of stages compared, {mismatches} mismatches'
-    print(f'{ranks} rank(s), seed {seed}: {counts}')
+    print(f'{base_model}, {ranks} rank(s), seed {seed}: {counts}')
     for what, count in Counter(kills).most_common():
         print(f'    {count:3} {what}')
     return mismatches
@@ -306,8 +342,14 @@ def main() -> None:
     parser.add_argument('--kills', type=int, default=40, help='kills for each number of ranks (default: 40)')
     parser.add_argument('--ranks', type=int, nargs='+', default=[1, 2], help='numbers of ranks (default: 1 2)')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument(
+        '--base-model',
+        choices=['SRModel', 'ESRGANModel', 'RealESRNetModel'],
+        default='SRModel',
+        help='base_model_type: the default; with a discriminator; with a pool of training pairs',
+    )
     args = parser.parse_args()
-    sys.exit(1 if sum(chaos(ranks, args.kills, args.seed) for ranks in args.ranks) else 0)
+    sys.exit(1 if sum(chaos(ranks, args.kills, args.seed, args.base_model) for ranks in args.ranks) else 0)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,47 @@
+"""Data that cannot be trained on is named: BasicSR's own errors name neither folder nor file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Callable
+
+from mssr_basicsr.adapter.patching import patch
+from mssr_basicsr.foundation.checkpoints import first_line
+from mssr_basicsr.foundation.checks import OptionError
+
+
+def datasets_name_files(get: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Wraps a registry's ``get``: a dataset without images, or with one that cannot be read, is an error that names it.
+
+    BasicSR divides by the number of images, and takes what OpenCV could not decode for an image.
+    """
+    dataset = get(*args, **kwargs)
+    for name, wrapper in (('__init__', refuse_empty_dataset), ('__getitem__', name_unreadable_image)):
+        if isinstance(dataset, type) and hasattr(dataset, name):
+            patch(dataset, name, wrapper)
+    return dataset
+
+
+def refuse_empty_dataset(
+    init: Callable[..., Any], dataset: Any, opt: dict[str, Any], *args: Any, **kwargs: Any
+) -> None:
+    """Wraps ``__init__`` of a dataset: OptionError, which names the folders, if there is nothing in it."""
+    init(dataset, opt, *args, **kwargs)
+    if hasattr(dataset, '__len__') and len(dataset) == 0:
+        folders = {key: value for key, value in opt.items() if key.startswith('dataroot')}
+        raise OptionError(f'datasets.{opt.get("phase")}', folders, 'folders, or LMDBs, with images in them')
+
+
+def name_unreadable_image(getitem: Callable[..., Any], dataset: Any, index: int) -> Any:
+    """Wraps ``__getitem__`` of a dataset: what it raises names the files of the item."""
+    try:
+        return getitem(dataset, index)
+    except Exception as error:
+        items = next((getattr(dataset, name) for name in ('paths', 'keys') if hasattr(dataset, name)), None)
+        if isinstance(error, IndexError) or not isinstance(items, Sequence):  # an iteration over the dataset ends so
+            raise
+        item = items[index]
+        files = ', '.join(f'{key} {path}' for key, path in item.items()) if isinstance(item, Mapping) else item
+        # A worker's error is made anew from its text in the main process: a type that takes a text alone.
+        message = f'datasets.{dataset.opt.get("phase")}: cannot read {files} ({first_line(error)})'
+        raise ValueError(message) from error

@@ -1,0 +1,34 @@
+"""Changing a function of BasicSR in place: once, or for a while."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Callable
+
+
+def patch(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Let ``owner.name(...)`` call ``wrapper(<what it was>, ...)``, once however often this is called."""
+    original = getattr(owner, name)
+    applied: tuple[Callable[..., Any], ...] = getattr(original, 'mssr_basicsr_wrappers', ())
+    if wrapper in applied:
+        return
+
+    @functools.wraps(original)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    patched.__dict__['mssr_basicsr_wrappers'] = (*applied, wrapper)
+    setattr(owner, name, patched)
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """While the context is open, ``owner.name`` is ``value``."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
