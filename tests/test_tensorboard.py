@@ -56,4 +56,4 @@ def test_tensorboard_shows_a_run(forward_opt: dict[str, Any], run: Run, tmp_path
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
-    assert {'losses/l_pix', 'levels/toyval/psnr', 'density/conv_first.weight'} <= tags
+    assert {'losses/l_pix', 'levels/toyval/psnr', 'layer_density/conv_first.weight'} <= tags
