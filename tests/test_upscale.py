@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from basicsr.archs.edsr_arch import EDSR
+from basicsr.archs.spynet_arch import SpyNet
 from basicsr.utils import img2tensor, tensor2img
 from basicsr.utils.registry import ARCH_REGISTRY
 from conftest import BACKBONES
+from test_arch import pruned_mssr
 from test_scalable_file import assert_same, network
 
 from mssr_basicsr import ScalableModel, pack
@@ -30,6 +32,21 @@ def model_of(name: str = 'EDSR', level: int = 1) -> ScalableModel:
 
 def picture(*shape: int, dtype: str = 'uint8') -> Any:
     return np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+
+
+def test_files_of_first_weights_are_not_needed_for_loading(tmp_path: Path) -> None:
+    """BasicVSR takes SPyNet's weights from a file; a .mssr file has them."""
+    spynet = {name: weight for name, weight in SpyNet().state_dict().items() if name not in ('mean', 'std')}
+    torch.save({'params': spynet}, tmp_path / 'spynet.pth')
+    options = {'type': 'BasicVSR', 'num_feat': 4, 'num_block': 1, 'spynet_path': str(tmp_path / 'spynet.pth')}
+    data = pack(pruned_mssr(options), 4)
+    (tmp_path / 'spynet.pth').unlink()
+    assert b'spynet_path' not in data
+    model = ScalableModel(io.BytesIO(data), level=0)
+    assert torch.equal(
+        model.network.spynet.state_dict()['basic_module.0.basic_module.0.weight'],
+        spynet['basic_module.0.basic_module.0.weight'],
+    )
 
 
 def test_an_architecture_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
