@@ -64,7 +64,7 @@ PSNR (dB) and SSIM are as published: on Y, not rounded unless it is said, border
 file is its Y (`evaluation: published` in results.json). Most trainings were validated by BasicSR's own metrics
 (`evaluation: basicsr`), which read Set14's one grey file as colours. That adds 20 log10(255 / 219) / 14 = 0.094 dB to
 Set14's PSNR, whatever the network is, and is taken off here; Set14's SSIM of these is left out. The shipped file has
-been measured anew, from its weights, with `python scripts/study/evaluate.py models/EDSR_8x32_x2_291.mssr --images FOLDER`.
+been measured anew: `python scripts/study/evaluate.py models/EDSR_8x32_x2_291.mssr --images FOLDER`.
 
 ## Main table
 
