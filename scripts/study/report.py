@@ -62,7 +62,7 @@ PSNR (dB) and SSIM are as published: on Y, not rounded unless it is said, border
 file is its Y (`evaluation: published` in results.json). Most trainings were validated by BasicSR's own metrics
 (`evaluation: basicsr`), which read Set14's one grey file as colours. That adds 20 log10(255 / 219) / 14 = 0.094 dB to
 Set14's PSNR, whatever the network is, and is taken off here; Set14's SSIM of these is left out. The shipped file has
-been measured anew, with `python scripts/study/evaluate.py models/EDSR_8x32_x2_291.mssr --images FOLDER`.
+been measured anew: `python scripts/study/evaluate.py models/EDSR_8x32_x2_291.mssr --images FOLDER`.
 
 ## Main table
 
@@ -216,8 +216,8 @@ def targets(results: Mapping[str, Any]) -> str:
         unrounded, rounded = (' / '.join(f'{dB:+.2f}' for dB in each) for each in over)
         lines.append(
             '- The 93.75 % sparse level (12,911 parameters) over FSRCNN (12,000) on all three sets: '
-            f'{"met" if min(map(min, over)) > 0 else "missed"}. It is ahead by {unrounded} dB; with Y rounded to 8 bits, '
-            f'as older papers have it, by {rounded}.'
+            f'{"met" if min(map(min, over)) > 0 else "missed"}. It is ahead by {unrounded} dB; with Y rounded to 8 '
+            f'bits, as older papers have it, by {rounded}.'
         )
     for name in [name for name in ('main_backward', 'main_backward_teacher') if name in results]:
         all_gaps = [gap for level in gaps(results[name]).values() for gap in level.values()]
