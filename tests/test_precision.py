@@ -202,7 +202,8 @@ def test_validation_in_bf16_where_it_is_asked_for(
     forward = EDSR.forward
 
     def spy(network: Any, x: Tensor) -> Tensor:
-        dtypes.add((network.training, network.conv_first(x).dtype))
+        if x.shape[-1] == 16:  # and not the small image by which the upscaling factor is checked
+            dtypes.add((network.training, network.conv_first(x).dtype))
         return forward(network, x)
 
     monkeypatch.setattr(EDSR, 'forward', spy)

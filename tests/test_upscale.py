@@ -60,12 +60,13 @@ def test_an_architecture_of_another_package(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(ARCH_REGISTRY, '_obj_map', {**ARCH_REGISTRY._obj_map, 'Theirs': EDSR})
     Path('x.mssr').write_bytes(pack(network({**BACKBONES['EDSR'], 'type': 'Theirs'}), 2))
     del ARCH_REGISTRY._obj_map['Theirs']
-    extract = ['extract', 'x.mssr', '-o', 'x.pth']
-    assert main(extract) == 1
+    cv2.imwrite('small.png', picture(8, 9, 3))
+    upscale = ['upscale', 'x.mssr', 'small.png', '-o', 'large.png']
+    assert main(upscale) == 1
     assert 'Theirs is not registered with BasicSR; import the package that has it' in capsys.readouterr().err
-    assert main([*extract, '--import', 'no_archs']) == 1
+    assert main([*upscale, '--import', 'no_archs']) == 1
     assert "--import: found 'no_archs'; allowed: a module (ModuleNotFoundError: " in capsys.readouterr().err
-    assert main([*extract, '--import', 'their_archs']) == 0
+    assert main([*upscale, '--import', 'their_archs']) == 0
     del sys.modules['their_archs']
 
 
