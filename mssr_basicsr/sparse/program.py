@@ -69,8 +69,8 @@ class Program:
     def _schedule(self) -> None:
         """Which rows each operation makes when, and how many rows of each value are in memory at a time.
 
-        Rows are packed in bands; each operation in turn makes the next rows that its inputs allow, whole tiles of them.
-        A row is needed until the last operation that reads it has gone by.
+        Each operation in turn makes the next band of rows, as far as its inputs allow. A row is needed until the last
+        operation that reads it has gone by.
         """
         done = dict.fromkeys(self.shapes, 0)  # rows of each value that are there
         used = [0] * len(self._operations)  # rows of its input that each operation is through with
@@ -81,19 +81,21 @@ class Program:
         self.rows = dict.fromkeys(self.shapes, 1)
         steps = []
         heights = [self.shapes[op.inputs[0] if op.inputs else op.output][1] for op in self._operations]
+        lowest = min(heights)
+        across = -(-min(self._vectors.values()) // self._kernel.vectors)
+        band = self._kernel.rows * max(1, -(-_PARTS // across))
+        bands = [-(-band * height // lowest) for height in heights]
         while any(at < height for at, height in zip(used, heights)):
             for i, op in enumerate(self._operations):
                 height = heights[i]
                 if used[i] == height:
                     continue
-                last = min(used[i] + self._band(op), height) if op.kind == PACK else height
+                last = min(used[i] + bands[i], height)
                 for name in op.inputs:
                     there = done[name]
                     last = min(last, there if there == height else there - _halo(op))
                 if op.residual is not None:
                     last = min(last, done[op.residual] // op.factor)
-                if last < height:
-                    last -= (last - used[i]) % self._kernel.rows
                 if last <= used[i]:
                     continue
                 steps.append((i, used[i], last))
@@ -110,11 +112,6 @@ class Program:
                         self.rows[op.output] = max(self.rows[op.output], span)
                 used[i] = last
         self._steps = np.array(steps, np.int32)
-
-    def _band(self, op: Step) -> int:
-        """How many rows an operation makes at a time."""
-        across = -(-self._vectors[op.output] // self._kernel.vectors)
-        return int(self._kernel.rows) * max(1, -(-_PARTS // across))
 
     def _build(self) -> None:
         """The arrays that kernel.c reads."""
