@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         import onnxscript  # noqa: F401  (torch's exporter is written in it)
     except ImportError as error:
         raise ValueError(f'{error.name} is needed: pip install "mssr-basicsr[onnx]"') from error
-    with ScalableModel(arguments.file, arguments.level) as model:
+    with ScalableModel(arguments.file, arguments.level, engine='torch') as model:
         network, level, upscaler = model.network, model.level, model.upscaler
     example = torch.rand(1, upscaler.channels, 2 * max(8, upscaler.multiple), 3 * max(8, upscaler.multiple))
     any_size = torch.export.Dim.DYNAMIC

@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     output: Path = arguments.output
     if output.suffix not in ('.pth', '.safetensors', '.mssr'):
         raise ValueError(f'--output: found {output}; allowed: a name that ends in .pth, .safetensors or .mssr')
-    with ScalableModel(arguments.file, arguments.level) as model:
+    with ScalableModel(arguments.file, arguments.level, engine='torch') as model:
         level, state = model.level, model.network.state_dict()
         what = f'level {level}'
         if arguments.spandrel:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mssr_basicsr.scalable.container import ScalableFile
 from mssr_basicsr.scalable.description import describe, level_table
+from mssr_basicsr.sparse.library import engine_name
 
 HELP = 'the table of levels: parameters, bytes, PSNR'
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """``mssr info``: the table of levels."""
     with ScalableFile(arguments.file) as file:
-        found = describe(file)
+        found = {**describe(file), 'engine': engine_name()}
     if arguments.json:
         print(json.dumps(found, indent=2))
         return 0
@@ -28,5 +29,6 @@ def run(arguments: argparse.Namespace) -> int:
     state = 'whole' if found['file_bytes'] == found['whole_bytes'] else f'of {found["whole_bytes"]:,}'
     print(f'{found["file"]}: {found["backbone"]["type"]} x{found["scale"]} ({options})')
     print(f'{found["file_bytes"]:,} bytes ({state}), values {found["dtype"]}')
+    print(f'engine: {found["engine"]}')
     print(level_table(found['levels']))
     return 0

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+ENGINES = ('auto', 'torch')
 HELP = 'upscale an image or a folder'
 _UNITS = {'': 1, 'B': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9, 'KIB': 2**10, 'MIB': 2**20, 'GIB': 2**30}
 
@@ -35,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--tile', type=int, help='side of tiles in input pixels, 0 for none; default: only if large')
     parser.add_argument('--gt', type=Path, help='folder of ground-truth images of the same names: PSNR and SSIM')
     parser.add_argument('--device', help='such as cpu or cuda:1; default: cuda if there is one')
+    parser.add_argument(
+        '--engine', choices=ENGINES, default='auto', help='auto: on a CPU, convolutions skip zeros where that is faster'
+    )
     parser.add_argument('--json', action='store_true', help='print JSON')
 
 
@@ -49,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     inputs = list_images(arguments.input)
     outputs = _output_paths(arguments.input, inputs, arguments.output)
     device = arguments.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    with ScalableModel(arguments.file, arguments.level, max_bytes=arguments.budget) as model:
+    engine = arguments.engine if torch.device(device).type == 'cpu' else 'torch'
+    with ScalableModel(arguments.file, arguments.level, max_bytes=arguments.budget, engine=engine) as model:
         model.network.to(device)
         header, level, upscaler = model.header, model.level, model.upscaler
     tiles = functools.partial(tqdm, unit='tile', leave=False, disable=None, file=sys.stderr)
