@@ -9,7 +9,7 @@ from importlib import import_module
 
 from mssr_basicsr import __version__
 
-COMMANDS = ('info', 'verify', 'upscale', 'extract', 'export', 'plot', 'pack')
+COMMANDS = ('info', 'verify', 'upscale', 'extract', 'export', 'plot', 'pack', 'benchmark')
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -78,7 +78,7 @@ class Kept:
 
     def __init__(self, shape: tuple[int, ...], indices: Array, values: Array, levels: Array, using: Kernel) -> None:
         self.out_channels, self.in_channels, self.kernel = shape[:3]
-        self.block, self._using = using.block, using
+        self.block, self._using, self._shape = using.block, using, shape
         co, ci, ky, kx = (axis.astype(np.int32) for axis in np.unravel_index(indices, shape))
         order = np.lexsort((indices, co, ci // self.block))
         margin = 1 - self.kernel // 2  # the tile has a pixel around it, which a 1x1 kernel does not look at
@@ -103,6 +103,10 @@ class Kept:
         order = np.argsort(indices)
         return indices[order], self.values[order], self.levels[order]
 
+    def __reduce__(self) -> Any:
+        # The order and the offsets are those of this processor's kernel: a copy may be for another one.
+        return _kept_here, (self._shape, *self.flat())
+
     @property
     def nbytes(self) -> int:
         """What it holds in memory."""
@@ -112,6 +116,13 @@ class Kept:
     def density(self) -> float:
         """The kept share of the weights."""
         return len(self.values) / max(1, self.out_channels * self.in_channels * self.kernel**2)
+
+
+def _kept_here(shape: tuple[int, ...], indices: Array, values: Array, levels: Array) -> Kept:
+    using = kernel()
+    if using is None:
+        raise ValueError('a network in the sparse form was saved, and here the sparse runtime was not built')
+    return Kept(shape, indices, values, levels, using)
 
 
 def eligible(layer: nn.Module) -> bool:
