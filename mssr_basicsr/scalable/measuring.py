@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import statistics
 import threading
 import time
@@ -37,7 +40,8 @@ def measure_levels(path: Path, size: tuple[int, int], threads: int | None, round
             for level in range(model.level, model.header.smallest_level + 1):
                 model.shrink(level)
                 reference.shrink(level)
-                records.append({'level': level, **_measure(model.network, reference.network, x, rounds)})
+                record = _measure(model.network, reference.network, x, rounds)
+                records.append({'level': level, 'peak_bytes': _peak_at(path, level, x), **record})
             return records
     finally:
         torch.set_num_threads(before)
@@ -46,7 +50,7 @@ def measure_levels(path: Path, size: tuple[int, int], threads: int | None, round
 def _measure(network: nn.Module, dense: nn.Module, x: Tensor, rounds: int) -> dict[str, Any]:
     last = x.contiguous(memory_format=torch.channels_last)
     times: dict[str, list[float]] = {'engine': [], 'default': [], 'channels_last': []}
-    peak = _peak_of(lambda: network(x))
+    network(x)
     for _ in range(rounds):
         times['engine'].append(_seconds(lambda: network(x)))
         times['default'].append(_seconds(lambda: dense(x)))
@@ -63,7 +67,6 @@ def _measure(network: nn.Module, dense: nn.Module, x: Tensor, rounds: int) -> di
         'milliseconds': medians['engine'],
         'torch_milliseconds': min(medians['default'], medians['channels_last']),
         'times_faster': min(medians['default'], medians['channels_last']) / medians['engine'],
-        'peak_bytes': peak,
         'weight_bytes': sum(t.nbytes for t in tensors) + sum(layer.kept.nbytes for layer in sparse.values()),
         'convolutions': len(layers),
         'sparse_layers': list(sparse),
@@ -84,8 +87,11 @@ def _resident() -> int:
         return 0
 
 
-def _peak_of(work: Callable[[], Any]) -> int:
-    """The most memory that the process has beyond what it has now, looked at every millisecond."""
+def _peak_at(path: Path, level: int, x: Tensor) -> int:
+    """The most memory beyond what the process has, weights included, from loading the level to its image."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # of glibc: memory that was freed goes back to the system
     start, highest, over = _resident(), [0], threading.Event()
 
     def watch() -> None:
@@ -94,7 +100,10 @@ def _peak_of(work: Callable[[], Any]) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    work()
-    over.set()
-    watcher.join()
+    try:
+        with ScalableModel(path, level) as model:
+            model.network(x)
+    finally:
+        over.set()
+        watcher.join()
     return highest[0]

@@ -115,9 +115,7 @@ def plan(traced: fx.GraphModule, runs_sparse: RunsSparse) -> list[Part]:
     return _in_segments(waiting)
 
 
-def _step(
-    traced: fx.GraphModule, node: fx.Node, steps: dict[str, Step], runs_sparse: RunsSparse
-) -> Step | None:
+def _step(traced: fx.GraphModule, node: fx.Node, steps: dict[str, Step], runs_sparse: RunsSparse) -> Step | None:
     """The node as a step of its own, or None if the kernel does not have it."""
     module = traced.get_submodule(str(node.target)) if node.op == 'call_module' else None
     target = node.target if node.op == 'call_function' else f'.{node.target}' if node.op == 'call_method' else module

@@ -61,7 +61,9 @@ def runs_sparse(layer: nn.Module) -> bool:
     """Whether the kernel runs the layer: it is in the sparse form, or so small that torch would gain nothing."""
     if isinstance(layer, SparseConv2d):
         return eligible(layer)
-    return isinstance(layer, nn.Conv2d) and is_small(layer.in_channels, layer.out_channels) and eligible(layer)
+    if not isinstance(layer, nn.Conv2d) or not eligible(layer):
+        return False
+    return is_small(layer.in_channels, layer.out_channels, layer.kernel_size[0])
 
 
 def usable(module: nn.Module, x: Any) -> bool:

@@ -199,5 +199,3 @@ def kept_of(layer: nn.Conv2d, using: Kernel) -> Kept:
     weight = layer.weight.detach().contiguous().numpy()
     numbers = np.arange(weight.size)
     return Kept(weight.shape, numbers, weight.ravel(), np.zeros(weight.size, np.uint8), using)
-
-
