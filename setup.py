@@ -37,6 +37,16 @@ class DistributionWithPth(Distribution):
     has_data = Distribution.has_data_files
 
 
+# Of GCC and Clang; which of them a processor has is asked at run time. Plain is NEON on ARM, and SSE2 on x86.
+FLAGS = ['-O3', '-std=c11', '-fPIC', '-fvisibility=hidden', '-ffp-contract=fast', '-pthread', '-Wall', '-Wextra']
+X86 = {
+    'avx512': ['-DLANES=16', '-DROWS=6', '-mavx512f', '-mprefer-vector-width=512'],
+    'avx2': ['-DLANES=8', '-DROWS=3', '-mavx2', '-mfma'],
+    'plain': ['-DLANES=4', '-DROWS=3'],
+}
+OTHER = {'plain': ['-DLANES=4', '-DROWS=6']}
+
+
 class BuildKernel(build_ext):
     """Compiles kernel.c once for each width of vectors, into one library that Python loads with ctypes.
 
@@ -44,22 +54,13 @@ class BuildKernel(build_ext):
     optional, the installation succeeds without it where there is no C compiler.
     """
 
-    # Of GCC and Clang; which of them a processor has is asked at run time. Plain is NEON on ARM, and SSE2 on x86.
-    FLAGS = ['-O3', '-std=c11', '-fPIC', '-fvisibility=hidden', '-ffp-contract=fast', '-pthread', '-Wall', '-Wextra']
-    X86 = {
-        'avx512': ['-DLANES=16', '-DROWS=6', '-mavx512f', '-mprefer-vector-width=512'],
-        'avx2': ['-DLANES=8', '-DROWS=3', '-mavx2', '-mfma'],
-        'plain': ['-DLANES=4', '-DROWS=3'],
-    }
-    OTHER = {'plain': ['-DLANES=4', '-DROWS=6']}
-
     def build_extension(self, ext):
-        widths = self.X86 if platform.machine().lower() in ('x86_64', 'amd64') else self.OTHER
+        widths = X86 if platform.machine().lower() in ('x86_64', 'amd64') else OTHER
         objects = []
         for name, flags in widths.items():
             # compile() names the object after the source: each width has a folder of its own.
             folder = os.path.join(self.build_temp, name)
-            flags = [f'-DNAME={name}', *self.FLAGS, *flags]
+            flags = [f'-DNAME={name}', *FLAGS, *flags]
             objects += self.compiler.compile(ext.sources, output_dir=folder, extra_postargs=flags)
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), extra_postargs=['-pthread'])
 

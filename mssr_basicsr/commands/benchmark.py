@@ -23,8 +23,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     Sparse and dense (default and channels-last layout, of which the better counts) take turns in one process.
     """
-    from mssr_basicsr.sparse.library import engine_name
     from mssr_basicsr.scalable.measuring import measure_levels
+    from mssr_basicsr.sparse.library import engine_name
 
     width, _, height = arguments.size.partition('x')
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):

@@ -54,10 +54,10 @@ def _measure(network: nn.Module, dense: nn.Module, x: Tensor, rounds: int) -> di
     for _ in range(rounds):
         times['engine'].append(_seconds(lambda: network(x)))
         times['default'].append(_seconds(lambda: dense(x)))
-        dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        dense.to(memory_format=torch.channels_last)
         dense(last)  # its first call in a layout is slower
         times['channels_last'].append(_seconds(lambda: dense(last)))
-        dense.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        dense.to(memory_format=torch.contiguous_format)
     medians = {name: 1000 * statistics.median(values) for name, values in times.items()}
     layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)}
     sparse = {name: layer for name, layer in layers.items() if isinstance(layer, SparseConv2d)}

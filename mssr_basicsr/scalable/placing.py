@@ -19,7 +19,7 @@ Values = npt.NDArray[np.float32]
 
 
 class LevelledWeight:
-    """Knows which level each element belongs to; :meth:`add` and :meth:`remove` keep all others as they are, bit for bit.
+    """Knows the level of each element; :meth:`add` and :meth:`remove` keep all others as they are, bit for bit.
 
     Args:
         network: the backbone.

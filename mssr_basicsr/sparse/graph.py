@@ -124,19 +124,18 @@ def _step(traced: fx.GraphModule, node: fx.Node, steps: dict[str, Step], runs_sp
     if isinstance(module, nn.Conv2d):
         return Step(CONVOLUTION, name, (arguments[0].name,), module) if runs_sparse(module) else None
     if target in (operator.mul, operator.imul, torch.mul) and len(arguments) == 1:
-        value, factor = node.args if isinstance(node.args[0], fx.Node) else reversed(node.args)
-        if isinstance(factor, (int, float)) and value.name in steps:  # type: ignore[union-attr]
-            return Step(SUM, name, (value.name,), scale=float(factor))  # type: ignore[union-attr]
+        number = next(argument for argument in node.args if not isinstance(argument, fx.Node))
+        if isinstance(number, (int, float)) and arguments[0].name in steps:
+            return Step(SUM, name, (arguments[0].name,), scale=float(number))
         return None
     if target is torch.cat:
         parts, axis = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get('dim', 0)
-        known = isinstance(parts, (list, tuple)) and axis == 1 and len(parts) <= library.MAX_INPUTS
+        inputs = [part.name for part in parts if isinstance(part, fx.Node)] if isinstance(parts, (list, tuple)) else []
+        known = axis == 1 and 0 < len(inputs) <= library.MAX_INPUTS
         read_by_convolutions = all(
             user.op == 'call_module' and runs_sparse(traced.get_submodule(str(user.target))) for user in node.users
         )
-        if known and read_by_convolutions and all(isinstance(part, fx.Node) for part in parts):  # type: ignore[union-attr]
-            return Step(SUM, name, tuple(part.name for part in parts))  # type: ignore[union-attr]
-        return None
+        return Step(SUM, name, tuple(inputs)) if known and read_by_convolutions else None
     if not arguments or any(argument.name not in steps for argument in arguments):
         return None
     first = arguments[0].name
@@ -185,7 +184,7 @@ def _alone(names: dict[str, fx.Node], name: str, done: dict[str, Step]) -> bool:
 
 def _merged(before: Step, step: Step) -> Step | None:
     """``step`` after ``before`` as one step; None where the order of kernel.c does not allow it."""
-    if before.residual is not None or len(before.inputs) > 1 and before.kind == SUM:
+    if before.residual is not None or (len(before.inputs) > 1 and before.kind == SUM):
         return None
     if step.residual is not None:
         return replace(before, output=step.output, residual=step.residual)

@@ -16,11 +16,12 @@ Array = npt.NDArray[Any]
 
 
 class SparseConv2d(nn.Conv2d):
-    """What :func:`make_sparse` makes of a convolution, in place: 4 bytes a kept weight, 2 for where it is, 1 for its level.
+    """What :func:`make_sparse` makes of a convolution, in place: 7 bytes for each kept weight.
 
-    It is still the ``nn.Conv2d`` that it was: :attr:`weight` and ``state_dict()`` make the dense weight anew, and
-    training, another device, another dtype or loading a state dict turn it back into a dense one, in place. What the
-    kernel does not take (gradients, other dtypes, NaN and infinity) torch computes with the dense weight.
+    These are its value (4), where it is (2) and its level (1). It is still the ``nn.Conv2d`` that it was:
+    :attr:`weight` and ``state_dict()`` make the dense weight anew, and training, another device, another dtype or
+    loading a state dict turn it back into a dense one, in place. What the kernel does not take (gradients, other
+    dtypes, NaN and infinity) torch computes with the dense weight.
     """
 
     kept: Kept
@@ -126,7 +127,7 @@ def _kept_here(shape: tuple[int, ...], indices: Array, values: Array, levels: Ar
 
 
 def eligible(layer: nn.Module) -> bool:
-    """Whether the kernel can run it: a float32 convolution on the CPU, 3x3 or 1x1, stride 1, one group, zeros around."""
+    """Whether the kernel can run it: float32 on the CPU, 3x3 or 1x1, stride 1, one group, zeros around."""
     if kernel() is None or type(layer) not in (nn.Conv2d, SparseConv2d):
         return False
     assert isinstance(layer, nn.Conv2d)

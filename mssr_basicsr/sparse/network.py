@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -39,6 +38,7 @@ class _Local(threading.local):
 
 
 _local = _Local()
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _cache_of(module: nn.Module) -> _Cache:
@@ -75,15 +75,17 @@ def usable(module: nn.Module, x: Any) -> bool:
         and not module.training
         and not torch.is_autocast_enabled('cpu')
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._get_tracing_state()
         and torch._C._len_torch_dispatch_stack() == 0
         and not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())))
         and kernel() is not None
     )
 
 
-@functools.cache
 def _accelerated(base: type[nn.Module]) -> type[nn.Module]:
+    if base in _classes:
+        return _classes[base]
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and usable(self, args[0]):
             result = _run(self, args[0])
@@ -92,9 +94,11 @@ def _accelerated(base: type[nn.Module]) -> type[nn.Module]:
         return base.forward(self, *args, **kwargs)
 
     def reduce(self: nn.Module, _: Any) -> Any:
-        return _rebuild, (base,), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _rebuild, (base,), self.__getstate__()
 
-    return type(base.__name__, (base,), {'forward': forward, '__reduce_ex__': reduce, 'plain_forward': base.forward})
+    attributes = {'forward': forward, '__reduce_ex__': reduce, 'plain_forward': base.forward}
+    _classes[base] = type(base.__name__, (base,), attributes)
+    return _classes[base]
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
@@ -114,7 +118,7 @@ def accelerate(network: nn.Module) -> None:
 
 
 def _run(network: nn.Module, x: Tensor) -> Tensor | None:
-    """What the network makes of ``x``; None where torch must: nothing is sparse, the graph is unknown, NaN, infinity."""
+    """What the network makes of ``x``; None where torch must compute it."""
     if not any(isinstance(layer, SparseConv2d) for layer in network.modules()) or not _finite(x):
         return None
     cache = _cache_of(network)

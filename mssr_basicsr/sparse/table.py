@@ -8,7 +8,7 @@ _LARGEST_DENSITY = {3: ((48, 0.6), (32, 0.65), (0, 1.0)), 1: ((48, 0.25), (0, 0.
 
 
 def is_small(in_channels: int, out_channels: int, kernel_size: int) -> bool:
-    """Whether a layer is a network's first or last: little work, so the kernel runs it dense where it runs the others."""
+    """Whether a layer is so little work that the kernel runs it, dense or not, where it runs the others."""
     return kernel_size == 3 and min(in_channels, out_channels) <= 16
 
 
