@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import os
 import pickle
 import threading
@@ -265,3 +266,21 @@ def test_engines(capsys: pytest.CaptureFixture[str], tmp_path: Any, monkeypatch:
             assert model.network(torch.rand(1, 3, 8, 8)).shape == (1, 3, 16, 16)
     finally:
         kernel.cache_clear()
+
+
+def test_benchmark(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+    file = tmp_path / 'model.mssr'
+    file.write_bytes(pack(network(), 2))
+    command = ['benchmark', str(file), '--size', '24x16', '--threads', '1', '--rounds', '1']
+    assert main([*command, '--json']) == 0
+    levels = json.loads(capsys.readouterr().out)['levels']
+    assert [row['level'] for row in levels] == [0, 1, 2]
+    assert levels[0]['sparse_layers'] == []
+    assert bool(levels[2]['sparse_layers']) == (kernel() is not None)
+    assert all(row['milliseconds'] > 0 and row['times_faster'] > 0 for row in levels)
+    if kernel() is not None:
+        assert levels[2]['weight_bytes'] < levels[0]['weight_bytes']
+    assert main(command) == 0
+    assert 'times faster' in capsys.readouterr().out
+    assert main(['benchmark', str(file), '--size', '24']) == 1
+    assert "--size: found '24'; allowed: width x height" in capsys.readouterr().err
