@@ -1,9 +1,20 @@
+import os
+import platform
 import re
 from pathlib import Path
 
-from setuptools import Distribution, find_packages, setup
+from setuptools import Distribution, Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 from distutils.command.install_data import install_data  # isort: skip  (setuptools provides it from Python 3.12 on)
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # before setuptools 70.1 it is wheel's
+    try:
+        from wheel.bdist_wheel import bdist_wheel
+    except ImportError:  # as while pip asks what the build requires
+        bdist_wheel = object
 
 HERE = Path(__file__).resolve().parent
 
@@ -26,6 +37,47 @@ class DistributionWithPth(Distribution):
     has_data = Distribution.has_data_files
 
 
+# Of GCC and Clang; which of them a processor has is asked at run time. Plain is NEON on ARM, and SSE2 on x86.
+FLAGS = ['-O3', '-std=c11', '-fPIC', '-fvisibility=hidden', '-ffp-contract=fast', '-pthread', '-Wall', '-Wextra']
+X86 = {
+    'avx512': ['-DLANES=16', '-DROWS=6', '-mavx512f', '-mprefer-vector-width=512'],
+    'avx2': ['-DLANES=8', '-DROWS=3', '-mavx2', '-mfma'],
+    'plain': ['-DLANES=4', '-DROWS=3'],
+}
+OTHER = {'plain': ['-DLANES=4', '-DROWS=6']}
+
+
+class BuildKernel(build_ext):
+    """Compiles kernel.c once for each width of vectors, into one library that Python loads with ctypes.
+
+    It includes neither Python's headers nor torch's, so that it fits every version of both. The extension being
+    optional, the installation succeeds without it where there is no C compiler.
+    """
+
+    def build_extension(self, ext):
+        widths = X86 if platform.machine().lower() in ('x86_64', 'amd64') else OTHER
+        objects = []
+        for name, flags in widths.items():
+            # compile() names the object after the source: each width has a folder of its own.
+            folder = os.path.join(self.build_temp, name)
+            flags = [f'-DNAME={name}', *FLAGS, *flags]
+            objects += self.compiler.compile(ext.sources, output_dir=folder, extra_postargs=flags)
+        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), extra_postargs=['-pthread'])
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split('.')) + '.so'
+
+    def get_export_symbols(self, ext):
+        return []
+
+
+class WheelOfAnyPython(bdist_wheel):
+    """The library is of a platform, but not of a version of Python."""
+
+    def get_tag(self):
+        return 'py3', 'none', super().get_tag()[2]
+
+
 setup(
     distclass=DistributionWithPth,
     name='mssr-basicsr',
@@ -41,7 +93,12 @@ setup(
     # import hook of its own, which costs every start of Python several times what ours does.
     package_dir={'': '.'},
     data_files=[('', ['mssr_basicsr.pth'])],
-    cmdclass={'install_data': InstallPth},
+    ext_modules=[Extension('mssr_basicsr.sparse.kernel', ['mssr_basicsr/sparse/kernel.c'], optional=True)],
+    cmdclass={
+        'install_data': InstallPth,
+        'build_ext': BuildKernel,
+        **({} if bdist_wheel is object else {'bdist_wheel': WheelOfAnyPython}),
+    },
     # TensorBoard is left to BasicSR: it asks for tb-nightly, which owns the same `tensorboard` folder that the
     # `tensorboard` distribution would overwrite.
     install_requires=[

@@ -161,7 +161,7 @@ def test_every_prefix_is_a_model_of_its_levels() -> None:
 
 def test_expand_reads_its_section_alone_and_leaves_the_rest_in_place() -> None:
     packed = network()
-    model = ScalableModel(io.BytesIO(pack(packed, 2)), level=2)
+    model = ScalableModel(io.BytesIO(pack(packed, 2)), level=2, engine='torch')
     weights = dict(model.network.named_parameters())
     storages = {name: weight.data_ptr() for name, weight in weights.items()}
     before = {name: weight.detach().clone() for name, weight in weights.items()}

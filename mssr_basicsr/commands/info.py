@@ -18,9 +18,10 @@ def run(arguments: argparse.Namespace) -> int:
     """``mssr info``: the table of levels."""
     from mssr_basicsr import ScalableFile
     from mssr_basicsr.scalable.description import level_table
+    from mssr_basicsr.sparse.library import engine_name
 
     with ScalableFile(arguments.file) as file:
-        found = file.describe()
+        found = {**file.describe(), 'engine': engine_name()}
     if arguments.json:
         print(json.dumps(found, indent=2))
         return 0
@@ -28,5 +29,6 @@ def run(arguments: argparse.Namespace) -> int:
     state = 'whole' if found['file_bytes'] == found['whole_bytes'] else f'of {found["whole_bytes"]:,}'
     print(f'{found["file"]}: {found["backbone"]["type"]} x{found["scale"]} ({options})')
     print(f'{found["file_bytes"]:,} bytes ({state}), values {found["dtype"]}')
+    print(f'engine: {found["engine"]}')
     print(level_table(found['levels']))
     return 0

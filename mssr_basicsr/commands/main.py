@@ -13,8 +13,8 @@ from importlib import import_module
 from mssr_basicsr import __version__
 from mssr_basicsr.commands.errors import one_line
 
-COMMANDS = ('info', 'verify', 'upscale', 'extract', 'export', 'plot', 'pack')
-BUILDING = ('upscale', 'extract', 'export', 'pack')  #: those that build a backbone
+COMMANDS = ('info', 'verify', 'upscale', 'benchmark', 'extract', 'export', 'plot', 'pack')
+BUILDING = ('upscale', 'benchmark', 'extract', 'export', 'plot', 'pack')  #: those that build a backbone
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = 'PSNR over size'
+HELP = 'PSNR over size or time'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,12 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '-o', '--output', type=Path, required=True, help='the image to write; one that exists is overwritten'
     )
+    parser.add_argument('--time', action='store_true', help='PSNR over the time that each level takes on this CPU')
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """``mssr plot``: PSNR over cumulative bytes, a line for each file and validation set."""
+    """``mssr plot``: PSNR over cumulative bytes, or over time, a line for each file and validation set."""
     from mssr_basicsr import plot
 
-    plot(arguments.files, arguments.output)
+    plot(arguments.files, arguments.output, arguments.time)
     print(arguments.output)
     return 0

@@ -16,6 +16,7 @@ from typing import Any
 from mssr_basicsr.commands.errors import one_line
 from mssr_basicsr.foundation.checks import OptionError, require_int
 
+ENGINES = ('auto', 'torch')
 HELP = 'upscale an image or a folder'
 _UNITS = {'': 1, 'B': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9, 'KIB': 2**10, 'MIB': 2**20, 'GIB': 2**30}
 
@@ -47,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--gt', type=Path, help='folder of ground-truth images of the same names: PSNR and SSIM')
     parser.add_argument('--device', help='such as cpu or cuda:1; default: cuda if there is one')
+    parser.add_argument(
+        '--engine', choices=ENGINES, default='auto', help='auto: on a CPU, convolutions skip zeros where that is faster'
+    )
     parser.add_argument('--json', action='store_true', help='print JSON')
 
 
@@ -74,7 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         names = ', '.join(path.name for path in passed_over[:3]) + (', ...' if len(passed_over) > 3 else '')
         print(f'mssr: passed over in {arguments.input}, no images by their names: {names}', file=sys.stderr)
     device = _device(arguments.device)
-    with ScalableModel(arguments.file, arguments.level, max_bytes=arguments.budget) as model:
+    engine = arguments.engine if device.startswith('cpu') else 'torch'
+    with ScalableModel(arguments.file, arguments.level, max_bytes=arguments.budget, engine=engine) as model:
         model.network.to(device)
         header, level, upscaler = model.header, model.level, model.upscaler
     tiles = functools.partial(tqdm, unit='tile', leave=False, disable=None, file=sys.stderr)

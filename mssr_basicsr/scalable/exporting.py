@@ -61,7 +61,7 @@ def to_onnx(
     require_output(output, source, option='--onnx')
     onnx = optional_package('onnx', 'onnx')
     optional_package('onnxscript', 'onnx')  # torch's exporter is written in it
-    with ScalableModel(source, level, network=network) as model:
+    with ScalableModel(source, level, network=network, engine='torch') as model:
         upscaler = model.upscaler
     example = torch.rand(1, upscaler.channels, 2 * max(8, upscaler.multiple), 3 * max(8, upscaler.multiple))
     any_size = torch.export.Dim.DYNAMIC

@@ -54,7 +54,7 @@ def level_state(source: Source, level: int | None = None) -> dict[str, Tensor]:
     with ScalableFile(source) as file:
         header = file.header
     try:
-        with (ScalableModel if header.computed else FileTensors)(source, level) as model:
+        with (ScalableModel if header.computed else FileTensors)(source, level, engine='torch') as model:
             return {name: tensor.detach() for name, tensor in model.network.state_dict().items()}
     except MissingPackageError as error:
         what = f'{header.backbone["type"]} computes {header.computed[0]}, which is not in the file'
@@ -89,7 +89,7 @@ def extract(
         if suffix == '.mssr':
             data = file.read_prefix(chosen)
     if suffix == '.mssr':
-        with FileTensors(io.BytesIO(data), chosen):  # nothing corrupted is passed on
+        with FileTensors(io.BytesIO(data), chosen, engine='torch'):  # nothing corrupted is passed on
             levels = range(chosen, smallest + 1)
     else:
         state = level_state(source, chosen)
@@ -117,7 +117,7 @@ def verify(source: Source) -> dict[str, Any]:
     Raises:
         ScalableFileError: something is corrupted, or the smallest level is not there.
     """
-    with FileTensors(source) as model:
+    with FileTensors(source, engine='torch') as model:
         file, level = model.file, model.level
     end = file.header.section(level).end
     levels = [*range(level, file.header.smallest_level + 1)]

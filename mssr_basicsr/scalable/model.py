@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,12 @@ from torch import Tensor, nn
 from mssr_basicsr.scalable.building import build_for, check_network
 from mssr_basicsr.scalable.container import DTYPES, Header, ScalableFile, Source
 from mssr_basicsr.scalable.errors import ScalableFileError
+from mssr_basicsr.scalable.placing import LevelledWeight, Values
 from mssr_basicsr.scalable.positions import Indices, coding_order, decode_positions
 from mssr_basicsr.scalable.upscaling import Upscaler
+from mssr_basicsr.sparse.network import accelerate
 
-_ABSENT = 255  # what the level map has for weights that are in no loaded level
+ENGINES = ('auto', 'torch')
 
 
 class ScalableModel:
@@ -33,8 +34,12 @@ class ScalableModel:
         max_parameters: the most parameters to have, those that are never pruned included.
         network: the backbone, if you build it yourself: then nothing of BasicSR is needed. All its weights and all its
             other parameters are overwritten.
+        engine: ``auto``: on a CPU, outside of training, convolutions take the sparse form where that is faster: they
+            hold what the level keeps and skip its zeros (docs/runtime.md). ``state_dict()`` is as ever; moving or
+            training the network makes them dense again. ``torch``: all weights are dense.
 
     Raises:
+        ValueError: no such engine.
         ScalableFileError: no such file, corrupted, not there up to this level, or larger than the budget at any level.
         MissingPackageError: BasicSR is not installed, and no ``network`` was given.
     """
@@ -47,15 +52,19 @@ class ScalableModel:
         max_bytes: int | None = None,
         max_parameters: int | None = None,
         network: nn.Module | None = None,
+        engine: str = 'auto',
     ) -> None:
+        if engine not in ENGINES:
+            raise ValueError(f'engine: found {engine!r}; allowed: {", ".join(ENGINES)}')
         self.file = ScalableFile(source)
         try:
             self._level = self.header.smallest_level
             target = self._choose(level, max_bytes, max_parameters)
             self.network = network = self._prepare_network(network)
-            self._weights = [network.get_parameter(weight.name) for weight in self.header.weights]
-            self._level_maps = [np.full(weight.numel, _ABSENT, np.uint8) for weight in self.header.weights]
-            self._load_smallest()
+            self._weights: list[LevelledWeight] = []
+            self._load_smallest(sparse=engine == 'auto')
+            if engine == 'auto':
+                accelerate(network)
             self.expand(target)
         except BaseException:
             self.close()
@@ -114,18 +123,17 @@ class ScalableModel:
         return min(fitting)
 
     @torch.no_grad()
-    def _load_smallest(self) -> None:
+    def _load_smallest(self, sparse: bool) -> None:
         tensors = self.file.read_section(self._level)
-        chosen = self._decode(self._level, tensors)
         state = self.network.state_dict()
         for info in self.header.others:
             found = tensors.get(f'other.{info.name}')
             if found is None or tuple(found.shape) != info.shape or found.dtype != state[info.name].dtype:
                 raise ScalableFileError(f'{self.file.name}: {info.name} is not in the first section as the header says')
             state[info.name].copy_(found)
-        for weight in self.header.weights:
-            state[weight.name].zero_()
-        self._place(self._level, chosen, tensors['values'])
+        del state  # what takes the sparse form lets go of its dense weight
+        self._weights = [LevelledWeight(self.network, weight.name, sparse) for weight in self.header.weights]
+        self._place(self._level, self._read_delta(self._level, tensors))
 
     def expand(self, level: int | None = None) -> None:
         """Grow in place to a larger level (default: by one), by reading only the sections in between.
@@ -141,8 +149,7 @@ class ScalableModel:
         if target > self._level:
             raise ValueError(f'expand: level {target} is smaller than {self._level}; use shrink')
         for next_level in range(self._level - 1, target - 1, -1):
-            tensors = self.file.read_section(next_level)
-            self._place(next_level, self._decode(next_level, tensors), tensors['values'])
+            self._place(next_level, self._read_delta(next_level, self.file.read_section(next_level)))
             self._level = next_level
 
     @torch.no_grad()
@@ -152,14 +159,12 @@ class ScalableModel:
         self.header.section(target)
         if target < self._level:
             raise ValueError(f'shrink: level {target} is larger than {self._level}; use expand')
-        for weight, levels in zip(self._weights, self._level_maps):
-            removed = np.flatnonzero(levels < target)
-            _write(weight, removed, torch.zeros(len(removed)))
-            levels[removed] = _ABSENT
+        for weight in self._weights:
+            weight.remove(target)
         self._level = target
 
-    def _decode(self, level: int, tensors: Mapping[str, Tensor]) -> list[tuple[int, Indices]]:
-        """Where the section's values belong: indices of weights, in the values' order, each with its candidates."""
+    def _read_delta(self, level: int, tensors: Mapping[str, Tensor]) -> list[tuple[int, Indices, Values]]:
+        """What the section adds: numbers of weights, each with indices of elements, ascending, and their values."""
         section, candidates = self.header.section(level), self.header.candidates(level)
         values, positions = tensors.get('values'), tensors.get('positions')
         expected = (DTYPES[self.header.dtype], (sum(section.counts),))
@@ -174,28 +179,20 @@ class ScalableModel:
             )
         except ScalableFileError as error:
             raise ScalableFileError(f'{self.file.name}: level {level}: {error}') from error
-        return list(zip(order, chosen))
+        added = []
+        parts = values.float().split([len(numbers) for numbers in chosen])
+        for i, numbers, part in zip(order, chosen, parts):
+            if len(numbers):
+                absent = self._weights[i].absent()
+                indices = absent.take(numbers) if len(numbers) < len(absent) else absent
+                added.append((i, indices, part.numpy()))
+        return added
 
     @torch.no_grad()
-    def _place(self, level: int, chosen: list[tuple[int, Indices]], values: Tensor) -> None:
-        parts = values.split([len(numbers) for _, numbers in chosen])
-        for (i, numbers), part in zip(chosen, parts):
-            if len(numbers):
-                levels = self._level_maps[i]
-                indices = (levels == _ABSENT).nonzero()[0]
-                if len(numbers) < len(indices):
-                    indices = indices.take(numbers)
-                levels[indices] = level
-                _write(self._weights[i], indices, part)
+    def _place(self, level: int, added: list[tuple[int, Indices, Values]]) -> None:
+        for i, indices, values in added:
+            self._weights[i].add(level, indices, values)
 
     def upscale(self, image: npt.NDArray[Any], tile: int | None = None, bgr: bool = False) -> npt.NDArray[Any]:
         """Upscale an image with the network as it is; see :meth:`Upscaler.upscale`."""
         return self.upscaler.upscale(image, tile, bgr)
-
-
-def _write(weight: Tensor, indices: Indices, values: Tensor) -> None:
-    """Give the elements at ``indices`` of the flattened weight their values, in place."""
-    data = weight.data if weight.is_contiguous() else weight.contiguous()  # channels_last, for one, is not
-    data.view(-1).scatter_(0, torch.from_numpy(indices).to(data.device), values.to(data))
-    if data.data_ptr() != weight.data_ptr():
-        weight.copy_(data)

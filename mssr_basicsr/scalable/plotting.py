@@ -49,12 +49,13 @@ def save_figure(figure: Any, output: str | os.PathLike[str], dpi: int = 150) -> 
     write_whole(output, buffer.getvalue())
 
 
-def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> None:
+def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], time: bool = False) -> None:
     """Draw PSNR over the bytes that each level reads: a line for each ``.mssr`` file and validation set.
 
     Args:
         files: whose levels have been measured.
         output: the figure to write, in the format that its name ends with; a file that exists is overwritten.
+        time: draw over the milliseconds that a level takes for 320 x 180 pixels on this CPU, measured now.
 
     Raises:
         ValueError: a wrong file or output, one without PSNR, or matplotlib is not installed; the text says which.
@@ -62,17 +63,26 @@ def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
     """
     require_output(output, *files)
     figure, axis = new_figure(figsize=(7, 4.5))
+    sizes = 'ms for 320 x 180 pixels on this CPU' if time else 'KB of the file that are read, up to each level'
     for path in files:
         with ScalableFile(path) as file:
-            levels = file.describe()['levels']
+            levels = [row for row in file.describe()['levels'] if row['present'] or not time]
         names = sorted({name for row in levels for name, values in row['metrics'].items() if 'psnr' in values})
         if not names:
             raise ValueError(f'{path}: found no PSNR in it; allowed: a file that was packed with --gt')
+        kilobytes = {row['level']: row['cumulative_bytes'] / 1000 for row in levels}
+        places = _milliseconds(path) if time else kilobytes
         for name in names:
             rows = [row for row in levels if 'psnr' in row['metrics'].get(name, {})]
-            points = [(row['cumulative_bytes'] / 1000, row['metrics'][name]['psnr']) for row in rows]
-            draw_psnr(axis, {f'{name}, {Path(path).stem}': points}, 'KB of the file that are read, up to each level')
+            points = [(places[row['level']], row['metrics'][name]['psnr']) for row in rows]
+            draw_psnr(axis, {f'{name}, {Path(path).stem}': points}, sizes)
             for row, point in zip(rows, points):
                 axis.annotate(f'{row["level"]}', point, textcoords='offset points', xytext=(4, 5))
     axis.legend()
     save_figure(figure, output)
+
+
+def _milliseconds(path: str | os.PathLike[str]) -> dict[int, float]:
+    from mssr_basicsr.scalable.measuring import measure_levels
+
+    return {row['level']: row['milliseconds'] for row in measure_levels(Path(path), (320, 180), None, rounds=3)}

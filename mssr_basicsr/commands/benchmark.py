@@ -1,0 +1,58 @@
+"""``mssr benchmark``: time and memory of each level."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+HELP = 'time and memory of each level on this CPU'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('file', metavar='FILE.mssr', type=Path)
+    parser.add_argument('--size', default='320x180', help='of the input, WxH; default: 320x180')
+    parser.add_argument('--threads', type=int, help="default: torch's number")
+    parser.add_argument('--rounds', type=int, default=5, help='medians of so many are printed; default: 5')
+    parser.add_argument('--json', action='store_true', help='print JSON')
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """``mssr benchmark``: each level's time, and how many times that of torch's dense network goes into it.
+
+    Sparse and dense (default and channels-last layout, of which the better counts) take turns in one process.
+    """
+    from mssr_basicsr.scalable.measuring import measure_levels
+    from mssr_basicsr.sparse.library import engine_name
+
+    width, _, height = arguments.size.partition('x')
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ValueError(f'--size: found {arguments.size!r}; allowed: width x height in pixels, such as 320x180')
+    for name in ('threads', 'rounds'):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise ValueError(f'--{name}: found {getattr(arguments, name)}; allowed: 1 or more')
+    levels = measure_levels(arguments.file, (int(width), int(height)), arguments.threads, arguments.rounds)
+    found = {'file': str(arguments.file), 'size': arguments.size, 'engine': engine_name(), 'levels': levels}
+    print(json.dumps(found, indent=2) if arguments.json else _as_text(found))
+    return 0
+
+
+def _as_text(found: dict[str, Any]) -> str:
+    from mssr_basicsr.foundation.tables import table_with_metrics
+
+    head = ['level', 'engine', 'ms', 'times faster', 'peak MB', 'weights MB', 'sparse layers']
+    cells = [
+        [
+            f'{row["level"]}',
+            row['engine'],
+            f'{row["milliseconds"]:.1f}',
+            f'{row["times_faster"]:.2f}',
+            f'{row["peak_bytes"] / 1e6:.1f}',
+            f'{row["weight_bytes"] / 1e6:.2f}',
+            f'{len(row["sparse_layers"])} of {row["convolutions"]}',
+        ]
+        for row in found['levels']
+    ]
+    head_line = f'{found["file"]}: {found["size"]}, engine: {found["engine"]}'
+    return f'{head_line}\n{table_with_metrics(head, cells, found["levels"])}'

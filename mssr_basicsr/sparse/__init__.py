@@ -1,0 +1,1 @@
+"""The sparse runtime: networks whose convolutions skip their zeros, on a CPU; see docs/runtime.md."""

@@ -1,0 +1,234 @@
+"""What a network computes, as steps of the kernel where it can run them, and of torch elsewhere."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Union
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from mssr_basicsr.sparse import library
+from mssr_basicsr.sparse.library import CONVOLUTION, NEAREST, NONE, RELU, SLOPE, SUM
+
+RunsSparse = Callable[[nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of the kernel, on values by their names: scale * activation(operation) + residual."""
+
+    kind: int
+    output: str
+    inputs: tuple[str, ...]  #: their channels, one after the other
+    layer: nn.Conv2d | None = None  #: of CONVOLUTION
+    activation: int = NONE
+    slopes: nn.PReLU | float = 0.0  #: of SLOPE
+    scale: float = 1.0
+    residual: str | None = None
+    factor: int = 1  #: of the pixel shuffle after a convolution, or of NEAREST
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.inputs if self.residual is None else (*self.inputs, self.residual)
+
+
+@dataclass
+class Segment:
+    """Steps of the kernel with nothing of torch in between."""
+
+    steps: list[Step]
+    inputs: list[str] = field(default_factory=list)  #: what torch computed
+    outputs: list[str] = field(default_factory=list)  #: what torch reads, or the network returns
+
+
+Part = Union[fx.Node, Segment]
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+@contextmanager
+def _attributes_kept(network: nn.Module) -> Iterator[None]:
+    """Networks may assign attributes in their forward: to a trace these would be symbols, and stay."""
+    before = {module: dict(module.__dict__) for module in network.modules()}
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+def trace(network: nn.Module) -> fx.GraphModule | None:
+    """The network's graph, or None where it cannot be had: its forward looks at values or shapes, or writes in place
+    to what is read again."""
+    tracer = _Tracer()
+    # An accelerated network has its class's own forward under this name.
+    tracer.traced_func_name = 'plain_forward' if hasattr(type(network), 'plain_forward') else 'forward'
+    try:
+        with _attributes_kept(network):
+            with _attributes_kept(network):
+                graph = tracer.trace(network)
+                constants = {key: v for key, v in network.__dict__.items() if key.startswith('_tensor_constant')}
+            network.__dict__.update(constants)
+            traced = fx.GraphModule(network, graph)
+    except Exception:  # whatever a forward does with symbols
+        return None
+    return None if any(_overwrites(traced, node) for node in graph.nodes) else traced
+
+
+_INPLACE = {operator.iadd, operator.imul, operator.isub, operator.itruediv}
+
+
+def _overwrites(traced: fx.GraphModule, node: fx.Node) -> bool:
+    inplace = node.op == 'call_function' and (node.target in _INPLACE or node.kwargs.get('inplace'))
+    if node.op == 'call_module':
+        inplace = getattr(traced.get_submodule(str(node.target)), 'inplace', False)
+    elif node.op == 'call_method':
+        inplace = str(node.target).endswith('_')
+    first = node.args[0] if node.args else None
+    return bool(inplace) and isinstance(first, fx.Node) and (len(first.users) > 1 or first.op == 'placeholder')
+
+
+def plan(traced: fx.GraphModule, runs_sparse: RunsSparse) -> list[Part]:
+    """The network's nodes in an order in which they can run, those that the kernel runs being fused and in segments."""
+    names = {node.name: node for node in traced.graph.nodes}
+    steps: dict[str, Step] = {}
+    for node in traced.graph.nodes:
+        step = _step(traced, node, steps, runs_sparse)
+        if step is not None:
+            steps[node.name] = step
+    fused = _fuse(steps, names)
+    waiting: list[fx.Node | Step] = []
+    for node in traced.graph.nodes:
+        if node.name in fused:
+            waiting.append(fused[node.name])
+        elif node.name not in steps:
+            waiting.append(node)
+    return _in_segments(waiting)
+
+
+def _step(traced: fx.GraphModule, node: fx.Node, steps: dict[str, Step], runs_sparse: RunsSparse) -> Step | None:
+    """The node as a step of its own, or None if the kernel does not have it."""
+    module = traced.get_submodule(str(node.target)) if node.op == 'call_module' else None
+    target = node.target if node.op == 'call_function' else f'.{node.target}' if node.op == 'call_method' else module
+    arguments = [a for a in node.args if isinstance(a, fx.Node)]
+    name = node.name
+    if isinstance(module, nn.Conv2d):
+        return Step(CONVOLUTION, name, (arguments[0].name,), module) if runs_sparse(module) else None
+    if target in (operator.mul, operator.imul, torch.mul) and len(arguments) == 1:
+        number = next(argument for argument in node.args if not isinstance(argument, fx.Node))
+        if isinstance(number, (int, float)) and arguments[0].name in steps:
+            return Step(SUM, name, (arguments[0].name,), scale=float(number))
+        return None
+    if target is torch.cat:
+        parts, axis = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get('dim', 0)
+        inputs = [part.name for part in parts if isinstance(part, fx.Node)] if isinstance(parts, (list, tuple)) else []
+        known = axis == 1 and 0 < len(inputs) <= library.MAX_INPUTS
+        read_by_convolutions = all(
+            user.op == 'call_module' and runs_sparse(traced.get_submodule(str(user.target))) for user in node.users
+        )
+        return Step(SUM, name, tuple(inputs)) if known and read_by_convolutions else None
+    if not arguments or any(argument.name not in steps for argument in arguments):
+        return None
+    first = arguments[0].name
+    if target in (operator.add, operator.iadd, torch.add, '.add', '.add_') and len(node.args) == len(arguments) == 2:
+        return None if node.kwargs else Step(SUM, name, (arguments[1].name,), residual=first)
+    if isinstance(module, nn.ReLU) or target in (F.relu, torch.relu):
+        return Step(SUM, name, (first,), activation=RELU)
+    if isinstance(module, nn.LeakyReLU):
+        return Step(SUM, name, (first,), activation=SLOPE, slopes=module.negative_slope)
+    if isinstance(module, nn.PReLU):
+        return Step(SUM, name, (first,), activation=SLOPE, slopes=module)
+    if isinstance(module, nn.PixelShuffle) and steps[first].kind == CONVOLUTION and len(arguments[0].users) == 1:
+        return Step(SUM, name, (first,), factor=module.upscale_factor)
+    if target is F.interpolate:
+        options = {'mode': 'nearest', **node.kwargs}
+        factor = options.pop('scale_factor', None)
+        if len(node.args) == 1 and options == {'mode': 'nearest'} and factor in (2, 3, 4):
+            return Step(NEAREST, name, (first,), factor=int(factor))  # type: ignore[arg-type]
+    return None
+
+
+def _fuse(steps: dict[str, Step], names: dict[str, fx.Node]) -> dict[str, Step]:
+    """Activation, factor, shuffle and sum go into the step before, if nothing else reads that."""
+    done: dict[str, Step] = {}
+    for name, step in steps.items():
+        source = step.inputs[0]
+        if step.residual is not None and not _alone(names, source, done):
+            source, other = step.residual, source
+            step = replace(step, inputs=(source,), residual=other)
+        before = done.get(source)
+        merged = None
+        alone = _alone(names, source, done) and step.residual != source
+        if step.kind == SUM and len(step.inputs) == 1 and before is not None and alone:
+            merged = _merged(before, step)
+        if merged is not None:
+            del done[source]
+        if step.kind == CONVOLUTION and source in done and done[source].kind == SUM and len(done[source].inputs) > 1:
+            step = replace(step, inputs=done[source].inputs)
+        done[name] = merged or step
+    return {name: step for name, step in done.items() if step.kind != SUM or len(step.inputs) == 1}
+
+
+def _alone(names: dict[str, fx.Node], name: str, done: dict[str, Step]) -> bool:
+    return name in done and len(names[name].users) == 1 and done[name].kind in (CONVOLUTION, SUM)
+
+
+def _merged(before: Step, step: Step) -> Step | None:
+    """``step`` after ``before`` as one step; None where the order of kernel.c does not allow it."""
+    if before.residual is not None or (len(before.inputs) > 1 and before.kind == SUM):
+        return None
+    if step.residual is not None:
+        return replace(before, output=step.output, residual=step.residual)
+    if step.factor > 1:
+        plain = before.activation == NONE and before.scale == 1 and before.factor == 1
+        return replace(before, output=step.output, factor=step.factor) if plain else None
+    if step.activation != NONE:
+        if before.activation != NONE or before.scale != 1 or (before.factor > 1 and isinstance(step.slopes, nn.PReLU)):
+            return None
+        return replace(before, output=step.output, activation=step.activation, slopes=step.slopes)
+    return replace(before, output=step.output, scale=before.scale * step.scale)
+
+
+def _in_segments(waiting: list[fx.Node | Step]) -> list[Part]:
+    """Alternately all nodes of torch that can run, and all steps that can: as few segments as possible."""
+    parts: list[Part] = []
+    known: set[str] = set()
+    while waiting:
+        for of_torch in (True, False):
+            ready: list[Any] = []
+            rest: list[fx.Node | Step] = []
+            for item in waiting:
+                is_node = isinstance(item, fx.Node)
+                reads = [n.name for n in item.all_input_nodes] if isinstance(item, fx.Node) else item.reads
+                # The output comes last.
+                if is_node == of_torch and known.issuperset(reads):
+                    ready.append(item)
+                    known.add(item.name if isinstance(item, fx.Node) else item.output)
+                else:
+                    rest.append(item)
+            waiting = rest
+            if of_torch:
+                parts.extend(ready)
+            elif ready:
+                parts.append(Segment(ready))
+    for i, part in enumerate(parts):
+        if isinstance(part, Segment):
+            made = {step.output for step in part.steps}
+            read = dict.fromkeys(name for step in part.steps for name in step.reads)
+            part.inputs = [name for name in read if name not in made]
+            later: set[str] = set()
+            for other in parts[i + 1 :]:
+                later.update(other.inputs if isinstance(other, Segment) else (n.name for n in other.all_input_nodes))
+                if isinstance(other, Segment):
+                    later.update(name for step in other.steps for name in step.reads)
+            part.outputs = [name for name in made if name in later]
+    return parts

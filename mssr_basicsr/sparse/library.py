@@ -1,0 +1,107 @@
+"""The compiled kernel: whether it is there, and which width of vectors this processor runs."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+MAX_INPUTS = 8
+CONVOLUTION, SUM, NEAREST, PACK, UNPACK = range(5)  # enum kind
+NONE, RELU, SLOPE = range(3)  # enum activation
+
+_FILE = Path(__file__).with_name('kernel.so')
+_WIDTHS = {'AVX512': 'avx512', 'AVX2': 'avx2'}  # what torch says of the processor
+
+
+class Value(ctypes.Structure):
+    """``struct value`` of kernel.c."""
+
+    _fields_ = (
+        ('data', ctypes.c_void_p),
+        ('channels', ctypes.c_int32),
+        ('height', ctypes.c_int32),
+        ('width', ctypes.c_int32),
+        ('vectors', ctypes.c_int32),
+        ('rows', ctypes.c_int32),
+        ('unused', ctypes.c_int32),
+    )
+
+
+class Operation(ctypes.Structure):
+    """``struct operation`` of kernel.c."""
+
+    _fields_ = (
+        ('kind', ctypes.c_int32),
+        ('inputs', ctypes.c_int32),
+        ('input', ctypes.c_void_p * MAX_INPUTS),
+        ('residual', ctypes.c_void_p),
+        ('output', ctypes.c_void_p),
+        ('image', ctypes.c_void_p),
+        ('weights', ctypes.c_void_p),
+        ('offset', ctypes.c_void_p),
+        ('start', ctypes.c_void_p),
+        ('bias', ctypes.c_void_p),
+        ('slope', ctypes.c_void_p),
+        ('in_channels', ctypes.c_int32),
+        ('out_channels', ctypes.c_int32),
+        ('block', ctypes.c_int32),
+        ('activation', ctypes.c_int32),
+        ('factor', ctypes.c_int32),
+        ('scale', ctypes.c_float),
+    )
+
+
+class Kernel(NamedTuple):
+    """The kernel for one width of vectors."""
+
+    simd: str  #: avx512, avx2 or plain (which is NEON on ARM, and SSE2 on other x86)
+    run: Any  #: mssr_run
+    lanes: int  #: floats in a vector
+    rows: int  #: of a tile
+    vectors: int  #: of a row of a tile
+
+    @property
+    def block(self) -> int:
+        """How many input channels of a tile fit into the first-level cache, with room for what else is there."""
+        vectors = (self.rows + 2) * (self.vectors + 2)
+        return max(1, 28 * 1024 // (vectors * self.lanes * 4))
+
+
+@functools.cache
+def kernel() -> Kernel | None:
+    """The kernel for this processor, or None: it was not built, or not for this platform.
+
+    ``MSSR_SIMD`` in the environment (``avx2``, ``plain``) takes a narrower one.
+
+    Raises:
+        ValueError: ``MSSR_SIMD`` asks for what the processor does not have.
+    """
+    try:
+        library = ctypes.CDLL(os.fspath(_FILE))
+    except OSError:
+        return None
+    widest = _WIDTHS.get(torch.backends.cpu.get_cpu_capability(), 'plain')
+    names = ['avx512', 'avx2', 'plain']
+    allowed = [name for name in names[names.index(widest) :] if hasattr(library, f'mssr_run_{name}')]
+    simd = os.environ.get('MSSR_SIMD') or allowed[0]
+    if simd not in allowed:
+        raise ValueError(f'MSSR_SIMD: found {simd!r}; allowed: {", ".join(allowed)}')
+    shape = (ctypes.c_int32 * 3)()
+    getattr(library, f'mssr_tile_{simd}')(shape)
+    run = getattr(library, f'mssr_run_{simd}')
+    run.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]
+    run.restype = ctypes.c_int
+    return Kernel(simd, run, *shape)
+
+
+def engine_name() -> str:
+    """What convolutions of sparse levels run on, for people."""
+    found = kernel()
+    if found is None:
+        return 'torch (no compiler was found when it was installed)'
+    return f'sparse ({found.simd})'

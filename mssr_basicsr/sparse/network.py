@@ -1,0 +1,194 @@
+"""Whole networks on the sparse runtime, wherever it gives what torch would give."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from mssr_basicsr.sparse.graph import Part, Segment, Step, plan, trace
+from mssr_basicsr.sparse.layers import SparseConv2d, eligible
+from mssr_basicsr.sparse.library import CONVOLUTION, kernel
+from mssr_basicsr.sparse.program import Program
+from mssr_basicsr.sparse.table import is_small
+
+_MAX_PROGRAMS = 64  # are kept: for a few sizes of images and tiles
+_UNTRACED: Any = object()
+
+
+class _Cache:
+    """What is known of one module, in one thread: nothing is shared, so nothing is locked."""
+
+    def __init__(self) -> None:
+        self.traced: fx.GraphModule | None = _UNTRACED
+        self.parts: list[Part] | None = None
+        self.over: dict[int, list[str]] = {}  # names that nobody reads after a part
+        self.state: Any = None
+        self.programs: dict[Any, Program] = {}
+        self.arena = np.empty(0, np.uint8)
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.caches: WeakKeyDictionary[nn.Module, _Cache] = WeakKeyDictionary()
+
+
+_local = _Local()
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _cache_of(module: nn.Module) -> _Cache:
+    """The module's cache, emptied if its weights are others than before."""
+    cache = _local.caches.setdefault(module, _Cache())
+    state = []
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.PReLU)):
+            tensors = layer._parameters.values()
+            state.append(getattr(layer, 'kept', None))
+            state.append([(t.data_ptr(), t._version) for t in tensors if t is not None])
+    same = cache.state is not None and len(state) == len(cache.state)
+    if not same or any(a is not b and a != b for a, b in zip(state, cache.state)):
+        cache.parts, cache.state = None, state
+        cache.programs.clear()
+    return cache
+
+
+def runs_sparse(layer: nn.Module) -> bool:
+    """Whether the kernel runs the layer: it is in the sparse form, or so small that torch would gain nothing."""
+    if isinstance(layer, SparseConv2d):
+        return eligible(layer)
+    if not isinstance(layer, nn.Conv2d) or not eligible(layer):
+        return False
+    return is_small(layer.in_channels, layer.out_channels, layer.kernel_size[0])
+
+
+def usable(module: nn.Module, x: Any) -> bool:
+    """Whether the runtime takes this input: plain float32 images on the CPU, outside of training and of compilers."""
+    return (
+        type(x) is Tensor
+        and (x.dtype, x.device.type, x.layout, x.ndim) == (torch.float32, 'cpu', torch.strided, 4)
+        and x.numel() > 0
+        and not module.training
+        and not torch.is_autocast_enabled('cpu')
+        and not torch.compiler.is_compiling()
+        and not torch._C._get_tracing_state()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())))
+        and kernel() is not None
+    )
+
+
+def _accelerated(base: type[nn.Module]) -> type[nn.Module]:
+    if base in _classes:
+        return _classes[base]
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and usable(self, args[0]):
+            result = _run(self, args[0])
+            if result is not None:
+                return result
+        return base.forward(self, *args, **kwargs)
+
+    def reduce(self: nn.Module, _: Any) -> Any:
+        return _rebuild, (base,), self.__getstate__()
+
+    attributes = {'forward': forward, '__reduce_ex__': reduce, 'plain_forward': base.forward}
+    _classes[base] = type(base.__name__, (base,), attributes)
+    return _classes[base]
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    accelerated = _accelerated(base)
+    network: nn.Module = accelerated.__new__(accelerated)
+    return network
+
+
+def accelerate(network: nn.Module) -> None:
+    """From now on the network runs its :class:`SparseConv2d` on the kernel, whatever stands around them.
+
+    In place: its class becomes a subclass of the same name, whose ``forward`` does so for inputs that the runtime takes
+    (:func:`usable`), and is the class's own for all others.
+    """
+    if not hasattr(type(network), 'plain_forward'):
+        network.__class__ = _accelerated(type(network))
+
+
+def _run(network: nn.Module, x: Tensor) -> Tensor | None:
+    """What the network makes of ``x``; None where torch must compute it."""
+    if not any(isinstance(layer, SparseConv2d) for layer in network.modules()) or not _finite(x):
+        return None
+    cache = _cache_of(network)
+    if cache.traced is _UNTRACED:
+        cache.traced = trace(network)
+    if cache.traced is None:
+        return None
+    if cache.parts is None:
+        cache.parts = plan(cache.traced, runs_sparse)
+        cache.over = _over(cache.parts)
+    try:
+        images = [_run_parts(cache, cache.traced, image[None]) for image in x]
+    except ValueError:  # shapes that torch would broadcast
+        cache.traced = None
+        return None
+    result = images[0] if len(images) == 1 else torch.cat(images)
+    return result if _finite(result) else None
+
+
+def run_layer(layer: SparseConv2d, x: Any) -> Tensor | None:
+    """One convolution of (N, C, H, W) on the kernel; None where torch must compute it."""
+    if not usable(layer, x) or not eligible(layer) or x.shape[1] != layer.in_channels or not _finite(x):
+        return None
+    cache = _cache_of(layer)
+    segment = Segment([Step(CONVOLUTION, 'y', ('x',), layer)], ['x'], ['y'])
+    result = torch.stack([_run_segment(cache, segment, [image])[0] for image in x])
+    return result if _finite(result) else None
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+
+
+def _run_parts(cache: _Cache, traced: fx.GraphModule, x: Tensor) -> Any:
+    assert cache.parts is not None
+    interpreter = fx.Interpreter(traced, garbage_collect_values=False)
+    env: dict[str, Any] = {}
+    for part in cache.parts:
+        if isinstance(part, Segment):
+            outputs = _run_segment(cache, part, [env[name][0] for name in part.inputs])
+            env.update((name, y[None]) for name, y in zip(part.outputs, outputs))
+        elif part.op == 'placeholder':
+            env[part.name] = x
+        else:
+            interpreter.env = {node: env[node.name] for node in part.all_input_nodes}
+            env[part.name] = interpreter.run_node(part)
+            if part.op == 'output':
+                return env[part.name]
+        for name in cache.over[id(part)]:
+            env.pop(name, None)
+    raise AssertionError('a graph ends with its output')
+
+
+def _over(parts: list[Part]) -> dict[int, list[str]]:
+    last: dict[str, int] = {}
+    for part in parts:
+        reads = part.inputs if isinstance(part, Segment) else [node.name for node in part.all_input_nodes]
+        last.update((name, id(part)) for name in reads)
+    return {id(part): [name for name, at in last.items() if at == id(part)] for part in parts}
+
+
+def _run_segment(cache: _Cache, segment: Segment, inputs: list[Tensor]) -> list[Tensor]:
+    shapes = tuple(tuple(x.shape) for x in inputs)
+    key = (segment.steps[-1].output, segment.steps[0].output, shapes)
+    program = cache.programs.get(key)
+    if program is None:
+        while len(cache.programs) > _MAX_PROGRAMS:
+            cache.programs.pop(next(iter(cache.programs)))
+        program = Program(segment, dict(zip(segment.inputs, shapes)))  # type: ignore[arg-type]
+        cache.programs[key] = program
+    if cache.arena.nbytes < program.nbytes + 64:
+        cache.arena = np.empty(program.nbytes + 64, np.uint8)
+    return program.run(inputs, cache.arena, torch.get_num_threads())

@@ -1,0 +1,286 @@
+"""The sparse runtime gives what torch gives, on whatever it is handed, and holds what it keeps."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import pickle
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import BACKBONES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_scalable_file import network
+from torch import nn
+
+from mssr_basicsr import ScalableModel, pack
+from mssr_basicsr.commands.main import main
+from mssr_basicsr.sparse.graph import Segment, plan, trace
+from mssr_basicsr.sparse.layers import SparseConv2d, eligible, make_sparse
+from mssr_basicsr.sparse.library import kernel
+from mssr_basicsr.sparse.network import accelerate, run_layer, runs_sparse
+
+needs_kernel = pytest.mark.skipif(kernel() is None, reason='there was no compiler when it was installed')
+
+
+def sparsify(model: nn.Module, density: float, seed: int = 0, accelerated: bool = True) -> nn.Module:
+    """The network after random weights of its convolutions were removed, dense; ``model`` itself becomes sparse."""
+    random = np.random.default_rng(seed)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d) and eligible(layer)]
+    for layer in layers:
+        layer.weight.data *= torch.from_numpy(random.random(layer.weight.shape) < density)
+    dense = copy.deepcopy(model)
+    for layer in layers:
+        weight = layer.weight.detach().numpy().ravel()
+        indices = np.flatnonzero(weight)
+        make_sparse(layer, indices, weight[indices], np.zeros(len(indices), np.uint8))
+    if accelerated:
+        accelerate(model)
+    return dense
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-5 * max(expected.abs().max(), 1e-3)
+
+
+@needs_kernel
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_convolutions_are_torchs(data: st.DataObject) -> None:
+    draw, sizes = data.draw, st.integers(1, 40)
+    inputs, outputs, k = draw(sizes), draw(sizes), draw(st.sampled_from([1, 3]))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    layer = nn.Conv2d(inputs, outputs, k, padding=k // 2, bias=draw(st.booleans())).eval()
+    x = torch.randn(draw(st.integers(1, 2)), inputs, draw(st.integers(1, 30)), draw(st.integers(1, 90)))
+    kind = draw(st.sampled_from(['plain', 'channels_last', 'transposed', 'strided']))
+    if kind == 'channels_last':
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif kind == 'transposed':
+        x = x.transpose(2, 3)
+    elif kind == 'strided':
+        x = x[..., ::2, ::3]
+    dense = sparsify(layer, draw(st.sampled_from([0, 0.06, 0.5, 1])), accelerated=False)
+    threads = draw(st.sampled_from([1, 3]))
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        found = run_layer(layer, x)  # type: ignore[arg-type]
+        assert found is not None
+        assert_close(found, dense(x))
+    torch.set_num_threads(1)
+
+
+class Chain(nn.Module):
+    """What the runtime fuses, and what it must not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b = (nn.Conv2d(i, 20, 3, padding=1) for i in (3, 20, 20))
+        self.c, self.up = nn.Conv2d(60, 20, 1), nn.Conv2d(20, 36, 3, padding=1)
+        self.prelu, self.leaky, self.relu = nn.PReLU(20), nn.LeakyReLU(0.2), nn.ReLU()
+        self.shuffle, self.strided = nn.PixelShuffle(3), nn.Conv2d(4, 4, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.prelu(self.first(x * 2 - 1))
+        y = self.a(x)
+        z = self.relu(y) + y  # y is read twice
+        z = self.relu(z * 0.5 + x) * 3 + z + z
+        z = self.leaky(self.c(torch.cat((x, z, self.b(z)), 1)))
+        z = nn.functional.interpolate(z, scale_factor=2, mode='nearest')
+        z = z + z.mean(dim=(2, 3), keepdim=True)  # torch's, in the middle
+        return self.strided(self.leaky(self.shuffle(self.up(z))))
+
+
+@needs_kernel
+@pytest.mark.parametrize('size', [(1, 1), (7, 40), (50, 130)])
+def test_fused_graphs(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    sparse = Chain().eval()
+    dense, x = sparsify(sparse, 0.3), torch.randn(2, 3, *size)
+    with torch.no_grad():
+        assert_close(sparse(x), dense(x))
+
+
+@needs_kernel
+def test_an_edsr_is_one_segment_with_a_step_for_each_convolution() -> None:
+    model = ScalableModel(io.BytesIO(pack(network(), 2)))
+    traced = trace(model.network)
+    assert traced is not None
+    (segment,) = (part for part in plan(traced, runs_sparse) if isinstance(part, Segment))
+    assert len(segment.steps) == sum(isinstance(layer, nn.Conv2d) for layer in model.network.modules())
+
+
+@needs_kernel
+@pytest.mark.parametrize('name', sorted(BACKBONES))
+def test_every_level_of_every_backbone(name: str) -> None:
+    file = pack(network(BACKBONES[name]), 2)
+    models = {engine: ScalableModel(io.BytesIO(file), 2, engine=engine) for engine in ('auto', 'torch')}
+    assert any(isinstance(layer, SparseConv2d) for layer in models['auto'].network.modules())
+    x = torch.rand(2, 3, 16, 24)
+    for change in (lambda m: None, lambda m: m.expand(0), lambda m: m.shrink(1)):
+        for model in models.values():
+            change(model)
+        with torch.no_grad():
+            assert_close(models['auto'].network(x), models['torch'].network(x))
+        states = [models[engine].network.state_dict() for engine in ('auto', 'torch')]
+        assert list(states[0]) == list(states[1])
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@needs_kernel
+def test_memory_of_a_level() -> None:
+    conv = nn.Conv2d(64, 64, 3, padding=1).eval()
+    sparsify(conv, 0.0625, accelerated=False)
+    assert isinstance(conv, SparseConv2d)
+    assert conv.kept.nbytes <= 8 * len(conv.kept.values) + 8192
+    assert 'weight' not in dict(conv.named_parameters())
+
+
+def toy_model() -> ScalableModel:
+    return ScalableModel(io.BytesIO(pack(network(), 2)), 2)
+
+
+@needs_kernel
+def test_what_the_runtime_does_not_take_is_torchs() -> None:
+    model = toy_model()
+    reference = ScalableModel(io.BytesIO(pack(network(), 2)), 2, engine='torch').network
+    x = torch.rand(1, 3, 9, 10)
+    for value in (torch.nan, torch.inf):
+        broken = x.clone()
+        broken[0, 1, 4, 4] = value
+        with torch.no_grad():
+            assert torch.equal(model.network(broken).isnan(), reference(broken).isnan())
+    image = x.clone().requires_grad_()
+    model.network(image).sum().backward()
+    assert image.grad is not None
+    with pytest.raises(RuntimeError):
+        model.network(x.double())
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        model.network(x[:, :2])
+    assert_close(model.network.double()(x.double()), reference.double()(x.double()))
+    model.expand(0)  # dense since it is double
+    assert_close(model.network(x.double()), reference.double()(x.double()) * 0 + model.network(x.double()))
+
+
+@needs_kernel
+def test_training_makes_it_dense_and_levels_go_on() -> None:
+    model = toy_model()
+    before = model.network.state_dict()
+    model.network.train()
+    assert not any(isinstance(layer, SparseConv2d) for layer in model.network.modules())
+    assert {name for name, _ in model.network.named_parameters()} == set(before)
+    model.expand(0)
+    model.shrink(2)
+    assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
+
+
+@needs_kernel
+def test_changed_weights_are_seen() -> None:
+    model, x = toy_model(), torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        before = model.network(x)
+        model.network.conv_last.bias += 255.0
+        assert_close(model.network(x), before + 1)
+        state = {key: value * 0 for key, value in model.network.state_dict().items()}
+        model.network.load_state_dict(state)
+        assert_close(model.network(x), model.network.mean.expand(1, 3, 16, 16))
+
+
+@needs_kernel
+def test_copies_and_pickles() -> None:
+    model, x = toy_model(), torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        expected = model.network(x)
+        for copied in (copy.deepcopy(model.network), pickle.loads(pickle.dumps(model.network))):
+            assert torch.equal(copied(x), expected)
+
+
+@needs_kernel
+def test_from_several_threads_and_after_fork() -> None:
+    model, found = toy_model(), {}
+    images = [torch.rand(1, 3, 20 + i, 30) for i in range(4)]
+
+    def run(i: int) -> None:
+        with torch.no_grad():
+            found[i] = [model.network(images[i]) for _ in range(5)]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        for i, image in enumerate(images):
+            expected = model.network(image)
+            assert all(torch.equal(result, expected) for result in found[i])
+        child = os.fork()
+        if child == 0:
+            os._exit(not torch.equal(model.network(images[0]), found[0][0]))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_kernel
+@pytest.mark.parametrize('simd', ['avx2', 'plain'])
+def test_narrower_vectors(simd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    used, names = kernel(), ['avx512', 'avx2', 'plain']
+    assert used is not None
+    if names.index(simd) < names.index(used.simd):
+        pytest.skip(f'this processor has {used.simd}')
+    monkeypatch.setenv('MSSR_SIMD', simd)
+    kernel.cache_clear()
+    try:
+        narrower = kernel()
+        assert narrower is not None
+        assert narrower.simd == simd
+        test_fused_graphs((50, 130))
+        test_fused_graphs((7, 40))
+        monkeypatch.setenv('MSSR_SIMD', 'mmx')
+        kernel.cache_clear()
+        with pytest.raises(ValueError, match="MSSR_SIMD: found 'mmx'; allowed: "):
+            kernel()
+    finally:
+        monkeypatch.undo()
+        kernel.cache_clear()
+
+
+def test_engines(capsys: pytest.CaptureFixture[str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="engine: found 'fast'; allowed: auto, torch"):
+        ScalableModel(io.BytesIO(pack(network(), 2)), engine='fast')
+    file = tmp_path / 'model.mssr'
+    file.write_bytes(pack(network(), 2))
+    monkeypatch.setattr('mssr_basicsr.sparse.library._FILE', tmp_path / 'none.so')
+    kernel.cache_clear()
+    try:
+        assert main(['info', str(file)]) == 0
+        assert 'engine: torch (no compiler was found when it was installed)' in capsys.readouterr().out
+        model = ScalableModel(file)
+        assert not any(isinstance(layer, SparseConv2d) for layer in model.network.modules())
+        with torch.no_grad():
+            assert model.network(torch.rand(1, 3, 8, 8)).shape == (1, 3, 16, 16)
+    finally:
+        kernel.cache_clear()
+
+
+def test_benchmark(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+    file = tmp_path / 'model.mssr'
+    file.write_bytes(pack(network(), 2))
+    command = ['benchmark', str(file), '--size', '24x16', '--threads', '1', '--rounds', '1']
+    assert main([*command, '--json']) == 0
+    levels = json.loads(capsys.readouterr().out)['levels']
+    assert [row['level'] for row in levels] == [0, 1, 2]
+    assert levels[0]['sparse_layers'] == []
+    assert bool(levels[2]['sparse_layers']) == (kernel() is not None)
+    assert all(row['milliseconds'] > 0 and row['times_faster'] > 0 for row in levels)
+    if kernel() is not None:
+        assert levels[2]['weight_bytes'] < levels[0]['weight_bytes']
+    assert main(command) == 0
+    assert 'times faster' in capsys.readouterr().out
+    assert main(['benchmark', str(file), '--size', '24']) == 1
+    assert "--size: found '24'; allowed: width x height" in capsys.readouterr().err
