@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mssr_basicsr.scalable.container import Header
 from mssr_basicsr.scalable.errors import ScalableFileError
+from mssr_basicsr.scalable.values import DTYPE_NAMES
 
 #: What buffers that an architecture computes, such as attention masks, may take: they are not in the file.
 MAX_COMPUTED_BYTES = 1 << 26
@@ -75,22 +76,29 @@ def build_for(header: Header, size: int) -> nn.Module:
 
 def check_network(header: Header, network: nn.Module) -> None:
     """Raise ScalableFileError unless ``network`` has the tensors, and the computed buffers, that the header lists."""
-    found = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    state = network.state_dict()
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     listed = {tensor.name: tensor.shape for tensor in header.weights + header.others}
     listed.update({name: found.get(name, ()) for name in header.computed})
     if found != listed:
         differing = sorted(set(found.items()) ^ set(listed.items()))[:3]
         raise ScalableFileError(f'the network is not the one that the header lists; it differs in {differing}')
-    if computed_checksum(network, header.computed) != header.computed_checksum:
+    for other in header.others:
+        if DTYPE_NAMES.get(state[other.name].dtype) != other.dtype:
+            raise ScalableFileError(
+                f'{other.name}: {state[other.name].dtype} in the network; the header says {other.dtype}'
+            )
+    if header.computed and computed_checksum(network, header.computed) != header.computed_checksum:
         raise ScalableFileError(f'this {type(network).__name__} computes other buffers than the one that was packed')
 
 
 def computed_checksum(network: nn.Module, names: tuple[str, ...]) -> str:
-    """The XXH3-128 of names, types, shapes and bytes of the buffers ``names``."""
-    checksum, buffers = xxhash.xxh3_128(), dict(network.named_buffers())
+    """The XXH64 of names, types, shapes and bytes of the buffers ``names``, in hex."""
+    checksum, buffers = xxhash.xxh64(), dict(network.named_buffers())
     for name in names:
         buffer = buffers[name].detach().cpu().contiguous()
-        checksum.update(f'{name} {buffer.dtype} {tuple(buffer.shape)}'.encode())
+        sizes = ''.join(f' {size}' for size in buffer.shape)
+        checksum.update(f'{name} {DTYPE_NAMES[buffer.dtype]}{sizes}\n'.encode())
         checksum.update(buffer.flatten().view(torch.uint8).numpy().tobytes())
     return checksum.hexdigest()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mssr_basicsr.scalable.building import build_for, check_network
-from mssr_basicsr.scalable.container import DTYPES, Header, ScalableFile, Source
+from mssr_basicsr.scalable.container import Header, ScalableFile, Source
 from mssr_basicsr.scalable.errors import ScalableFileError
-from mssr_basicsr.scalable.positions import Indices, coding_order, decode_positions
+from mssr_basicsr.scalable.positions import Indices
+from mssr_basicsr.scalable.sections import Delta, decode_section, scales_of_elements
 from mssr_basicsr.scalable.upscaling import Upscaler
 
 _ABSENT = 255  # what the level map has for weights that are in no loaded level
@@ -59,6 +60,7 @@ class ScalableModel:
             self.network = network
             self._weights = [network.get_parameter(weight.name) for weight in self.header.weights]
             self._level_maps = [np.full(weight.numel, _ABSENT, np.uint8) for weight in self.header.weights]
+            self._scales: tuple[Tensor, ...] = ()
             self._load_smallest()
             self.expand(target)
         except BaseException:
@@ -112,17 +114,14 @@ class ScalableModel:
 
     @torch.no_grad()
     def _load_smallest(self) -> None:
-        tensors = self.file.read_section(self._level)
-        chosen = self._decode(self._level, tensors)
+        delta = self._read_section(self._level)
+        self._scales = delta.scales
         state = self.network.state_dict()
-        for info in self.header.others:
-            found = tensors.get(f'other.{info.name}')
-            if found is None or tuple(found.shape) != info.shape or found.dtype != state[info.name].dtype:
-                raise ScalableFileError(f'{self.file.name}: {info.name} is not in the first section as the header says')
-            state[info.name].copy_(found)
+        for name, tensor in delta.others.items():
+            state[name].copy_(tensor)
         for weight in self.header.weights:
             state[weight.name].zero_()
-        self._place(self._level, chosen, tensors['values'])
+        self._place(self._level, self._unpack(delta))
 
     def expand(self, level: int | None = None) -> None:
         """Grow in place to a larger level (default: by one), by reading only the sections in between.
@@ -138,8 +137,7 @@ class ScalableModel:
         if target > self._level:
             raise ValueError(f'expand: level {target} is smaller than {self._level}; use shrink')
         for next_level in range(self._level - 1, target - 1, -1):
-            tensors = self.file.read_section(next_level)
-            self._place(next_level, self._decode(next_level, tensors), tensors['values'])
+            self._place(next_level, self._read_delta(next_level))
             self._level = next_level
 
     @torch.no_grad()
@@ -155,35 +153,34 @@ class ScalableModel:
             levels[removed] = _ABSENT
         self._level = target
 
-    def _decode(self, level: int, tensors: Mapping[str, Tensor]) -> list[tuple[int, Indices]]:
-        """Where the section's values belong: indices of weights, in the values' order, each with its candidates."""
-        section, candidates = self.header.section(level), self.header.candidates(level)
-        values, positions = tensors.get('values'), tensors.get('positions')
-        expected = (DTYPES[self.header.dtype], (sum(section.counts),))
-        if values is None or (values.dtype, tuple(values.shape)) != expected:
-            raise ScalableFileError(f'{self.file.name}: level {level} does not have the values that the header says')
-        if positions is None or positions.dtype != torch.uint8:
-            raise ScalableFileError(f'{self.file.name}: level {level} has no positions')
-        order = coding_order(section.counts, candidates)
+    def _read_section(self, level: int) -> Delta:
         try:
-            chosen = decode_positions(
-                positions.numpy().tobytes(), [section.counts[i] for i in order], [candidates[i] for i in order]
-            )
+            return decode_section(self.file.read_section(level), self.header, level)
         except ScalableFileError as error:
             raise ScalableFileError(f'{self.file.name}: level {level}: {error}') from error
-        return list(zip(order, chosen))
+
+    def _read_delta(self, level: int) -> Iterator[tuple[int, Indices, Tensor]]:
+        """What ``level`` adds to the next smaller one, which must be loaded.
+
+        Everything is read and checked before this returns. What it returns makes, for one weight after another, its
+        number in the header, ascending indices of its flattened elements, and their values, float32 or as the file has
+        them: no more than a weight's are in memory at a time.
+        """
+        return self._unpack(self._read_section(level))
+
+    def _unpack(self, delta: Delta) -> Iterator[tuple[int, Indices, Tensor]]:
+        for i, choice, values in delta.values():
+            levels = self._level_maps[i]
+            indices = (levels == _ABSENT).nonzero()[0][choice]
+            if self._scales:
+                values = values.float().mul_(scales_of_elements(self._scales[i], indices, levels.size))
+            yield i, indices, values
 
     @torch.no_grad()
-    def _place(self, level: int, chosen: list[tuple[int, Indices]], values: Tensor) -> None:
-        parts = values.split([len(numbers) for _, numbers in chosen])
-        for (i, numbers), part in zip(chosen, parts):
-            if len(numbers):
-                levels = self._level_maps[i]
-                indices = (levels == _ABSENT).nonzero()[0]
-                if len(numbers) < len(indices):
-                    indices = indices.take(numbers)
-                levels[indices] = level
-                _write(self._weights[i], indices, part)
+    def _place(self, level: int, delta: Iterable[tuple[int, Indices, Tensor]]) -> None:
+        for i, indices, values in delta:
+            self._level_maps[i][indices] = level
+            _write(self._weights[i], indices, values)
 
     def upscale(self, image: npt.NDArray[Any], tile: int | None = None, bgr: bool = False) -> npt.NDArray[Any]:
         """Upscale an image with the network as it is; see :meth:`Upscaler.upscale`."""
