@@ -9,7 +9,7 @@ from pathlib import Path
 from mssr_basicsr.scalable.container import ScalableFile
 from mssr_basicsr.scalable.description import describe, level_table
 
-HELP = 'the table of levels: parameters, bytes, PSNR'
+HELP = 'what the file says of itself, and the table of levels: parameters, bytes, PSNR'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,5 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     state = 'whole' if found['file_bytes'] == found['whole_bytes'] else f'of {found["whole_bytes"]:,}'
     print(f'{found["file"]}: {found["backbone"]["type"]} x{found["scale"]} ({options})')
     print(f'{found["file_bytes"]:,} bytes ({state}), values {found["dtype"]}')
+    for key, text in found['metadata'].items():
+        print(f'{key}: {text}')
     print(level_table(found['levels']))
     return 0

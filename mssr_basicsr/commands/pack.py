@@ -10,13 +10,27 @@ from mssr_basicsr.commands import info
 
 HELP = 'make a .mssr file of a checkpoint'
 
+_DTYPES = {'fp32': 'F32', 'fp16': 'F16', 'bf16': 'BF16', 'int8': 'I8'}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('checkpoint', type=Path, help='net_g_latest.pth of the backward stage')
     parser.add_argument('-opt', '--opt', type=Path, required=True, help='the YAML that it was trained or tested with')
     parser.add_argument('-o', '--output', type=Path, help='default: beside the checkpoint, as .mssr')
     parser.add_argument(
-        '--dtype', choices=['fp32', 'fp16', 'bf16'], default='fp32', help='of the values (fp32: lossless)'
+        '--dtype',
+        choices=_DTYPES,
+        default='fp32',
+        help='of the prunable weights (fp32: lossless; int8: with a scale per output channel)',
+    )
+    parser.add_argument(
+        '--metadata',
+        action='append',
+        type=_key_and_text,
+        default=[],
+        metavar='KEY=TEXT',
+        help='a line about the model, such as license=..., author=..., training_data=..., description=..., date=...; '
+        'may be given several times',
     )
     parser.add_argument(
         '--gt', type=Path, help='folder of ground-truth images: measure each level, keep it in the file'
@@ -31,18 +45,21 @@ def run(arguments: argparse.Namespace) -> int:
     from mssr_basicsr.scalable.checkpoint import load_checkpoint
     from mssr_basicsr.scalable.packing import pack as pack_network
 
+    metadata = dict(arguments.metadata)
+    if len(metadata) < len(arguments.metadata):
+        raise ValueError(f'--metadata: found {[key for key, _ in arguments.metadata]}; allowed: each key once')
     network, scale, metrics = load_checkpoint(arguments.checkpoint, arguments.opt)
     output = arguments.output or arguments.checkpoint.with_suffix('.mssr')
-    dtype = arguments.dtype.upper().replace('P', '')
+    dtype = _DTYPES[arguments.dtype]
     if dtype != 'F32':
         metrics = {}  # they are of the exact values
-    data = pack_network(network, scale, metrics, dtype)
+    data = pack_network(network, scale, metrics, dtype, metadata)
     if arguments.gt is not None:
         measured = _measure(data, arguments.gt, arguments.lq)
         exact = measured if dtype == 'F32' else _measure(pack_network(network, scale), arguments.gt, arguments.lq)
         name = arguments.gt.resolve().name
         merged = {level: {**metrics.get(level, {}), name: values} for level, values in measured.items()}
-        data = pack_network(network, scale, merged, dtype)
+        data = pack_network(network, scale, merged, dtype, metadata)
         for level, values in measured.items():
             cost = values['psnr'] - exact[level]['psnr']
             line = f'level {level}: PSNR {values["psnr"]:.4f} dB on {name}'
@@ -64,3 +81,10 @@ def _measure(data: bytes, gt: Path, lq: Path | None) -> dict[str, dict[str, floa
         results = [metrics(model.upscale(small, bgr=True), truth, model.header.scale) for small, truth in pairs]
         found[str(level)] = {key: sum(r[key] for r in results) / len(results) for key in results[0]}
     return found
+
+
+def _key_and_text(argument: str) -> tuple[str, str]:
+    key, separator, text = argument.partition('=')
+    if not (key and separator and argument.isprintable()):
+        raise argparse.ArgumentTypeError(f'found {argument!r}; allowed: key=text, in printable characters')
+    return key, text

@@ -30,6 +30,7 @@ def describe(file: ScalableFile) -> dict[str, Any]:
         'backbone': header.backbone,
         'scale': header.scale,
         'dtype': header.dtype,
+        'metadata': header.metadata,
         'file_bytes': file.size,
         'whole_bytes': header.sections[-1].end,
         'levels': levels,

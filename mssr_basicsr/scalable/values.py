@@ -1,7 +1,8 @@
 """The numbers of a section: elements of one type as byte planes, of which those with exponents compress.
 
-All elements' most significant bytes come first, then all their next ones, and so on. Of trained float32 weights the first
-plane, sign and exponent, takes a third of its bytes; the others are noise.
+All elements' most significant bytes come first, then all their next ones, and so on. The sign of a float, which is chance,
+goes behind its fraction, so that the exponent has the first plane of float32 and bfloat16 for itself. In trained weights
+that plane takes a third of its bytes; the others are noise.
 """
 
 from __future__ import annotations
@@ -35,16 +36,26 @@ Planes = npt.NDArray[np.uint8]
 
 def to_planes(values: Tensor) -> list[bytes]:
     """The byte planes of a 1-D tensor, the most significant first."""
-    elements = values.contiguous().view(torch.uint8).numpy().reshape(len(values), values.element_size())
-    return [elements[:, place].tobytes() for place in range(values.element_size())][::-1]
+    elements = values.contiguous().view(torch.uint8).numpy()
+    if values.is_floating_point():
+        words = elements.view(f'<u{values.element_size()}')
+        elements = ((words << 1) | (words >> (8 * words.itemsize - 1))).view(np.uint8)
+    rows = elements.reshape(len(values), values.element_size())
+    return [rows[:, place].tobytes() for place in range(values.element_size())][::-1]
 
 
 def from_planes(planes: Planes, dtype: torch.dtype) -> Tensor:
     """The 1-D tensor whose byte planes are the rows of ``planes``, in memory of its own."""
-    elements = np.empty(planes.shape[::-1], np.uint8)
+    rows = np.empty(planes.shape[::-1], np.uint8)
     for place, plane in enumerate(planes[::-1]):
-        elements[:, place] = plane
-    return torch.from_numpy(elements.reshape(-1)).view(dtype)
+        rows[:, place] = plane
+    elements = rows.reshape(-1)
+    if dtype.is_floating_point:
+        words = elements.view(f'<u{dtype.itemsize}')
+        signs = words << (8 * words.itemsize - 1)
+        words >>= 1
+        words |= signs
+    return torch.from_numpy(elements).view(dtype)
 
 
 def split_planes(content: Planes, count: int, dtype: torch.dtype) -> tuple[Planes, Planes]:
