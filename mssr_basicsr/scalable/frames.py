@@ -44,9 +44,10 @@ def decompress(frame: bytes, longest: int) -> bytes:
             is taken for them.
     """
     try:
-        length = zstandard.frame_content_size(frame)
-        if not 0 <= length <= longest:
-            raise ScalableFileError(f'a frame of {length:,} bytes; allowed: {longest:,}')
-        return zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompress(frame, allow_extra_data=False)
+        stated = zstandard.get_frame_parameters(frame)  # if nothing of the content's length, then 2^64 - 1
+        if stated.content_size > longest or stated.window_size > MAX_WINDOW:
+            found = f'{stated.content_size:,} bytes, with a window of {stated.window_size:,}'
+            raise ScalableFileError(f'a frame: found {found}; allowed: {longest:,}, {MAX_WINDOW:,}')
+        return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ScalableFileError(f'no Zstandard frame ({error})') from error

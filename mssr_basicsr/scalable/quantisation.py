@@ -1,12 +1,14 @@
 """Weights as integers of 8 bits with one scale per output channel, the same integers at every level.
 
-Rounding every weight to the nearest integer leaves sums of errors, which brighten or darken flat areas. So, as in SQuant
-(Guo et al., ICLR 2022), some weights are rounded the other way, those first that lie nearest to the middle of two integers,
-until the errors of each kernel, and of each output channel, sum up to half a step at most. Levels take their turns,
-smallest first, and none changes a weight of a smaller one: this holds at every level.
+Rounding every weight to the nearest integer leaves sums of errors, which brighten or darken flat areas. So, as in
+SQuant (Guo et al., ICLR 2022), some weights are rounded the other way, those first that lie nearest to the middle of
+two integers, until the errors of each kernel, and of each output channel, sum up to half a step at most. Levels take
+their turns, smallest first, and none changes a weight of a smaller one: this holds at every level.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,8 @@ Floats = npt.NDArray[np.float64]
 def quantise(weight: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """``weight`` as integers from -127 to 127, int8 of its shape, and their scales, bfloat16 (C,), never 0.
 
+    The weight that the file holds is the product of both, which is exact in float32.
+
     Args:
         weight: float32 (C, ...), all of it finite; C is a scale's reach, the output channels of a convolution.
         levels: its level map, of the same shape.
@@ -30,7 +34,7 @@ def quantise(weight: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     channels = weight.double().reshape(len(weight), -1).numpy()
     scales = _scales(np.abs(channels).max(1, initial=0.0))
     kernels = weight.shape[1] if weight.dim() > 1 else 1
-    exact = (channels / scales[:, None]).reshape(len(weight), kernels, -1)
+    exact = (channels / scales[:, None]).reshape(len(weight), kernels, math.prod(weight.shape[2:]))
     rounded = np.rint(exact).clip(-_LARGEST, _LARGEST)
     level_of = levels.numpy().reshape(exact.shape)
     for level in np.unique(level_of)[::-1]:
@@ -41,15 +45,11 @@ def quantise(weight: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     return integers, torch.from_numpy(scales).to(torch.bfloat16)
 
 
-def dequantise(integers: Tensor, scales: Tensor) -> Tensor:
-    """The float32 weights (C, ...) that int8 ``integers`` and bfloat16 ``scales`` (C,) stand for: their exact products."""
-    return integers.float() * scales.float().reshape(-1, *[1] * (integers.dim() - 1))
-
-
 def _scales(largest: Floats) -> Floats:
     """For each channel's largest magnitude, the smallest scale of a short fraction that 127 of reach it."""
     fraction, exponent = np.frexp(np.maximum(largest / _LARGEST, 2.0**-120))
-    return np.ldexp(np.ceil(fraction * 2 * _FRACTION) / (2 * _FRACTION), exponent)
+    scales: Floats = np.ldexp(np.ceil(fraction * 2 * _FRACTION) / (2 * _FRACTION), exponent)
+    return scales
 
 
 def _settle_kernels(

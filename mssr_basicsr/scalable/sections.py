@@ -63,7 +63,9 @@ def encode_section(
 
 def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """The tensors of each type, types in the order in which they appear."""
-    return [[tensor for tensor in tensors if tensor.dtype == dtype] for dtype in dict.fromkeys(t.dtype for t in tensors)]
+    return [
+        [tensor for tensor in tensors if tensor.dtype == dtype] for dtype in dict.fromkeys(t.dtype for t in tensors)
+    ]
 
 
 def decode_section(frame: bytes, header: Header, level: int) -> Delta:
@@ -88,6 +90,9 @@ def decode_section(frame: bytes, header: Header, level: int) -> Delta:
     if len(rest) != size:
         raise ScalableFileError(f'{len(rest):,} bytes after the positions; the header says {size:,}')
     scale_planes, rest = split_planes(rest, sum(channels), scale_dtype)
+    scales = from_planes(scale_planes, scale_dtype)
+    if not (scales.isfinite() & (scales >= 0)).all():
+        raise ScalableFileError('scales: found one that is negative or not finite')
     planes, rest = split_planes(rest, sum(counts), dtype)
     tensors = {}
     for name, infos in others.items():
@@ -101,7 +106,7 @@ def decode_section(frame: bytes, header: Header, level: int) -> Delta:
         choices={i: choice for i, choice in zip(order, choices) if counts[i]},
         planes=planes,
         dtype=dtype,
-        scales=from_planes(scale_planes, scale_dtype).split(channels) if channels else (),
+        scales=scales.split(channels) if channels else (),
         others=tensors,
     )
 

@@ -1,8 +1,8 @@
 """The numbers of a section: elements of one type as byte planes, of which those with exponents compress.
 
-All elements' most significant bytes come first, then all their next ones, and so on. The sign of a float, which is chance,
-goes behind its fraction, so that the exponent has the first plane of float32 and bfloat16 for itself. In trained weights
-that plane takes a third of its bytes; the others are noise.
+All elements' most significant bytes come first, then all their next ones, and so on. The sign of a float, which is
+chance, goes behind its fraction, so that the exponent has the first plane of float32 and bfloat16 for itself. In
+trained weights that plane takes a third of its bytes; the others are noise.
 """
 
 from __future__ import annotations
@@ -46,16 +46,17 @@ def to_planes(values: Tensor) -> list[bytes]:
 
 def from_planes(planes: Planes, dtype: torch.dtype) -> Tensor:
     """The 1-D tensor whose byte planes are the rows of ``planes``, in memory of its own."""
-    rows = np.empty(planes.shape[::-1], np.uint8)
+    values = torch.empty(planes.shape[1], dtype=dtype)
+    elements = values.view(torch.uint8).numpy()
+    rows = elements.reshape(planes.shape[::-1])
     for place, plane in enumerate(planes[::-1]):
         rows[:, place] = plane
-    elements = rows.reshape(-1)
     if dtype.is_floating_point:
         words = elements.view(f'<u{dtype.itemsize}')
         signs = words << (8 * words.itemsize - 1)
         words >>= 1
         words |= signs
-    return torch.from_numpy(elements).view(dtype)
+    return values
 
 
 def split_planes(content: Planes, count: int, dtype: torch.dtype) -> tuple[Planes, Planes]:
