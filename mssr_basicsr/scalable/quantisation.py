@@ -8,8 +8,6 @@ their turns, smallest first, and none changes a weight of a smaller one: this ho
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -31,10 +29,12 @@ def quantise(weight: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
         weight: float32 (C, ...), all of it finite; C is a scale's reach, the output channels of a convolution.
         levels: its level map, of the same shape.
     """
+    if weight.numel() == 0:
+        return weight.to(torch.int8), torch.ones(len(weight), dtype=torch.bfloat16)
     channels = weight.double().reshape(len(weight), -1).numpy()
-    scales = _scales(np.abs(channels).max(1, initial=0.0))
+    scales = _scales(np.abs(channels).max(1))
     kernels = weight.shape[1] if weight.dim() > 1 else 1
-    exact = (channels / scales[:, None]).reshape(len(weight), kernels, math.prod(weight.shape[2:]))
+    exact = (channels / scales[:, None]).reshape(len(weight), kernels, -1)
     rounded = np.rint(exact).clip(-_LARGEST, _LARGEST)
     level_of = levels.numpy().reshape(exact.shape)
     for level in np.unique(level_of)[::-1]:
