@@ -24,7 +24,7 @@ from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.scalable.building import AllocationLimit, _TooLarge, build_backbone
 from mssr_basicsr.scalable.container import join_file
 from mssr_basicsr.scalable.frames import MAX_WINDOW, compress_parts, compress_text, decompress
-from mssr_basicsr.scalable.positions import decode_positions, encode_positions, entropy_bound
+from mssr_basicsr.scalable.positions import choose, decode_positions, encode_positions, entropy_bound
 from mssr_basicsr.scalable.quantisation import quantise
 from mssr_basicsr.scalable.values import TORCH_DTYPES, from_planes, to_planes
 
@@ -62,7 +62,7 @@ def decode(data: bytes, counts: list[int], candidates: list[int]) -> list[list[i
     choices, used = decode_positions(np.frombuffer(data, np.uint8), counts, candidates)
     if used != len(data):
         raise ScalableFileError('positions: bytes are left')
-    return [np.arange(n)[choice].tolist() for choice, n in zip(choices, candidates)]
+    return [choose(np.arange(n), choice).tolist() for choice, n in zip(choices, candidates)]
 
 
 def test_positions_of_a_hand_made_choice() -> None:

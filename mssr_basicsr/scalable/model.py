@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mssr_basicsr.scalable.building import build_for, check_network
 from mssr_basicsr.scalable.container import Header, ScalableFile, Source
 from mssr_basicsr.scalable.errors import ScalableFileError
-from mssr_basicsr.scalable.positions import Indices
+from mssr_basicsr.scalable.positions import Indices, choose
 from mssr_basicsr.scalable.sections import Delta, decode_section, scales_of_elements
 from mssr_basicsr.scalable.upscaling import Upscaler
 
@@ -171,7 +171,7 @@ class ScalableModel:
     def _unpack(self, delta: Delta) -> Iterator[tuple[int, Indices, Tensor]]:
         for i, choice, values in delta.values():
             levels = self._level_maps[i]
-            indices = (levels == _ABSENT).nonzero()[0][choice]
+            indices = choose((levels == _ABSENT).nonzero()[0], choice)
             if self._scales:
                 values = values.float().mul_(scales_of_elements(self._scales[i], indices, levels.size))
             yield i, indices, values

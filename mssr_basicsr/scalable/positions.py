@@ -23,8 +23,8 @@ import numpy.typing as npt
 from mssr_basicsr.scalable.errors import ScalableFileError
 
 Indices = npt.NDArray[np.intp]
-#: Which candidates of a layer are chosen, as an index into an array of them: their ascending numbers, a bool for each
-#: candidate, or all.
+#: Which candidates of a layer are chosen: their ascending numbers; a bool for each candidate, which takes less memory
+#: where they are many; or all.
 Choice = Union[Indices, npt.NDArray[np.bool_], slice]
 
 # As a distance this byte says: 255 further, and no position there.
@@ -35,6 +35,14 @@ def coding_order(counts: Sequence[int], candidates: Sequence[int]) -> list[int]:
     """The layers' indices from the sparsest to the densest choice, so that neighbours share a Huffman table well."""
     share = [min(count, n - count) / n if n else 0.0 for count, n in zip(counts, candidates)]
     return sorted(range(len(share)), key=lambda i: (share[i], i))
+
+
+def choose(candidates: Indices, choice: Choice) -> Indices:
+    """The candidates that are chosen."""
+    if isinstance(choice, slice):
+        return candidates
+    # A random mask as an index would take several times as long: numpy finds what is not zero without branches.
+    return candidates.take(choice.nonzero()[0] if choice.dtype == np.bool_ else choice)
 
 
 def entropy_bound(counts: Sequence[int], candidates: Sequence[int]) -> float:

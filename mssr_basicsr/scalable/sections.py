@@ -118,5 +118,5 @@ def _by_name_of_dtype(others: Sequence[TensorInfo]) -> dict[str, list[TensorInfo
 def scales_of_elements(scales: Tensor, indices: npt.NDArray[Any], numel: int) -> Tensor:
     """The float32 scale of each element of a weight of ``numel`` elements, given ascending flat ``indices``."""
     channels = len(scales)
-    bounds = np.searchsorted(indices, np.arange(channels + 1) * (numel // max(1, channels)))
-    return scales.float().repeat_interleave(torch.from_numpy(np.diff(bounds)))
+    bounds = indices.searchsorted(np.arange(channels + 1) * (numel // max(1, channels)))
+    return torch.from_numpy(scales.float().numpy().repeat(np.diff(bounds)))

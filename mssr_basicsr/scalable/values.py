@@ -47,13 +47,13 @@ def to_planes(values: Tensor) -> list[bytes]:
 def from_planes(planes: Planes, dtype: torch.dtype) -> Tensor:
     """The 1-D tensor whose byte planes are the rows of ``planes``, in memory of its own."""
     values = torch.empty(planes.shape[1], dtype=dtype)
-    elements = values.view(torch.uint8).numpy()
-    rows = elements.reshape(planes.shape[::-1])
-    for place, plane in enumerate(planes[::-1]):
-        rows[:, place] = plane
+    words = values.view(torch.uint8).numpy().view(f'u{dtype.itemsize}')
+    words[:] = planes[0]
+    for plane in planes[1:]:
+        words <<= 8
+        words |= plane
     if dtype.is_floating_point:
-        words = elements.view(f'<u{dtype.itemsize}')
-        signs = words << (8 * words.itemsize - 1)
+        signs = words << (8 * dtype.itemsize - 1)
         words >>= 1
         words |= signs
     return values

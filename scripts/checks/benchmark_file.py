@@ -3,8 +3,8 @@
     python scripts/checks/benchmark_file.py [NETWORK...] [--dtypes F32 BF16 I8] [--rounds 30]
 
 NETWORK is a name below, ``all`` of them, or a .mssr file whose values are F32. Networks that are named are newly
-built, and pruned by the global magnitude of their weights, level by level as the forward stage does: sizes depend on the
-masks, and these on the layers' magnitudes. Times are of the CPU, on one thread.
+built, and pruned by the global magnitude of their weights, level by level as the forward stage does: sizes depend on
+the masks, and these on the layers' magnitudes. Times are of the CPU, on one thread.
 """
 
 from __future__ import annotations
