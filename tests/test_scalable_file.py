@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from mssr_basicsr import ScalableFile, ScalableFileError, ScalableModel, pack
 from mssr_basicsr.archs.mssr_arch import MSSR
+from mssr_basicsr.commands.main import main
 from mssr_basicsr.scalable.building import AllocationLimit, _TooLarge, build_backbone
 from mssr_basicsr.scalable.container import join_file
 from mssr_basicsr.scalable.frames import MAX_WINDOW, compress_parts, compress_text, decompress
@@ -518,7 +519,7 @@ def test_no_corrupted_file_gives_a_wrong_weight() -> None:
 
 
 def test_the_backward_stage_writes_the_file(
-    run: Any, forward_opt: dict[str, Any], backward_opt: dict[str, Any]
+    run: Any, forward_opt: dict[str, Any], backward_opt: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(forward_opt)
     models = run(backward_opt) / 'models'
@@ -533,6 +534,18 @@ def test_the_backward_stage_writes_the_file(
     mssr = (sys.executable, '-m', 'mssr_basicsr.commands.main')
     call(*mssr, 'pack', checkpoint, '--opt', yml, '-o', 'again.mssr')
     assert Path('again.mssr').read_bytes() == (models / 'net_g.mssr').read_bytes()
+    packing = ['pack', str(checkpoint), '--opt', str(yml), '-o', 'int8.mssr', '--dtype', 'int8']
+    assert main([*packing, '--metadata', 'license=CC0-1.0', '--metadata', 'description=a = b']) == 0
+    capsys.readouterr()
+    assert main(['info', 'int8.mssr']) == 0
+    printed = capsys.readouterr().out
+    assert 'values I8' in printed and 'license: CC0-1.0\n' in printed and 'description: a = b\n' in printed
+    assert main([*packing, '--metadata', 'license=A', '--metadata', 'license=B']) == 1
+    assert "--metadata: found ['license', 'license']; allowed: each key once" in capsys.readouterr().err
+    for wrong in ('license', '=x', 'license=\x1b[2J'):
+        with pytest.raises(SystemExit, match='2'):
+            main([*packing, '--metadata', wrong])
+        assert f'found {wrong!r}; allowed: key=text' in capsys.readouterr().err
     forward = 'experiments/forward/models/net_g_latest.pth'
     assert 'of the forward stage' in call(*mssr, 'pack', forward, '--opt', yml, expect=1)
     plain = models / 'net_g_level1.pth'
