@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import subprocess
 import sys
 from copy import deepcopy
@@ -12,14 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zstandard
 from conftest import BACKBONES, TOY_EDSR, call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mssr_basicsr import ScalableFile, ScalableFileError, ScalableModel, pack
 from mssr_basicsr.archs.mssr_arch import MSSR
+from mssr_basicsr.commands.main import main
 from mssr_basicsr.scalable.building import AllocationLimit, _TooLarge, build_backbone
-from mssr_basicsr.scalable.positions import decode_positions, encode_positions, entropy_bound
+from mssr_basicsr.scalable.container import join_file
+from mssr_basicsr.scalable.frames import MAX_WINDOW, compress_parts, compress_text, decompress
+from mssr_basicsr.scalable.positions import choose, decode_positions, encode_positions, entropy_bound
+from mssr_basicsr.scalable.quantisation import quantise
+from mssr_basicsr.scalable.values import TORCH_DTYPES, from_planes, to_planes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'scripts' / 'checks'))
 import fuzz_file
@@ -34,6 +42,12 @@ def network(backbone: dict[str, Any] = TOY_EDSR, levels: int = 3, seed: int = 0,
     return built
 
 
+def dequantised(weight: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """What an int8 file makes of a weight."""
+    integers, scales = quantise(weight, levels)
+    return integers.float() * scales.float().reshape(-1, *[1] * (weight.dim() - 1))
+
+
 def assert_same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -44,15 +58,26 @@ def assert_same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 # ------------------------------ positions ------------------------------ #
 
 
+def decode(data: bytes, counts: list[int], candidates: list[int]) -> list[list[int]]:
+    """The numbers of the chosen candidates, layer by layer; ``data`` must have nothing else."""
+    choices, used = decode_positions(np.frombuffer(data, np.uint8), counts, candidates)
+    if used != len(data):
+        raise ScalableFileError('positions: bytes are left')
+    return [choose(np.arange(n), choice).tolist() for choice, n in zip(choices, candidates)]
+
+
 def test_positions_of_a_hand_made_choice() -> None:
     chosen = np.zeros(1000, np.bool_)
     chosen[[0, 3, 4, 300, 810]] = True
-    few, most, half = chosen, ~chosen, np.arange(10) % 2 == 0
-    data = encode_positions([few, most, half])
-    numbers = decode_positions(data, [5, 995, 5], [1000, 1000, 10])
-    assert numbers[0].tolist() == [0, 3, 4, 300, 810]
-    assert numbers[1].tolist() == [i for i in range(1000) if i not in (0, 3, 4, 300, 810)]
-    assert numbers[2].tolist() == [0, 2, 4, 6, 8]
+    half = np.arange(10) % 2 == 0
+    data = encode_positions([chosen, ~chosen, half, np.ones(7, np.bool_)])
+    distances = [0, 3, 1, 255, 41, 255, 255, 0]
+    assert list(data) == [*distances, *distances, 0b10101010, 0b10000000]
+    few, most, some, everything = decode(data, [5, 995, 5, 7], [1000, 1000, 10, 7])
+    assert few == [0, 3, 4, 300, 810]
+    assert most == [i for i in range(1000) if i not in few]
+    assert some == [0, 2, 4, 6, 8]
+    assert everything == [0, 1, 2, 3, 4, 5, 6]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3000), st.floats(0, 1), st.integers(0, 9)), min_size=1, max_size=4))
@@ -60,15 +85,15 @@ def test_positions_of_a_hand_made_choice() -> None:
 def test_positions_round_trip(layers: list[tuple[int, float, int]]) -> None:
     chosen = [np.random.default_rng(seed).random(n) < share for n, share, seed in layers]
     counts, candidates = [int(which.sum()) for which in chosen], [which.size for which in chosen]
-    decoded = decode_positions(encode_positions(chosen), counts, candidates)
-    assert [numbers.tolist() for numbers in decoded] == [np.flatnonzero(which).tolist() for which in chosen]
+    decoded = decode(encode_positions(chosen), counts, candidates)
+    assert decoded == [np.flatnonzero(which).tolist() for which in chosen]
 
 
 @pytest.mark.parametrize('share', [0.01, 1 / 16, 1 / 7, 0.24, 1 / 3, 0.42, 0.5, 0.7, 0.9])
 def test_positions_are_within_5_percent_of_the_entropy(share: float) -> None:
     chosen = [np.random.default_rng(i).random(37_000) < share for i in range(20)]
     bound = entropy_bound([int(which.sum()) for which in chosen], [which.size for which in chosen])
-    assert bound < len(encode_positions(chosen)) < 1.05 * bound
+    assert bound < len(compress_parts([encode_positions(chosen)])) < 1.05 * bound
 
 
 def test_entropy_bound_by_hand() -> None:
@@ -81,7 +106,81 @@ def test_positions_that_do_not_fit_the_header_are_refused(counts: list[int], can
     chosen = np.zeros(1000, np.bool_)
     chosen[[0, 3, 4, 300, 810]] = True
     with pytest.raises(ScalableFileError, match='positions'):
-        decode_positions(encode_positions([chosen]), counts, candidates)
+        decode(encode_positions([chosen]), counts, candidates)
+
+
+# ------------------------------ frames, planes, int8 ------------------------------ #
+
+
+def test_a_frame_is_refused_before_it_takes_memory() -> None:
+    frame = compress_parts([bytes(10**6)])
+    assert len(frame) < 1000 and decompress(frame, 10**6) == bytes(10**6)
+    with pytest.raises(
+        ScalableFileError, match='found 1,000,000 bytes, with a window of 131,072; allowed: 999,999, 131,072'
+    ):
+        decompress(frame, 10**6 - 1)
+    wide = zstandard.ZstdCompressionParameters(window_log=20)
+    noise = np.random.default_rng(0).bytes(2 * MAX_WINDOW) * 2
+    for bad in (
+        frame[:-1],
+        frame + b'0',
+        frame + frame,
+        b'',
+        b'no frame at all',
+        zstandard.ZstdCompressor(compression_params=wide).compress(noise),
+        zstandard.ZstdCompressor(write_content_size=False).compress(b'of a length that it does not state'),
+    ):
+        with pytest.raises(ScalableFileError, match='frame'):
+            decompress(bad, 10**6)
+
+
+def test_planes_by_hand() -> None:
+    # 1.0 is 3F800000, its bits rotated left by one 7F000000; -2.0 is C0000000, and 80000001.
+    planes = to_planes(torch.tensor([1.0, -2.0]))
+    assert planes == [b'\x7f\x80', b'\0\0', b'\0\0', b'\x00\x01']
+    assert to_planes(torch.tensor([1, -2], dtype=torch.int16)) == [b'\x00\xff', b'\x01\xfe']
+
+
+@pytest.mark.parametrize('name', TORCH_DTYPES)
+@pytest.mark.parametrize('count', [0, 1, 1000])
+def test_planes_keep_every_bit(name: str, count: int) -> None:
+    dtype = TORCH_DTYPES[name]
+    noise = np.random.default_rng(0).integers(0, 2 if name == 'BOOL' else 256, count * dtype.itemsize, np.uint8)
+    values = torch.empty(count, dtype=dtype)
+    values.view(torch.uint8).copy_(torch.from_numpy(noise))  # NaN of every kind among them
+    planes = to_planes(values)
+    assert [len(plane) for plane in planes] == [count] * dtype.itemsize
+    again = from_planes(np.frombuffer(b''.join(planes), np.uint8).reshape(dtype.itemsize, count), dtype)
+    assert torch.equal(again.view(torch.uint8), values.view(torch.uint8)) and again.dtype == dtype
+
+
+@pytest.mark.parametrize('shape', [(8, 4, 3, 3), (5, 70), (6,), (3, 0), (2, 9, 1, 1)])
+def test_int8_at_every_level_is_a_step_from_the_weights_and_its_sums_half_a_step(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator)
+    levels = torch.randint(3, shape, generator=generator, dtype=torch.uint8)
+    integers, scales = quantise(weight, levels)
+    assert (integers.dtype, scales.dtype, integers.shape, scales.shape) == (
+        torch.int8, torch.bfloat16, weight.shape, weight.shape[:1],
+    )  # fmt: skip
+    error = (dequantised(weight, levels) - weight) / scales.float().reshape(-1, *[1] * (weight.dim() - 1))
+    assert int(integers.abs().max() if integers.numel() else 0) <= 127 and (error.abs() <= 1).all()
+    for level in range(3):
+        kept = torch.where(levels >= level, error, 0.0)
+        assert (kept.flatten(1).sum(1).abs() <= 0.5 + 1e-4).all() if weight.dim() > 1 else True
+        if weight.dim() == 4 and shape[2] == 3:  # the channel may have moved one weight of a kernel once more
+            assert (kept.sum((2, 3)).abs() <= 1.5 + 1e-4).all()
+
+
+def test_int8_of_smaller_levels_does_not_hang_on_larger_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 4, 3, 3, generator=generator)
+    weight[:, 0, 0, 0] = 5  # the largest of each channel, which gives the scale, in the smallest level
+    levels = torch.randint(3, weight.shape, generator=generator, dtype=torch.uint8)
+    levels[:, 0, 0, 0] = 2
+    other = torch.where(levels == 0, torch.randn(weight.shape, generator=generator), weight)
+    first, second = quantise(weight, levels)[0], quantise(other, levels)[0]
+    assert torch.equal(first[levels > 0], second[levels > 0]) and not torch.equal(first, second)
 
 
 # ------------------------------ round trips ------------------------------ #
@@ -135,6 +234,111 @@ def test_values_of_two_bytes_are_rounded_to_nearest() -> None:
         pack(packed, 2, dtype='F16')
 
 
+def test_int8_has_the_same_integers_at_every_level() -> None:
+    packed = network(levels=4)
+    file = pack(packed, 2, dtype='I8')
+    assert len(file) < 0.5 * len(pack(packed, 2))
+    model = ScalableModel(io.BytesIO(file), level=3)
+    level_map, exact = packed.get_level_map(), packed.export(0)
+    expected = {
+        name: dequantised(weight.detach(), level_map[name]) for name, weight in packed.prunable_weights().items()
+    }
+    for level in (3, 2, 1, 0):
+        model.expand(level)
+        state = model.network.state_dict()
+        for name, tensor in exact.items():
+            if name in expected:
+                tensor = torch.where(level_map[name] >= level, expected[name], 0.0)
+            assert torch.equal(state[name], tensor)
+    packed.prunable_weights()['conv_last.weight'].data.flatten()[0] = float('nan')
+    with pytest.raises(ScalableFileError, match=r'conv_last.weight: found a weight that is not finite; allowed: F32'):
+        pack(packed, 2, dtype='I8')
+
+
+def test_the_shipped_model_keeps_its_bars() -> None:
+    folder = Path(__file__).parents[1] / 'models'
+    path = folder / 'EDSR_8x32_x2_291.mssr'
+    with ScalableModel(path) as model:
+        dense = 4 * sum(tensor.numel() for tensor in model.network.state_dict().values())
+        assert model.header.sections[-1].end == path.stat().st_size < 0.91 * dense
+        assert model.header.metadata['license'] == 'Apache-2.0'
+        assert model.header.metrics['4']['Set5']['psnr'] == pytest.approx(37.0229, abs=1e-4)
+
+
+# ------------------------------ header ------------------------------ #
+
+
+def header_of(file: bytes) -> dict[str, Any]:
+    """The header's JSON value, read by hand."""
+    length = int.from_bytes(file[12:16], 'little')
+    fields: dict[str, Any] = json.loads(decompress(file[24 : 24 + length], 1 << 20))
+    return fields
+
+
+def with_header(file: bytes, **changes: Any) -> bytes:
+    """The file with other values in its header, its checksum right."""
+    sections = [file[section.start : section.end] for section in ScalableFile(io.BytesIO(file)).header.sections]
+    return join_file(compress_text(json.dumps({**header_of(file), **changes}).encode()), sections)
+
+
+def test_metadata_and_unknown_keys_travel_with_the_file() -> None:
+    packed = network()
+    metadata = {'license': 'Apache-2.0', 'author': 'Zoë', 'training_data': 'none'}
+    file = pack(packed, 2, metadata=metadata)
+    assert ScalableFile(io.BytesIO(file)).header.metadata == metadata
+    newer = with_header(file, unknown={'key': [1, None]})
+    newer = newer[:10] + b'\x07\x00' + newer[12:]  # version 2.7
+    model = ScalableModel(io.BytesIO(newer), level=1)
+    assert_same(model.network.state_dict(), packed.export(1))
+    prefix = model.file.read_prefix(1)
+    assert header_of(prefix)['unknown'] == {'key': [1, None]} and prefix == newer[: len(prefix)]
+
+
+def test_sections_start_at_multiples_of_64_and_padding_is_zero() -> None:
+    file = pack(network(), 2)
+    end = 24 + int.from_bytes(file[12:16], 'little')
+    for section in ScalableFile(io.BytesIO(file)).header.sections:
+        assert section.start % 64 == 0 and section.start - end == section.padding < 64
+        assert not any(file[end : section.start])
+        if section.padding:
+            bad = file[: section.start - 1] + b'\1' + file[section.start :]
+            with pytest.raises(ScalableFileError, match=f'the section of level {section.level} is corrupted'):
+                ScalableModel(io.BytesIO(bad))
+        end = section.end
+    assert end == len(file)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'problem'),
+    [
+        ({'dtype': 'F8'}, "dtype: found 'F8'; allowed: F32, F16, BF16, I8"),
+        ({'scale': 0}, 'scale: found 0; allowed: 1 to 281474976710655'),
+        ({'weights': []}, 'weights: there are none'),
+        ({'weights': [['a', [1] * 9]]}, 'shape: found 9 dimensions; allowed: 8'),
+        ({'weights': [['a', [2**30, 2**30]]]}, 'shape: found 1152921504606846976; allowed'),
+        ({'others': [['a', [1], 'C64']]}, "others: found 'C64'; allowed: F64, F32"),
+        ({'others': [['a', [1]]]}, 'allowed: [name, shape, dtype]'),
+        ({'computed': ['a']}, "computed_checksum: found 'None'; allowed: a JSON str"),
+        ({'computed': ['conv_first.weight']}, 'a name is there twice'),
+        ({'metadata': {'license': 3}}, "metadata: license: found '3'; allowed: a JSON str"),
+        ({'metadata': {'author': 'line\nfeed'}}, 'allowed: printable characters'),
+        ({'sections': []}, 'sections: found 0; allowed: 2 to 255'),
+        ({'sections': [{'bytes': 1, 'xxh64': 'x', 'counts': [0]}] * 2}, "counts for"),
+    ],
+)  # fmt: skip
+def test_headers_that_contradict_the_specification_are_refused(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ScalableFileError, match=re.escape(problem)):
+        ScalableFile(io.BytesIO(with_header(pack(network(), 2), **changes)))
+
+
+def test_a_header_may_not_unpack_to_much_more_than_itself() -> None:
+    sections = [b'', b'']
+    bomb = join_file(compress_text(b' ' * (1 << 22) + b'{}'), sections)
+    assert len(bomb) < 1000
+    with pytest.raises(ScalableFileError, match='header: a frame: found 4,194,306 bytes'):
+        ScalableFile(io.BytesIO(bomb))
+
+
 def test_buffers_that_the_architecture_computes_are_not_in_the_file() -> None:
     packed = network(BACKBONES['SwinIR'])
     file = ScalableFile(io.BytesIO(pack(packed, 2)))
@@ -167,7 +371,9 @@ def test_expand_reads_its_section_alone_and_leaves_the_rest_in_place() -> None:
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     read = model.file.bytes_read
     model.expand()
-    assert model.file.bytes_read - read == model.header.section(1).size
+    section = model.header.section(1)
+    assert model.file.bytes_read - read == section.padding + section.size
+    assert section.padding < 64
     assert {name: weight.data_ptr() for name, weight in model.network.named_parameters()} == storages
     for name, level_map in packed.get_level_map().items():
         assert torch.equal(weights[name][level_map == 2], before[name][level_map == 2])
@@ -267,7 +473,9 @@ def test_clear_errors(tmp_path: Path) -> None:
 
     assert 'not a scalable model file' in error(b'')
     assert 'not a scalable model file' in error(b'PK\x03\x04' + data)
-    assert 'format version 2; this program reads version 1' in error(data[:8] + b'\x02' + data[9:])
+    version = 'format version: found {}; allowed: 2.x ({})'
+    assert version.format('1.0', 'pack the model again') in error(data[:8] + b'\1\0' + data[10:])
+    assert version.format('3.0', 'update mssr-basicsr') in error(data[:8] + b'\3\0' + data[10:])
     assert 'the header is corrupted' in error(data[:100] + b'?' + data[101:])
     assert 'level 3: this model has levels 0 to 2' in error(data, level=3)
     assert 'differs in' in error(data, network=torch.nn.Linear(2, 2))
@@ -311,7 +519,7 @@ def test_no_corrupted_file_gives_a_wrong_weight() -> None:
 
 
 def test_the_backward_stage_writes_the_file(
-    run: Any, forward_opt: dict[str, Any], backward_opt: dict[str, Any]
+    run: Any, forward_opt: dict[str, Any], backward_opt: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(forward_opt)
     models = run(backward_opt) / 'models'
@@ -326,6 +534,18 @@ def test_the_backward_stage_writes_the_file(
     mssr = (sys.executable, '-m', 'mssr_basicsr')
     call(*mssr, 'pack', checkpoint, '--opt', yml, '-o', 'again.mssr')
     assert Path('again.mssr').read_bytes() == (models / 'net_g.mssr').read_bytes()
+    packing = ['pack', str(checkpoint), '--opt', str(yml), '-o', 'int8.mssr', '--dtype', 'int8']
+    assert main([*packing, '--metadata', 'license=CC0-1.0', '--metadata', 'description=a = b']) == 0
+    capsys.readouterr()
+    assert main(['info', 'int8.mssr']) == 0
+    printed = capsys.readouterr().out
+    assert 'values I8' in printed and 'license: CC0-1.0\n' in printed and 'description: a = b\n' in printed
+    assert main([*packing, '--metadata', 'license=A', '--metadata', 'license=B']) == 1
+    assert "--metadata: found ['license', 'license']; allowed: each key once" in capsys.readouterr().err
+    for wrong in ('license', '=x', 'license=\x1b[2J'):
+        with pytest.raises(SystemExit, match='2'):
+            main([*packing, '--metadata', wrong])
+        assert f'found {wrong!r}; allowed: key=text' in capsys.readouterr().err
     forward = 'experiments/forward/models/net_g_latest.pth'
     assert 'of the forward stage' in call(*mssr, 'pack', forward, '--opt', yml, expect=1)
     plain = models / 'net_g_level1.pth'

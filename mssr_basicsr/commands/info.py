@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-HELP = 'the table of levels: parameters, bytes, PSNR'
+HELP = 'what the file says of itself, and the table of levels: parameters, bytes, PSNR'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,5 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f'{found["file"]}: {found["backbone"]["type"]} x{found["scale"]} ({options})')
     print(f'{found["file_bytes"]:,} bytes ({state}), values {found["dtype"]}')
     print(f'engine: {found["engine"]}')
+    for key, text in found['metadata'].items():
+        print(f'{key}: {text}')
     print(level_table(found['levels']))
     return 0

@@ -10,6 +10,8 @@ from mssr_basicsr.commands import info
 
 HELP = 'make a .mssr file of a checkpoint'
 
+_DTYPES = {'fp32': 'F32', 'fp16': 'F16', 'bf16': 'BF16', 'int8': 'I8'}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('checkpoint', type=Path, help='net_g_latest.pth of the backward stage')
@@ -21,7 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='default: beside the checkpoint, as .mssr; a file that exists is overwritten',
     )
     parser.add_argument(
-        '--dtype', choices=['fp32', 'fp16', 'bf16'], default='fp32', help='of the values (fp32: lossless)'
+        '--dtype',
+        choices=_DTYPES,
+        default='fp32',
+        help='of the prunable weights (fp32: lossless; int8: with a scale per output channel)',
+    )
+    parser.add_argument(
+        '--metadata',
+        action='append',
+        type=_key_and_text,
+        default=[],
+        metavar='KEY=TEXT',
+        help='a line about the model, such as license=..., author=..., training_data=..., description=..., date=...; '
+        'may be given several times',
     )
     parser.add_argument(
         '--gt', type=Path, help='folder of ground-truth images: measure each level, keep it in the file'
@@ -39,25 +53,35 @@ def run(arguments: argparse.Namespace) -> int:
     from mssr_basicsr.foundation.checks import OptionError
     from mssr_basicsr.foundation.saving import require_output, write_whole
 
+    metadata = dict(arguments.metadata)
+    if len(metadata) < len(arguments.metadata):
+        raise OptionError('--metadata', [key for key, _ in arguments.metadata], 'each key once')
     output = arguments.output or arguments.checkpoint.with_suffix('.mssr')
     require_output(output, arguments.checkpoint, arguments.opt)
     if arguments.lq is not None and arguments.gt is None:
         raise OptionError('--lq', str(arguments.lq), 'with --gt, the folder of the ground truth')
     network, scale, metrics = load_checkpoint(arguments.checkpoint, arguments.opt)
-    dtype = arguments.dtype.upper().replace('P', '')
+    dtype = _DTYPES[arguments.dtype]
     if dtype != 'F32':
         metrics = {}  # they are of the exact values
-    data = pack(network, scale, metrics, dtype)
+    data = pack(network, scale, metrics, dtype, metadata)
     if arguments.gt is not None:
         measured = evaluate(io.BytesIO(data), arguments.gt, arguments.lq)
         exact = data if dtype == 'F32' else pack(network, scale)
         before = measured if dtype == 'F32' else evaluate(io.BytesIO(exact), arguments.gt, arguments.lq)
         name = arguments.gt.resolve().name
         merged = {level: {**metrics.get(level, {}), name: values} for level, values in measured.items()}
-        data = pack(network, scale, merged, dtype)
+        data = pack(network, scale, merged, dtype, metadata)
         for level, values in measured.items():
             cost = values['psnr'] - before[level]['psnr']
             line = f'level {level}: PSNR {values["psnr"]:.4f} dB on {name}'
             print(line + ('' if dtype == 'F32' else f' as {dtype}, {cost:+.4f} dB to F32'))
     write_whole(output, data)
     return info.run(argparse.Namespace(file=output, json=arguments.json))
+
+
+def _key_and_text(argument: str) -> tuple[str, str]:
+    key, separator, text = argument.partition('=')
+    if not (key and separator and argument.isprintable()):
+        raise argparse.ArgumentTypeError(f'found {argument!r}; allowed: key=text, in printable characters')
+    return key, text

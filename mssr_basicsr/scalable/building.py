@@ -16,6 +16,7 @@ from mssr_basicsr.foundation.on_demand import load_basicsr
 from mssr_basicsr.method.level_map import buffer_tree
 from mssr_basicsr.scalable.container import Header
 from mssr_basicsr.scalable.errors import ScalableFileError
+from mssr_basicsr.scalable.values import DTYPE_NAMES, TORCH_DTYPES
 
 #: What buffers that an architecture computes, such as attention masks, may take: they are not in the file.
 MAX_COMPUTED_BYTES = 1 << 26
@@ -74,19 +75,19 @@ def build_for(header: Header, size: int) -> nn.Module:
     return network
 
 
-def tensors_of(header: Header, size: int, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
+def tensors_of(header: Header, size: int) -> nn.Module:
     """No backbone, but a module that has its weights and others, all zero: what reading a level needs, without BasicSR.
 
     Args:
         header: of a file whose first ``size`` bytes are there.
         size: in bytes.
-        dtypes: by name, of the header's others; float32 where it is not said.
 
     Raises:
         ScalableFileError: out of all proportion to the file, or names that no network has.
     """
     _believed_elements(header, size)
-    zeros = {info.name: torch.zeros(info.shape, dtype=dtypes.get(info.name)) for info in header.weights + header.others}
+    zeros = {info.name: torch.zeros(info.shape) for info in header.weights}
+    zeros |= {info.name: torch.zeros(info.shape, dtype=TORCH_DTYPES[info.dtype]) for info in header.others}
     try:
         return buffer_tree({name: nn.Parameter(tensor, requires_grad=False) for name, tensor in zeros.items()})
     except KeyError as error:
@@ -103,22 +104,29 @@ def _believed_elements(header: Header, size: int) -> int:
 
 def check_network(header: Header, network: nn.Module) -> None:
     """Raise ScalableFileError unless ``network`` has the tensors, and the computed buffers, that the header lists."""
-    found = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    state = network.state_dict()
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     listed = {tensor.name: tensor.shape for tensor in header.weights + header.others}
     listed.update({name: found.get(name, ()) for name in header.computed})
     if found != listed:
         differing = sorted(set(found.items()) ^ set(listed.items()))[:3]
         raise ScalableFileError(f'the network is not the one that the header lists; it differs in {differing}')
-    if computed_checksum(network, header.computed) != header.computed_checksum:
+    for other in header.others:
+        if DTYPE_NAMES.get(state[other.name].dtype) != other.dtype:
+            raise ScalableFileError(
+                f'{other.name}: {state[other.name].dtype} in the network; the header says {other.dtype}'
+            )
+    if header.computed and computed_checksum(network, header.computed) != header.computed_checksum:
         raise ScalableFileError(f'this {type(network).__name__} computes other buffers than the one that was packed')
 
 
 def computed_checksum(network: nn.Module, names: tuple[str, ...]) -> str:
-    """The XXH3-128 of names, types, shapes and bytes of the buffers ``names``."""
-    checksum, buffers = xxhash.xxh3_128(), dict(network.named_buffers())
+    """The XXH64 of names, types, shapes and bytes of the buffers ``names``, in hex."""
+    checksum, buffers = xxhash.xxh64(), dict(network.named_buffers())
     for name in names:
         buffer = buffers[name].detach().cpu().contiguous()
-        checksum.update(f'{name} {buffer.dtype} {tuple(buffer.shape)}'.encode())
+        sizes = ''.join(f' {size}' for size in buffer.shape)
+        checksum.update(f'{name} {DTYPE_NAMES[buffer.dtype]}{sizes}\n'.encode())
         checksum.update(buffer.flatten().view(torch.uint8).numpy().tobytes())
     return checksum.hexdigest()
 

@@ -10,37 +10,37 @@ import io
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Union
 
-import safetensors.torch
-import torch
 import xxhash
-from safetensors import SafetensorError
-from torch import Tensor
 
 from mssr_basicsr.method.level_map import MAX_LEVELS
 from mssr_basicsr.scalable.errors import ScalableFileError
+from mssr_basicsr.scalable.frames import compress_text, decompress
+from mssr_basicsr.scalable.values import TORCH_DTYPES, WEIGHT_DTYPES
 
 Source = Union[str, 'os.PathLike[str]', BinaryIO]
 
 MAGIC = b'\x89MSSR\r\n\x1a'  # as PNG's: a transfer as text, or a cut to 7 bits, shows here
-VERSION = 1
-_PREAMBLE = struct.Struct('<8sIIQ')  # magic, version, length of the header, its XXH3-64
-MAX_HEADER = 1 << 24
-
-#: The names of value types in a file, as in safetensors.
-DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
+MAJOR, MINOR = 2, 0
+_PREAMBLE = struct.Struct('<8sHHIQ')  # magic, major and minor version, length of the header's frame, its XXH64
+_ALIGNMENT = 64  # of the header's end and of sections
+_MAX_FRAME = 1 << 20  # of the header
+_MAX_DIMENSIONS = 8
+_END_OF_NATURALS = 1 << 48
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor's name and shape, as it is in the backbone's state dict."""
+    """A tensor's name, shape and type, as it is in the backbone's state dict."""
 
     name: str
     shape: tuple[int, ...]
+    dtype: str = 'F32'  #: a key of TORCH_DTYPES; prunable weights are float32
 
     @property
     def numel(self) -> int:
@@ -52,9 +52,10 @@ class Section:
     """One level's delta: what it has and the next smaller level lacks."""
 
     level: int
-    start: int  #: of its first byte in the file
+    padding: int  #: bytes of zeros before it
+    start: int  #: of its first byte in the file, a multiple of 64
     size: int  #: in bytes
-    checksum: str  #: XXH3-128 of its bytes, in hex
+    checksum: str  #: XXH64 of its bytes, in hex
     counts: tuple[int, ...]  #: how many weights of each of Header.weights it has
 
     @property
@@ -72,13 +73,14 @@ class Header:
 
     backbone: Mapping[str, Any]  #: options of the architecture, with its type
     scale: int  #: upscaling factor
-    dtype: str  #: of the values of the prunable weights, a key of DTYPES
+    dtype: str  #: of the prunable weights in the file, one of WEIGHT_DTYPES
     weights: tuple[TensorInfo, ...]  #: the prunable weights
     others: tuple[TensorInfo, ...]  #: parameters and buffers that are in every level; in the first section
     num_other_parameters: int  #: how many elements of parameters these are
     computed: tuple[str, ...]  #: names of buffers that the architecture computes; not in the file
     computed_checksum: str  #: of these buffers
     metrics: Mapping[str, Any]  #: by level (as a string), validation set and metric, where known
+    metadata: Mapping[str, str]  #: what the author says of the model: license, author, training data, ...
     sections: tuple[Section, ...]
 
     @property
@@ -105,28 +107,29 @@ class Header:
 # ------------------------------ writing ------------------------------ #
 
 
-def write_file(
-    fields: Mapping[str, Any], counts: Sequence[Sequence[int]], sections: Sequence[Mapping[str, Tensor]]
-) -> bytes:
+def write_file(fields: Mapping[str, Any], counts: Sequence[Sequence[int]], sections: Sequence[bytes]) -> bytes:
     """The file's bytes: the same for the same arguments.
 
     Args:
         fields: the JSON values of the header, all but ``sections``.
         counts: for each level from K to 0, how many elements of each weight it adds.
-        sections: for each level from K to 0, its tensors.
+        sections: for each level from K to 0, its frame.
     """
-    blobs = [safetensors.torch.save(dict(tensors)) for tensors in sections]
-    levels = range(len(blobs) - 1, -1, -1)
     table = [
-        {'level': level, 'bytes': len(blob), 'xxh3_128': xxhash.xxh3_128_hexdigest(blob), 'counts': list(count)}
-        for level, blob, count in zip(levels, blobs, counts)
+        {'bytes': len(section), 'xxh64': xxhash.xxh64_hexdigest(section), 'counts': list(count)}
+        for section, count in zip(sections, counts)
     ]
-    text = json.dumps({**fields, 'sections': table}, sort_keys=True, separators=(',', ':'), allow_nan=False).encode(
-        'ascii'
-    )
-    head = _PREAMBLE.pack(MAGIC, VERSION, len(text), xxhash.xxh3_64_intdigest(text)) + text
-    file = b''.join([head, *blobs])
+    text = json.dumps({**fields, 'sections': table}, sort_keys=True, separators=(',', ':'), allow_nan=False)
+    file = join_file(compress_text(text.encode('ascii')), sections)
     read_header(io.BytesIO(file), 'the file to be written')
+    return file
+
+
+def join_file(header: bytes, sections: Sequence[bytes]) -> bytes:
+    """A file of the header's frame and those of the sections, with the padding between."""
+    file = _PREAMBLE.pack(MAGIC, MAJOR, MINOR, len(header), xxhash.xxh64_intdigest(header)) + header
+    for section in sections:
+        file += bytes(-len(file) % _ALIGNMENT) + section
     return file
 
 
@@ -204,6 +207,7 @@ class ScalableFile:
             'backbone': header.backbone,
             'scale': header.scale,
             'dtype': header.dtype,
+            'metadata': header.metadata,
             'file_bytes': self.size,
             'whole_bytes': header.sections[-1].end,
             'levels': levels,
@@ -214,8 +218,8 @@ class ScalableFile:
         sections = self.header.sections
         return [section.level for section in sections if self.size is None or section.end <= self.size]
 
-    def read_section(self, level: int) -> dict[str, Tensor]:
-        """The tensors of one level's section; reads its bytes and no others.
+    def read_section(self, level: int) -> bytes:
+        """The frame of one level's section; reads its bytes, the padding before it, and no others.
 
         Raises:
             ScalableFileError: the file ends before the section does, or the section is corrupted.
@@ -226,22 +230,21 @@ class ScalableFile:
             self._position = self.size
             if section.end > self.size:
                 raise self.cut_short(level)
-        if self._position != section.start:
+        start = section.start - section.padding
+        if self._position != start:
             if not self._seekable:
                 raise ScalableFileError(f'{self.name}: level {level} is not next in a stream that cannot seek')
-            self._stream.seek(self._origin + section.start)
-        blob = read_exactly(self._stream, section.size)
-        self._position = section.start + len(blob)
-        self.bytes_read += len(blob)
-        if len(blob) < section.size:
+            self._stream.seek(self._origin + start)
+        padding = read_exactly(self._stream, section.padding)
+        frame = read_exactly(self._stream, section.size)
+        self._position = start + len(padding) + len(frame)
+        self.bytes_read += len(padding) + len(frame)
+        if len(frame) < section.size:
             self.size = self._position
             raise self.cut_short(level)
-        if xxhash.xxh3_128_hexdigest(blob) != section.checksum:
+        if xxhash.xxh64_hexdigest(frame) != section.checksum or any(padding):
             raise ScalableFileError(f'{self.name}: the section of level {level} is corrupted (checksum)')
-        try:
-            return safetensors.torch.load(blob)
-        except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise ScalableFileError(f'{self.name}: the section of level {level} is corrupted ({error})') from error
+        return frame
 
     def read_prefix(self, level: int) -> bytes:
         """The file up to the end of ``level``'s section, as it is: a file of the levels from ``level`` to K."""
@@ -284,19 +287,23 @@ def read_header(stream: BinaryIO, name: str, size: int | None = None) -> tuple[H
         raise ScalableFileError(f'{name}: not a scalable model file (it starts with {start[:8]!r})')
     if len(start) < _PREAMBLE.size:
         raise ScalableFileError(f'{name}: cut short in its first {_PREAMBLE.size} bytes')
-    _, version, length, checksum = _PREAMBLE.unpack(start)
-    if version != VERSION:
-        raise ScalableFileError(f'{name}: format version {version}; this program reads version {VERSION}')
-    if length > MAX_HEADER or (size is not None and _PREAMBLE.size + length > size):
+    _, major, minor, length, checksum = _PREAMBLE.unpack(start)
+    if major != MAJOR:
+        remedy = 'pack the model again' if major < MAJOR else 'update mssr-basicsr'
+        raise ScalableFileError(f'{name}: format version: found {major}.{minor}; allowed: {MAJOR}.x ({remedy})')
+    end = _PREAMBLE.size + length
+    if length > _MAX_FRAME or (size is not None and end > size):
         raise ScalableFileError(f'{name}: a header of {length:,} bytes, but the file has {size or "no"} bytes')
-    text = read_exactly(stream, length)
-    if len(text) < length or xxhash.xxh3_64_intdigest(text) != checksum:
+    frame = read_exactly(stream, length)
+    if len(frame) < length or xxhash.xxh64_intdigest(frame) != checksum:
         raise ScalableFileError(f'{name}: the header is corrupted (checksum)')
     try:
-        fields = json.loads(text, parse_constant=_refuse)
+        # What is read of JSON takes up to twenty times the text's memory, so that a small file's is kept short.
+        fields = json.loads(decompress(frame, (1 << 15) + 32 * length), parse_constant=_refuse)
+    except ScalableFileError as error:
+        raise ScalableFileError(f'{name}: header: {error}') from error
     except (ValueError, RecursionError) as error:
         raise ScalableFileError(f'{name}: the header is not JSON ({error})') from error
-    end = _PREAMBLE.size + length
     try:
         return _parse(fields, end), end
     except (_Contradiction, RecursionError) as error:
@@ -317,15 +324,19 @@ def _parse(fields: Any, start: int) -> Header:
     backbone = _field(fields, 'backbone', dict)
     if not isinstance(backbone.get('type'), str):
         raise _Contradiction('backbone: it has no type')
-    weights, others = (tuple(_tensors(_field(fields, key, list), key)) for key in ('weights', 'others'))
+    weights = tuple(_weight(entry) for entry in _field(fields, 'weights', list))
+    others = tuple(_other(entry) for entry in _field(fields, 'others', list))
     if not weights:
         raise _Contradiction('weights: there are none')
-    names = [tensor.name for tensor in weights + others] + _field(fields, 'computed', list)
+    computed = _field(fields, 'computed', list, [])
+    names = [tensor.name for tensor in weights + others] + computed
     if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise _Contradiction('weights, others, computed: a name is there twice, or is none')
     dtype = _field(fields, 'dtype', str)
-    if dtype not in DTYPES:
-        raise _Contradiction(f'dtype: found {dtype!r}; allowed: {", ".join(DTYPES)}')
+    if dtype not in WEIGHT_DTYPES:
+        raise _Contradiction(f'dtype: found {dtype!r}; allowed: {", ".join(WEIGHT_DTYPES)}')
+    if dtype == 'I8' and not all(weight.shape for weight in weights):
+        raise _Contradiction('weights: one of I8 has no dimension, and so no channels')
     header = Header(
         backbone=backbone,
         scale=_natural(_field(fields, 'scale', int), 'scale', 1),
@@ -333,9 +344,10 @@ def _parse(fields: Any, start: int) -> Header:
         weights=weights,
         others=others,
         num_other_parameters=_natural(_field(fields, 'num_other_parameters', int), 'num_other_parameters'),
-        computed=tuple(_field(fields, 'computed', list)),
-        computed_checksum=_field(fields, 'computed_checksum', str),
-        metrics=_metrics(_field(fields, 'metrics', dict)),
+        computed=tuple(computed),
+        computed_checksum=_field(fields, 'computed_checksum', str, None if computed else ''),
+        metrics=_metrics(_field(fields, 'metrics', dict, {})),
+        metadata=_metadata(_field(fields, 'metadata', dict, {})),
         sections=tuple(_sections(_field(fields, 'sections', list), start, weights)),
     )
     left = [weight.numel - sum(counts) for weight, counts in zip(weights, zip(*(s.counts for s in header.sections)))]
@@ -345,37 +357,58 @@ def _parse(fields: Any, start: int) -> Header:
         )
     if header.num_other_parameters > sum(tensor.numel for tensor in others):
         raise _Contradiction('num_other_parameters: more than others has')
-    itemsize = DTYPES[dtype].itemsize
-    for section in header.sections:
-        if sum(section.counts) * itemsize > section.size:
-            raise _Contradiction(f'sections: level {section.level} has fewer bytes than values')
     return header
 
 
-def _sections(table: list[Any], start: int, weights: Sequence[TensorInfo]) -> list[Section]:
+def _sections(table: list[Any], end: int, weights: Sequence[TensorInfo]) -> list[Section]:
     if not 2 <= len(table) <= MAX_LEVELS:
         raise _Contradiction(f'sections: found {len(table)}; allowed: 2 to {MAX_LEVELS}')
     sections = []
     for level, entry in zip(range(len(table) - 1, -1, -1), table):
         _require(entry, dict, 'sections')
-        if entry.get('level') != level:
-            raise _Contradiction(f'sections: level {entry.get("level")!r} where {level} belongs')
         counts = [_natural(count, 'counts') for count in _field(entry, 'counts', list)]
         if len(counts) != len(weights):
             raise _Contradiction(f'sections: level {level} has {len(counts)} counts for {len(weights)} weights')
         size = _natural(_field(entry, 'bytes', int), 'bytes')
-        sections.append(Section(level, start, size, _field(entry, 'xxh3_128', str), tuple(counts)))
-        start += size
+        padding = -end % _ALIGNMENT
+        start = end + padding
+        sections.append(Section(level, padding, start, size, _checksum(_field(entry, 'xxh64', str)), tuple(counts)))
+        end = start + size
     return sections
 
 
-def _tensors(entries: list[Any], what: str) -> list[TensorInfo]:
-    tensors = []
-    for entry in entries:
-        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list) and len(entry[1]) <= 8):
-            raise _Contradiction(f'{what}: found {str(entry)[:80]}; allowed: [name, shape]')
-        tensors.append(TensorInfo(entry[0], tuple(_natural(size, what) for size in entry[1])))
-    return tensors
+def _weight(entry: Any) -> TensorInfo:
+    if not (isinstance(entry, list) and len(entry) == 2):
+        raise _Contradiction(f'weights: found {str(entry)[:80]}; allowed: [name, shape]')
+    return TensorInfo(entry[0], _shape(entry[1]))
+
+
+def _other(entry: Any) -> TensorInfo:
+    if not (isinstance(entry, list) and len(entry) == 3):
+        raise _Contradiction(f'others: found {str(entry)[:80]}; allowed: [name, shape, dtype]')
+    if _require(entry[2], str, 'others') not in TORCH_DTYPES:
+        raise _Contradiction(f'others: found {entry[2][:80]!r}; allowed: {", ".join(TORCH_DTYPES)}')
+    return TensorInfo(entry[0], _shape(entry[1]), entry[2])
+
+
+def _shape(sizes: Any) -> tuple[int, ...]:
+    if len(_require(sizes, list, 'shape')) > _MAX_DIMENSIONS:
+        raise _Contradiction(f'shape: found {len(sizes)} dimensions; allowed: {_MAX_DIMENSIONS}')
+    shape = tuple(_natural(size, 'shape') for size in sizes)
+    _natural(math.prod(shape), 'shape')
+    return shape
+
+
+def _checksum(found: str) -> str:
+    if not re.fullmatch('[0-9a-f]{16}', found):
+        raise _Contradiction(f'xxh64: found {found[:80]!r}; allowed: 16 hexadecimal digits')
+    return found
+
+
+def _metadata(texts: dict[str, Any]) -> dict[str, str]:
+    for key, text in texts.items():
+        _require(text, str, f'metadata: {key[:80]}')
+    return texts
 
 
 def _metrics(levels: dict[str, Any]) -> dict[str, Any]:
@@ -397,8 +430,8 @@ def _check_texts(value: Any) -> None:
             _check_texts(value[item])
 
 
-def _field(fields: Mapping[str, Any], key: str, kind: type) -> Any:
-    return _require(fields.get(key), kind, key)
+def _field(fields: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    return _require(fields.get(key, default), kind, key)
 
 
 def _require(value: Any, kind: type, what: str) -> Any:
@@ -408,6 +441,6 @@ def _require(value: Any, kind: type, what: str) -> Any:
 
 
 def _natural(value: Any, what: str, low: int = 0) -> int:
-    if not low <= _require(value, int, what) < 1 << 48:
-        raise _Contradiction(f'{what}: found {value}; allowed: {low} to 2**48')
+    if not low <= _require(value, int, what) < _END_OF_NATURALS:
+        raise _Contradiction(f'{what}: found {str(value)[:80]}; allowed: {low} to {_END_OF_NATURALS - 1}')
     return int(value)

@@ -26,10 +26,7 @@ class FileTensors(ScalableModel):
     """A :class:`ScalableModel` of the tensors in the file alone: it grows and shrinks, but is no network that runs."""
 
     def _prepare_network(self, network: nn.Module | None) -> nn.Module:
-        smallest = self.header.section(self._level)
-        first = self.file.read_section(self._level)
-        dtypes = {name[len('other.') :]: tensor.dtype for name, tensor in first.items() if name.startswith('other.')}
-        return tensors_of(self.header, self.file.size or smallest.end, dtypes)
+        return tensors_of(self.header, self.file.size or self.header.section(self._level).end)
 
 
 class Extracted(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy.typing as npt
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mssr_basicsr.scalable.building import build_for, check_network
-from mssr_basicsr.scalable.container import DTYPES, Header, ScalableFile, Source
+from mssr_basicsr.scalable.container import Header, ScalableFile, Source
 from mssr_basicsr.scalable.errors import ScalableFileError
 from mssr_basicsr.scalable.placing import LevelledWeight, Values
-from mssr_basicsr.scalable.positions import Indices, coding_order, decode_positions
+from mssr_basicsr.scalable.positions import Indices, choose
+from mssr_basicsr.scalable.sections import Delta, decode_section, scales_of_elements
 from mssr_basicsr.scalable.upscaling import Upscaler
 from mssr_basicsr.sparse.network import accelerate
 
@@ -62,6 +63,7 @@ class ScalableModel:
             target = self._choose(level, max_bytes, max_parameters)
             self.network = network = self._prepare_network(network)
             self._weights: list[LevelledWeight] = []
+            self._scales: tuple[Tensor, ...] = ()
             self._load_smallest(sparse=engine == 'auto')
             if engine == 'auto':
                 accelerate(network)
@@ -124,16 +126,14 @@ class ScalableModel:
 
     @torch.no_grad()
     def _load_smallest(self, sparse: bool) -> None:
-        tensors = self.file.read_section(self._level)
+        delta = self._read_section(self._level)
+        self._scales = delta.scales
         state = self.network.state_dict()
-        for info in self.header.others:
-            found = tensors.get(f'other.{info.name}')
-            if found is None or tuple(found.shape) != info.shape or found.dtype != state[info.name].dtype:
-                raise ScalableFileError(f'{self.file.name}: {info.name} is not in the first section as the header says')
-            state[info.name].copy_(found)
+        for name, tensor in delta.others.items():
+            state[name].copy_(tensor)
         del state  # what takes the sparse form lets go of its dense weight
         self._weights = [LevelledWeight(self.network, weight.name, sparse) for weight in self.header.weights]
-        self._place(self._level, self._read_delta(self._level, tensors))
+        self._place(self._level, self._unpack(delta))
 
     def expand(self, level: int | None = None) -> None:
         """Grow in place to a larger level (default: by one), by reading only the sections in between.
@@ -149,7 +149,7 @@ class ScalableModel:
         if target > self._level:
             raise ValueError(f'expand: level {target} is smaller than {self._level}; use shrink')
         for next_level in range(self._level - 1, target - 1, -1):
-            self._place(next_level, self._read_delta(next_level, self.file.read_section(next_level)))
+            self._place(next_level, self._read_delta(next_level))
             self._level = next_level
 
     @torch.no_grad()
@@ -163,34 +163,32 @@ class ScalableModel:
             weight.remove(target)
         self._level = target
 
-    def _read_delta(self, level: int, tensors: Mapping[str, Tensor]) -> list[tuple[int, Indices, Values]]:
-        """What the section adds: numbers of weights, each with indices of elements, ascending, and their values."""
-        section, candidates = self.header.section(level), self.header.candidates(level)
-        values, positions = tensors.get('values'), tensors.get('positions')
-        expected = (DTYPES[self.header.dtype], (sum(section.counts),))
-        if values is None or (values.dtype, tuple(values.shape)) != expected:
-            raise ScalableFileError(f'{self.file.name}: level {level} does not have the values that the header says')
-        if positions is None or positions.dtype != torch.uint8:
-            raise ScalableFileError(f'{self.file.name}: level {level} has no positions')
-        order = coding_order(section.counts, candidates)
+    def _read_section(self, level: int) -> Delta:
         try:
-            chosen = decode_positions(
-                positions.numpy().tobytes(), [section.counts[i] for i in order], [candidates[i] for i in order]
-            )
+            return decode_section(self.file.read_section(level), self.header, level)
         except ScalableFileError as error:
             raise ScalableFileError(f'{self.file.name}: level {level}: {error}') from error
-        added = []
-        parts = values.float().split([len(numbers) for numbers in chosen])
-        for i, numbers, part in zip(order, chosen, parts):
-            if len(numbers):
-                absent = self._weights[i].absent()
-                indices = absent.take(numbers) if len(numbers) < len(absent) else absent
-                added.append((i, indices, part.numpy()))
-        return added
+
+    def _read_delta(self, level: int) -> Iterator[tuple[int, Indices, Values]]:
+        """What ``level`` adds to the next smaller one, which must be loaded.
+
+        Everything is read and checked before this returns. What it returns makes, for one weight after another, its
+        number in the header, ascending indices of its flattened elements, and their values: no more than a weight's are
+        in memory at a time.
+        """
+        return self._unpack(self._read_section(level))
+
+    def _unpack(self, delta: Delta) -> Iterator[tuple[int, Indices, Values]]:
+        for i, choice, values in delta.values():
+            weight = self._weights[i]
+            indices = choose(weight.absent(), choice)
+            if self._scales:
+                values = values.float().mul_(scales_of_elements(self._scales[i], indices, weight.numel))
+            yield i, indices, values.float().numpy()
 
     @torch.no_grad()
-    def _place(self, level: int, added: list[tuple[int, Indices, Values]]) -> None:
-        for i, indices, values in added:
+    def _place(self, level: int, delta: Iterable[tuple[int, Indices, Values]]) -> None:
+        for i, indices, values in delta:
             self._weights[i].add(level, indices, values)
 
     def upscale(self, image: npt.NDArray[Any], tile: int | None = None, bgr: bool = False) -> npt.NDArray[Any]:

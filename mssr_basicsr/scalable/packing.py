@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mssr_basicsr.scalable.architectures import check_scale
 from mssr_basicsr.scalable.building import build_backbone, computed_checksum
-from mssr_basicsr.scalable.container import DTYPES, write_file
+from mssr_basicsr.scalable.container import write_file
 from mssr_basicsr.scalable.errors import ScalableFileError
-from mssr_basicsr.scalable.positions import coding_order, encode_positions
+from mssr_basicsr.scalable.quantisation import quantise
+from mssr_basicsr.scalable.sections import encode_section
+from mssr_basicsr.scalable.values import DTYPE_NAMES, TORCH_DTYPES, WEIGHT_DTYPES
 
 
 class NestedNetwork(Protocol):
@@ -31,57 +32,85 @@ class NestedNetwork(Protocol):
 
 
 @torch.no_grad()
-def pack(network: NestedNetwork, scale: int, metrics: Mapping[str, Any] | None = None, dtype: str = 'F32') -> bytes:
+def pack(
+    network: NestedNetwork,
+    scale: int,
+    metrics: Mapping[str, Any] | None = None,
+    dtype: str = 'F32',
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
     """All levels of ``network`` as a ``.mssr`` file: the same bytes for the same arguments.
 
     Args:
         network: after the backward stage.
         scale: its upscaling factor, which is checked by running it on a small image.
-        metrics: what is known of the levels: by level (as a string), then validation set, then metric.
-        dtype: the type of the prunable weights in the file: ``F32`` is lossless; ``F16`` and ``BF16`` round to nearest.
-            All other parameters and buffers keep theirs.
+        metrics: what is known of the levels: by level (as a string), then validation set, then metric. The file keeps
+            six digits of each.
+        dtype: the type of the prunable weights in the file: ``F32`` is lossless; ``F16`` and ``BF16`` round to nearest;
+            ``I8`` are integers with one scale per output channel (:func:`quantise`), the same at every level. All other
+            parameters and buffers keep theirs.
+        metadata: what is to be said of the model, such as its license, author and training data.
 
     Raises:
-        ScalableFileError: no such dtype, a weight that it cannot hold, or weights that are not float32.
+        ScalableFileError: no such dtype, a weight that it cannot hold, or a type of tensor that no file can.
         OptionError: the network upscales by another factor.
     """
     check_scale(network.backbone, network.backbone_options, scale)
-    if dtype not in DTYPES:
-        raise ScalableFileError(f'dtype: found {dtype!r}; allowed: {", ".join(DTYPES)}')
+    if dtype not in WEIGHT_DTYPES:
+        raise ScalableFileError(f'dtype: found {dtype!r}; allowed: {", ".join(WEIGHT_DTYPES)}')
     state = {name: tensor.detach().cpu() for name, tensor in network.backbone.state_dict().items()}
-    level_map = {name: levels.cpu().flatten().numpy() for name, levels in network.get_level_map().items()}
-    values = {name: _values(name, state[name], dtype) for name in level_map}
+    for name, tensor in state.items():
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ScalableFileError(f'{name}: found {tensor.dtype}; allowed: {", ".join(map(str, DTYPE_NAMES))}')
+    level_map = {name: levels.cpu() for name, levels in network.get_level_map().items()}
+    stored, scales = _stored(state, level_map, dtype)
     computed = _computed(network, state)
     others = {name: tensor for name, tensor in state.items() if name not in level_map and name not in computed}
     parameters = dict(network.backbone.named_parameters())
-    fields = {
+    fields: dict[str, Any] = {
         'backbone': network.backbone_options,
         'scale': scale,
         'dtype': dtype,
         'weights': [[name, list(state[name].shape)] for name in level_map],
-        'others': [[name, list(tensor.shape)] for name, tensor in others.items()],
+        'others': [[name, list(tensor.shape), DTYPE_NAMES[tensor.dtype]] for name, tensor in others.items()],
         'num_other_parameters': sum(tensor.numel() for name, tensor in others.items() if name in parameters),
-        'computed': list(computed),
-        'computed_checksum': computed_checksum(network.backbone, computed),
-        'metrics': metrics or {},
     }
+    if computed:
+        fields |= {'computed': list(computed), 'computed_checksum': computed_checksum(network.backbone, computed)}
+    if metrics:
+        fields['metrics'] = _six_digits(metrics)
+    if metadata:
+        fields['metadata'] = dict(metadata)
     counts, sections = [], []
     for level in range(network.smallest_level, -1, -1):
-        count, tensors = _section(level_map, values, level)
-        if level == network.smallest_level:
-            tensors.update({f'other.{name}': tensor.contiguous() for name, tensor in others.items()})
-        counts.append(count)
-        sections.append(tensors)
+        chosen = [levels[levels <= level] == level for levels in level_map.values()]
+        values = [values[level_map[name] == level] for name, values in stored.items()]
+        first = (scales, list(others.values())) if level == network.smallest_level else None
+        counts.append([int(which.sum()) for which in chosen])
+        sections.append(encode_section([which.numpy() for which in chosen], values, first))
     return write_file(fields, counts, sections)
 
 
-def _values(name: str, weight: Tensor, dtype: str) -> Tensor:
-    if weight.dtype != torch.float32:
-        raise ScalableFileError(f'{name}: found {weight.dtype}; allowed: torch.float32')
-    values = weight.flatten().to(DTYPES[dtype])
-    if values.isinf().any() and not weight.isinf().any():
-        raise ScalableFileError(f'{name}: {float(weight.abs().max()):g} is too large for {dtype}; allowed: F32, BF16')
-    return values
+def _stored(
+    state: Mapping[str, Tensor], level_map: Mapping[str, Tensor], dtype: str
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The prunable weights as they are in a file of ``dtype``, and the scales of those of I8."""
+    stored, scales = {}, []
+    for name, levels in level_map.items():
+        weight = state[name]
+        if weight.dtype != torch.float32:
+            raise ScalableFileError(f'{name}: found {weight.dtype}; allowed: torch.float32')
+        if dtype == 'I8':
+            if not weight.isfinite().all():
+                raise ScalableFileError(f'{name}: found a weight that is not finite; allowed: F32, F16, BF16')
+            stored[name], scale = quantise(weight, levels)
+            scales.append(scale)
+        else:
+            stored[name] = weight.to(TORCH_DTYPES[dtype])
+            if stored[name].isinf().any() and not weight.isinf().any():
+                largest = float(weight.abs().max())
+                raise ScalableFileError(f'{name}: {largest:g} is too large for {dtype}; allowed: F32, BF16, I8')
+    return stored, scales
 
 
 def _computed(network: NestedNetwork, state: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -90,16 +119,10 @@ def _computed(network: NestedNetwork, state: Mapping[str, Tensor]) -> tuple[str,
     return tuple(name for name in state if name in fresh and torch.equal(fresh[name], state[name]))
 
 
-def _section(
-    level_map: Mapping[str, Any], values: Mapping[str, Tensor], level: int
-) -> tuple[list[int], dict[str, Tensor]]:
-    """How many elements of each weight ``level`` adds, and its section's tensors."""
-    chosen = [levels[levels <= level] == level for levels in level_map.values()]
-    counts, names = [int(which.sum()) for which in chosen], list(level_map)
-    order = coding_order(counts, [which.size for which in chosen])
-    taken = [values[names[i]][torch.from_numpy(level_map[names[i]] == level)] for i in order]
-    positions = np.frombuffer(encode_positions([chosen[i] for i in order]), np.uint8).copy()
-    return counts, {'values': torch.cat(taken), 'positions': torch.from_numpy(positions)}
+def _six_digits(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _six_digits(item) for key, item in value.items()}
+    return float(f'{value:.6g}') if isinstance(value, float) else value
 
 
 def level_metrics(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -33,13 +33,14 @@ class LevelledWeight:
         self._sparse = sparse and self._parameter == 'weight'
         weight = self._module.get_parameter(self._parameter)
         weight.data.zero_()
-        self._levels: npt.NDArray[np.uint8] = np.full(weight.numel(), ABSENT, np.uint8)
+        self.numel = weight.numel()  #: of the dense weight
+        self._levels: npt.NDArray[np.uint8] = np.full(self.numel, ABSENT, np.uint8)
         self._settle(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.uint8))
 
     def absent(self) -> Indices:
         """Indices into the flattened weight, ascending, of what no loaded level has."""
         if isinstance(self._module, SparseConv2d):
-            absent = np.ones(self._module.out_channels * self._module.kept.in_channels * self._area(), bool)
+            absent = np.ones(self.numel, bool)
             absent[self._module.kept.flat()[0]] = False
             return np.flatnonzero(absent)
         return np.flatnonzero(self._dense_levels() == ABSENT)
@@ -80,7 +81,7 @@ class LevelledWeight:
             return
         assert isinstance(self._module, nn.Conv2d)
         layer = self._module
-        density = len(indices) / (layer.out_channels * layer.in_channels * self._area())
+        density = len(indices) / self.numel
         is_sparse = isinstance(layer, SparseConv2d)
         wanted = prefers_sparse(layer.in_channels, layer.out_channels, layer.kernel_size[0], density)
         if is_sparse or wanted:
@@ -96,10 +97,6 @@ class LevelledWeight:
             return indices, np.empty(0, np.float32), levels[indices]
         weight = self._weight().detach().contiguous().view(-1).numpy()
         return indices, weight[indices], levels[indices]
-
-    def _area(self) -> int:
-        assert isinstance(self._module, nn.Conv2d)
-        return self._module.kernel_size[0] ** 2
 
     def _weight(self) -> Tensor:
         return self._module.get_parameter(self._parameter)

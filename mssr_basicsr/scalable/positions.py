@@ -7,7 +7,7 @@ the flattened weight, and which of them are chosen is written in bytes:
 - less than a quarter: the distance of each to the one before; more than three quarters: the same of the others;
 - else: one bit for each candidate, 1 where it is chosen, the first in the highest bit.
 
-The bytes go through the Huffman code of Zstandard (RFC 8878). Of weights that are chosen independently, the distances
+The bytes then go through a Huffman code (see ``frames.py``). Of weights that are chosen independently, the distances
 follow a geometric distribution and eight bits are near uniform; for both, such a code is close to the entropy.
 """
 
@@ -15,26 +15,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Union
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
 
 from mssr_basicsr.scalable.errors import ScalableFileError
 
 Indices = npt.NDArray[np.intp]
+#: Which candidates of a layer are chosen: their ascending numbers; a bool for each candidate, which takes less memory
+#: where they are many; or all.
+Choice = Union[Indices, npt.NDArray[np.bool_], slice]
 
 # As a distance this byte says: 255 further, and no position there.
 _SKIP = 255
-# A Huffman table is for one block, and layers differ in their density: short blocks follow that, each at some 50 bytes.
-_BLOCK = 16384
 
 
 def coding_order(counts: Sequence[int], candidates: Sequence[int]) -> list[int]:
     """The layers' indices from the sparsest to the densest choice, so that neighbours share a Huffman table well."""
     share = [min(count, n - count) / n if n else 0.0 for count, n in zip(counts, candidates)]
     return sorted(range(len(share)), key=lambda i: (share[i], i))
+
+
+def choose(candidates: Indices, choice: Choice) -> Indices:
+    """The candidates that are chosen."""
+    if isinstance(choice, slice):
+        return candidates
+    # A random mask as an index would take several times as long: numpy finds what is not zero without branches.
+    return candidates.take(choice.nonzero()[0] if choice.dtype == np.bool_ else choice)
 
 
 def entropy_bound(counts: Sequence[int], candidates: Sequence[int]) -> float:
@@ -50,18 +58,8 @@ def entropy_bound(counts: Sequence[int], candidates: Sequence[int]) -> float:
 
 
 def encode_positions(chosen: Sequence[npt.NDArray[np.bool_]]) -> bytes:
-    """Code which candidates are chosen, one bool array a layer; layers in any order that the reader knows."""
-    written = b''.join(_write(which) for which in chosen)
-    # No search for repetitions: in positions they are chance, and cost more to say than they save.
-    parameters = zstandard.ZstdCompressionParameters(
-        strategy=zstandard.STRATEGY_FAST, window_log=17, hash_log=6, search_log=1, min_match=7
-    )
-    coder = zstandard.ZstdCompressor(compression_params=parameters).compressobj(size=len(written))
-    blocks = [
-        coder.compress(written[start : start + _BLOCK]) + coder.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
-        for start in range(0, len(written), _BLOCK)
-    ]
-    return b''.join(blocks) + coder.flush()
+    """Which candidates are chosen, one bool array a layer; layers in any order that the reader knows."""
+    return b''.join(_write(which) for which in chosen)
 
 
 def _write(which: npt.NDArray[np.bool_]) -> bytes:
@@ -80,38 +78,42 @@ def _as_distances(count: int, n: int) -> bool:
     return 4 * min(count, n - count) < n or n == 0
 
 
-def decode_positions(data: bytes, counts: Sequence[int], candidates: Sequence[int]) -> list[Indices]:
-    """For each layer the numbers of the candidates that are chosen, ascending, ``counts[i]`` of ``candidates[i]``.
+def decode_positions(
+    written: npt.NDArray[np.uint8], counts: Sequence[int], candidates: Sequence[int]
+) -> tuple[list[Choice], int]:
+    """For each layer which of its candidates are chosen, ``counts[i]`` of ``candidates[i]``; and the bytes this took.
+
+    Args:
+        written: what :func:`encode_positions` made; more may follow.
 
     Raises:
-        ScalableFileError: ``data`` is not what :func:`encode_positions` makes of such a choice. It takes no more memory
-            than a true answer would.
+        ScalableFileError: it did not make ``written`` of such a choice.
     """
-    written = np.frombuffer(_decompress(data, sum(map(_most, counts, candidates))), np.uint8)
-    numbers, start = [], 0
+    choices: list[Choice] = []
+    start = 0
     for count, n in zip(counts, candidates):
+        part = written[start : start + most_bytes([count], [n])]
         if _as_distances(count, n):
             stated = min(count, n - count)
-            positions, used = _read_distances(written[start : start + _most(count, n)], stated)
+            positions, used = _read_distances(part, stated)
             if stated and positions[-1] >= n:
                 raise ScalableFileError(f'positions: the last of a layer is {positions[-1]}, it has {n} candidates')
-            if stated < count:
-                positions = _others(positions, n) if stated else np.arange(n)
+            choices.append(positions if stated == count else _all_but(positions, n))
         else:
-            used = (n + 7) // 8
-            positions = np.unpackbits(written[start : start + used]).view(np.bool_).nonzero()[0]
-            if len(positions) != count or positions[-1] >= n:
-                raise ScalableFileError(f'positions: a layer has {len(positions)}, the header says {count} of {n}')
-        numbers.append(positions)
+            bits, used = np.unpackbits(part).view(np.bool_), len(part)
+            if len(bits) < n or bits[n:].any() or np.count_nonzero(bits) != count:
+                raise ScalableFileError(f'positions: a layer does not have the {count} of {n} that the header says')
+            choices.append(bits[:n])
         start += used
-    if start != len(written):
-        raise ScalableFileError(f'positions: {len(written)} bytes, of which {start} are used')
-    return numbers
+    return choices, start
 
 
-def _most(count: int, n: int) -> int:
-    """The most bytes that a layer's positions are written in, before compression."""
-    return min(count, n - count) + n // _SKIP if _as_distances(count, n) else (n + 7) // 8
+def most_bytes(counts: Sequence[int], candidates: Sequence[int]) -> int:
+    """The most bytes that positions of so many candidates are written in."""
+    return sum(
+        min(count, n - count) + n // _SKIP if _as_distances(count, n) else (n + 7) // 8
+        for count, n in zip(counts, candidates)
+    )
 
 
 def _read_distances(written: npt.NDArray[np.uint8], stated: int) -> tuple[Indices, int]:
@@ -130,16 +132,9 @@ def _read_distances(written: npt.NDArray[np.uint8], stated: int) -> tuple[Indice
     return positions, used
 
 
-def _others(positions: Indices, n: int) -> Indices:
+def _all_but(positions: Indices, n: int) -> Choice:
+    if not len(positions):
+        return slice(None)
     rest = np.ones(n, np.bool_)
     rest[positions] = False
-    return np.flatnonzero(rest)
-
-
-def _decompress(data: bytes, longest: int) -> Any:
-    try:
-        if not 0 <= zstandard.frame_content_size(data) <= longest:  # zstandard allocates what the frame claims
-            raise ScalableFileError(f'positions: {zstandard.frame_content_size(data)} bytes, {longest} is the most')
-        return zstandard.ZstdDecompressor(max_window_size=1 << 17).decompress(data, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise ScalableFileError(f'positions: {error}') from error
+    return rest

@@ -1,0 +1,65 @@
+"""The numbers of a section: elements of one type as byte planes, of which those with exponents compress.
+
+All elements' most significant bytes come first, then all their next ones, and so on. The sign of a float, which is
+chance, goes behind its fraction, so that the exponent has the first plane of float32 and bfloat16 for itself. In
+trained weights that plane takes a third of its bytes; the others are noise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+#: The names of types in a file, as in safetensors.
+TORCH_DTYPES = {
+    'F64': torch.float64,
+    'F32': torch.float32,
+    'F16': torch.float16,
+    'BF16': torch.bfloat16,
+    'I64': torch.int64,
+    'I32': torch.int32,
+    'I16': torch.int16,
+    'I8': torch.int8,
+    'U8': torch.uint8,
+    'BOOL': torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+#: What the prunable weights of a file may be stored as. ``I8`` are integers to be multiplied with a scale.
+WEIGHT_DTYPES = ('F32', 'F16', 'BF16', 'I8')
+#: The type of these scales: its product with an integer of 8 bits is exact in float32.
+SCALE_DTYPE = 'BF16'
+
+Planes = npt.NDArray[np.uint8]
+
+
+def to_planes(values: Tensor) -> list[bytes]:
+    """The byte planes of a 1-D tensor, the most significant first."""
+    elements = values.contiguous().view(torch.uint8).numpy()
+    if values.is_floating_point():
+        words = elements.view(f'<u{values.element_size()}')
+        elements = ((words << 1) | (words >> (8 * words.itemsize - 1))).view(np.uint8)
+    rows = elements.reshape(len(values), values.element_size())
+    return [rows[:, place].tobytes() for place in range(values.element_size())][::-1]
+
+
+def from_planes(planes: Planes, dtype: torch.dtype) -> Tensor:
+    """The 1-D tensor whose byte planes are the rows of ``planes``, in memory of its own."""
+    values = torch.empty(planes.shape[1], dtype=dtype)
+    words = values.view(torch.uint8).numpy().view(f'u{dtype.itemsize}')
+    words[:] = planes[0]
+    for plane in planes[1:]:
+        words <<= 8
+        words |= plane
+    if dtype.is_floating_point:
+        signs = words << (8 * dtype.itemsize - 1)
+        words >>= 1
+        words |= signs
+    return values
+
+
+def split_planes(content: Planes, count: int, dtype: torch.dtype) -> tuple[Planes, Planes]:
+    """The planes of ``count`` elements at the start of ``content``, and what comes after them; neither is a copy."""
+    size = count * dtype.itemsize
+    return content[:size].reshape(dtype.itemsize, count), content[size:]
