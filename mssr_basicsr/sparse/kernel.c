@@ -12,7 +12,7 @@
  *
  * Convolution. The output is made in tiles of ROWS x VECTORS vectors, which are the accumulators. What a tile sees of
  * the input, all channels, is copied to a thread's own memory, padding included. Input channels are taken in blocks
- * that stay in the first-level cache; for each block and output channel the kept weights are multiplied with the
+ * that stay in the caches; for each block and output channel the kept weights are multiplied with the
  * vectors at their offsets. Accumulators wait in the thread's memory from block to block.
  *
  * Threads are made for each call and end with it, so there is nothing global: calls may come from several threads and

@@ -202,7 +202,7 @@ def read(data: bytes, right: Mapping[int, Mapping[str, torch.Tensor]] | None, li
     began = time.perf_counter()
     with TensorBytes() as tensors:
         try:
-            with ScalableModel(io.BytesIO(data), level=3) as model:
+            with ScalableModel(io.BytesIO(data), level=3, engine='torch') as model:
                 level_table(model.file.describe()['levels'])
                 require_right(model, right)
                 outcome = 'read to the last level'
