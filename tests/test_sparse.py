@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import os
+import signal
 import pickle
 import threading
 from typing import Any
@@ -202,7 +203,7 @@ def test_copies_and_pickles() -> None:
 
 
 @needs_kernel
-def test_from_several_threads_and_after_fork() -> None:
+def test_from_several_threads_and_after_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     model, found = toy_model(), {}
     images = [torch.rand(1, 3, 20 + i, 30) for i in range(4)]
 
@@ -222,6 +223,9 @@ def test_from_several_threads_and_after_fork() -> None:
             assert all(torch.equal(result, expected) for result in found[i])
         child = os.fork()
         if child == 0:
+            signal.alarm(60)  # a child that hangs is one that fails
+            torch.set_num_threads(1)  # torch's own pool does not survive a fork
+            monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)  # the kernel's threads do
             os._exit(not torch.equal(model.network(images[0]), found[0][0]))
     assert os.waitpid(child, 0)[1] == 0
 
