@@ -6,8 +6,8 @@ import copy
 import io
 import json
 import os
-import signal
 import pickle
+import signal
 import threading
 from typing import Any
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,22 @@ Part = Union[fx.Node, Segment]
 
 
 class _Tracer(fx.Tracer):
+    """Traces in its own thread alone: what a tracer changes meanwhile is ``nn.Module``, which other threads use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
 
@@ -62,13 +79,15 @@ def _attributes_kept(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, attributes in before.items():
-            module.__dict__.clear()
+            for name in module.__dict__.keys() - attributes.keys():
+                del module.__dict__[name]
             module.__dict__.update(attributes)
 
 
 def trace(network: nn.Module) -> fx.GraphModule | None:
     """The network's graph, or None where it cannot be had: its forward looks at values or shapes, or writes in place
-    to what is read again."""
+    to what is read again. One thread may trace at a time; others may run networks meanwhile.
+    """
     tracer = _Tracer()
     # An accelerated network has its class's own forward under this name.
     tracer.traced_func_name = 'plain_forward' if hasattr(type(network), 'plain_forward') else 'forward'

@@ -21,7 +21,7 @@ _UNTRACED: Any = object()
 
 
 class _Cache:
-    """What is known of one module, in one thread: nothing is shared, so nothing is locked."""
+    """What is known of one module, in one thread: nothing but the graph is shared, so nothing else is locked."""
 
     def __init__(self) -> None:
         self.traced: fx.GraphModule | None = _UNTRACED
@@ -38,6 +38,8 @@ class _Local(threading.local):
 
 
 _local = _Local()
+_graphs: WeakKeyDictionary[nn.Module, fx.GraphModule | None] = WeakKeyDictionary()
+_graphs_lock = threading.Lock()  # two tracers at once would each put back what the other has changed
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -82,6 +84,14 @@ def usable(module: nn.Module, x: Any) -> bool:
     )
 
 
+def _graph_of(network: nn.Module) -> fx.GraphModule | None:
+    """The network's graph, traced once, whichever thread runs it first."""
+    with _graphs_lock:
+        if network not in _graphs:
+            _graphs[network] = trace(network)
+        return _graphs[network]
+
+
 def _accelerated(base: type[nn.Module]) -> type[nn.Module]:
     if base in _classes:
         return _classes[base]
@@ -123,7 +133,7 @@ def _run(network: nn.Module, x: Tensor) -> Tensor | None:
         return None
     cache = _cache_of(network)
     if cache.traced is _UNTRACED:
-        cache.traced = trace(network)
+        cache.traced = _graph_of(network)
     if cache.traced is None:
         return None
     if cache.parts is None:
