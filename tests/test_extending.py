@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from basicsr.utils.registry import LOSS_REGISTRY, MODEL_REGISTRY
+from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY
 from conftest import Run
 
 from mssr_basicsr.method.criteria import CRITERION_REGISTRY
 from mssr_basicsr.method.schedules import EXPANSION_REGISTRY
+from mssr_basicsr.scalable import architectures
 
 DOCUMENT = Path(__file__).resolve().parents[1] / 'docs' / 'extending.md'
 ENTRIES = [
-    registry._entries if hasattr(registry, '_entries') else registry._obj_map
-    for registry in (CRITERION_REGISTRY, EXPANSION_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY)
+    CRITERION_REGISTRY._entries,
+    EXPANSION_REGISTRY._entries,
+    *(registry._obj_map for registry in (ARCH_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY)),
+    architectures._KNOWN,
 ]
 
 
@@ -54,3 +57,9 @@ def test_criterion_loss_base_model_and_schedule_train(
     # Of the weights, half are recovered for level 0 and a quarter for level 1: 4 and 2 of the 6 iterations.
     records = json.loads((models / 'levels.json').read_text())
     assert [record.get('iterations') for record in records] == [4, 2, None]
+
+
+def test_an_architecture_trains_and_its_trunk_is_tapped(run: Run, forward_opt: dict[str, Any]) -> None:
+    forward_opt['network_g']['backbone'] = {'type': 'TinyNet'}
+    models = run(forward_opt) / 'models'
+    assert (models / 'net_g_level2.pth').is_file()
