@@ -87,11 +87,24 @@ setup(
     long_description=(HERE / 'README.md').read_text('utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
+    keywords='super-resolution BasicSR pruning lottery-ticket sparse image-restoration',
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Science/Research',
+        'Operating System :: OS Independent',
+        'Programming Language :: C',
+        'Programming Language :: Python :: 3',
+        *(f'Programming Language :: Python :: 3.{minor}' for minor in range(9, 13)),
+        'Topic :: Multimedia :: Graphics',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Typing :: Typed',
+    ],
     python_requires='>=3.9',
     packages=find_packages(include=['mssr_basicsr', 'mssr_basicsr.*']),
     # Says what is true already, so that an editable install is a plain path entry: without it setuptools installs an
     # import hook of its own, which costs every start of Python several times what ours does.
     package_dir={'': '.'},
+    package_data={'mssr_basicsr': ['py.typed']},
     data_files=[('', ['mssr_basicsr.pth'])],
     ext_modules=[Extension('mssr_basicsr.sparse.kernel', ['mssr_basicsr/sparse/kernel.c'], optional=True)],
     cmdclass={

@@ -50,6 +50,8 @@ def test_wheel_has_the_pth_at_its_root(wheel: Path) -> None:
         assert f'{PTH},sha256=' in archive.read(record).decode()
         assert not [name for name in archive.namelist() if name.startswith(('tests/', 'scripts/'))]
         assert '.data/' not in ' '.join(archive.namelist())
+        if 'editable' not in wheel.name:
+            assert 'mssr_basicsr/py.typed' in archive.namelist()
 
 
 def test_install_arms_the_hook_and_uninstall_leaves_nothing(wheel: Path, tmp_path: Path) -> None:
