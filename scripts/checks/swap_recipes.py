@@ -9,7 +9,8 @@ refused (by an error that names the option) or failed, and which losses the stoc
 ("-": none).
 
 What is made smaller, and nothing else:
-- data: a few random images and clips; a validation image is 37 x 53, for video classes a little larger than a patch.
+- data: a few random images and clips; a validation image is 37 x 53 (38 x 54 where RRDBNet must
+  unshuffle it), for video classes a little larger than a patch.
   lmdb becomes disk. Where validation is commented out, as Real-ESRGAN's, it is put in.
 - patches: 16 x 16 before upscaling, 32 x 32 for video, 64 x 64 where SPyNet needs that, and what a
   VGGStyleDiscriminator's input_size wants. One patch a batch, five to seven frames a clip, a pool of two pairs.
@@ -86,7 +87,10 @@ def make_data(opt: dict[str, Any], folder: Path, lq_patch: int) -> None:
         data['io_backend'] = {'type': 'disk'}
         size = (lq_patch + 4, lq_patch + 8)
         if not training:
-            size = (lq_patch + 4, lq_patch + 8) if video else (37, 53)
+            odd = (37, 53)
+            if opt['network_g']['type'] == 'RRDBNet' and scale == 2:  # which unshuffles its input, by itself as well
+                odd = (38, 54)
+            size = (lq_patch + 4, lq_patch + 8) if video else odd
         if not video:
             names = [f'{i}.png' for i in range(4 if training else 1)]
             template = data.get('filename_tmpl', '{}')
