@@ -24,7 +24,7 @@ class SSDLoss(nn.Module):
     Args:
         num_depths: how many different depths each iteration draws, or ``'all'``.
         criterion: options of the loss that compares two images. Default: ``{type: L1Loss}``.
-        loss_weight: the weight of the whole term.
+        loss_weight: the weight of the whole term. Where the YAML does not say it, it is that of the pixel loss.
         target: what the finished images should be: ``gt`` the ground truth, ``teacher`` the larger network's own
             image, ``both`` the mean of the two losses. The abstract leaves this open; the default is our choice.
         batch_share: which share of a batch is distilled, above 0 and up to 1: of 0.5, each iteration distils half of
