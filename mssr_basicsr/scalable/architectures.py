@@ -72,6 +72,11 @@ def register_architecture(
     _KNOWN[name] = Architecture(channels, multiple, trunk, spandrel)
 
 
+def a_parameter(network: nn.Module) -> Tensor:
+    """A tensor of the type, and on the device, that the network computes with; it may have no parameter to show."""
+    return next(network.parameters(), torch.empty(0))
+
+
 def known_of(name: str) -> Architecture:
     """What is known of the architecture ``name``, which may be nothing."""
     return _KNOWN.get(name, Architecture())
@@ -146,7 +151,7 @@ def check_scale(network: nn.Module, options: Mapping[str, Any], scale: int | Non
 
 
 def _small_image(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    weight = next(network.parameters())
+    weight = a_parameter(network)
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(weight)
 
 

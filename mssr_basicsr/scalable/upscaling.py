@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mssr_basicsr.foundation.checks import OptionError
-from mssr_basicsr.scalable.architectures import Images, images_of
+from mssr_basicsr.scalable.architectures import Images, a_parameter, images_of
 from mssr_basicsr.scalable.pixels import Image, check_values, to_depth, white
 
 _SMALL = 128**2  # input pixels; what has no more is upscaled whole, however far the network looks
@@ -142,9 +142,12 @@ class Upscaler:
         reach = self.reach()
         if reach is None:
             return None
-        if next(self.network.parameters()).device.type != 'cpu':
+        if a_parameter(self.network).device.type != 'cpu':
             return _LARGEST_TILE
-        features = max((p.shape[1] for p in self.network.parameters() if p.ndim > 1), default=self.channels)
+        # A convolution in the sparse form has no parameter that would tell.
+        convolutions = [module.in_channels for module in self.network.modules() if isinstance(module, nn.Conv2d)]
+        others = [parameter.shape[1] for parameter in self.network.parameters() if parameter.ndim > 1]
+        features = max((*convolutions, *others), default=self.channels)
         in_cache = math.isqrt(_last_cache() // (4 * features * self.scale**2)) - 2 * reach
         return min(max(in_cache, 12 * reach, 16), _LARGEST_TILE)
 
@@ -185,8 +188,7 @@ class Upscaler:
         return spans
 
     def _run(self, x: Tensor) -> Tensor:
-        weight = next(self.network.parameters())
-        result: Tensor = self.network(x.to(weight)).float().cpu()
+        result: Tensor = self.network(x.to(a_parameter(self.network))).float().cpu()
         return result
 
     @torch.no_grad()
