@@ -3,7 +3,8 @@
     python scripts/checks/benchmark_upscale.py MODEL.mssr [--level 4] [--rounds 1] [--before CHECKOUT]
 
 Each figure is that of 1280 x 720 less that of 16 x 16, so that the interpreter and its libraries do not count; ratios
-are to the last line. CHECKOUT is another version of this repository, such as one that ``git worktree add`` made.
+are to the last line. CHECKOUT is another version of this repository, such as one that ``git worktree add`` made;
+where it has a MODEL.mssr of its own at the same place, it gets that, since it may read another version of the format.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ def main() -> None:
     versions = {'by default': (HERE, []), '--tile 0': (HERE, ['--tile', '0'])}
     if arguments.before:
         versions['before'] = (arguments.before.resolve(), [])
-    command = [str(arguments.model.resolve()), '--level', str(arguments.level)]
     costs = {}
     with tempfile.TemporaryDirectory() as folder:
         small, large, output = (os.path.join(folder, name) for name in ('small.png', 'large.png', 'out.png'))
@@ -38,6 +38,8 @@ def main() -> None:
         Image.effect_noise((1280, 720), 60).convert('RGB').save(large)
         for _ in range(arguments.rounds):
             for name, (checkout, options) in versions.items():
+                model = checkout / arguments.model if (checkout / arguments.model).is_file() else arguments.model
+                command = [str(model.resolve()), '--level', str(arguments.level)]
                 found = [
                     cost(checkout, [*command, image, '-o', output, *options, '--device', 'cpu'])
                     for image in (large, small)
@@ -52,7 +54,8 @@ def main() -> None:
 
 def cost(checkout: Path, arguments: list[str]) -> tuple[float, float]:
     """Peak memory in MiB and processor seconds of one upscaling in a process of its own."""
-    command = [sys.executable, '-m', 'mssr_basicsr.commands.main', 'upscale', *arguments]
+    program = 'import sys; from mssr_basicsr.commands.main import main; sys.exit(main())'
+    command = [sys.executable, '-c', program, 'upscale', *arguments]
     process = subprocess.Popen(command, cwd=checkout, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, command
