@@ -6,7 +6,6 @@ import json
 import re
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,16 @@ from mssr_basicsr.method.schedules import EXPANSION_REGISTRY
 from mssr_basicsr.scalable import architectures
 
 DOCUMENT = Path(__file__).resolve().parents[1] / 'docs' / 'extending.md'
-ENTRIES = [
-    CRITERION_REGISTRY._entries,
-    EXPANSION_REGISTRY._entries,
-    *(registry._obj_map for registry in (ARCH_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY)),
-    architectures._KNOWN,
-]
 
 
 @pytest.fixture(autouse=True)
-def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What the document's Python registers, for one test."""
-    before = [dict(entries) for entries in ENTRIES]
+def _examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the document's Python registers, for one test: it goes into copies of the registries' entries."""
+    for registry in (CRITERION_REGISTRY, EXPANSION_REGISTRY):
+        monkeypatch.setattr(registry, '_entries', dict(registry._entries))
+    for registry in (ARCH_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY):
+        monkeypatch.setattr(registry, '_obj_map', dict(registry._obj_map))
+    monkeypatch.setattr(architectures, '_KNOWN', dict(architectures._KNOWN))
     module = types.ModuleType('my_extensions')
     monkeypatch.setitem(sys.modules, 'my_extensions', module)
     _, *blocks = re.findall(
@@ -38,10 +35,6 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     )  # the first starts a training
     for block in blocks:
         exec(compile(block, str(DOCUMENT), 'exec'), module.__dict__)
-    yield
-    for entries, old in zip(ENTRIES, before):
-        entries.clear()
-        entries.update(old)
 
 
 def test_criterion_loss_base_model_and_schedule_train(
