@@ -18,25 +18,22 @@ class FrozenWeights:
     """
 
     def __init__(self, network: nn.Module, trainable: Mapping[str, Tensor], others_train: bool) -> None:
-        self._places: dict[str, Tensor] = {}  # of weights that train in part, where they do not
+        self._frozen: dict[str, Tensor] = {}  # of weights that train in part, where they do not
         self._values: dict[str, Tensor] = {}
         for name, parameter in network.named_parameters():
-            values = parameter.detach().flatten()
-            if name in trainable:
-                # A weight all of whose elements train needs neither a copy nor work in each iteration; of the others,
-                # places are copied to several times faster than chosen by a mask.
-                self._places[name] = places = (~trainable[name]).flatten().nonzero().flatten()
-                if len(places):
-                    self._values[name] = values[places]
-            elif not others_train:
-                self._values[name] = values.clone()
+            if name not in trainable:
+                if not others_train:
+                    self._values[name] = parameter.detach().clone()
+            elif not trainable[name].all():  # else there is nothing to keep, nor work in each iteration
+                self._frozen[name] = ~trainable[name]
+                self._values[name] = parameter.detach().clone()
 
     @torch.no_grad()
     def put_back(self, network: nn.Module) -> None:
         """Give the frozen parameters of ``network`` (the one remembered, or its EMA) the remembered values."""
         for name, values in self._values.items():
-            parameter = network.get_parameter(name).view(-1)
-            if name in self._places:
-                parameter.index_copy_(0, self._places[name], values)
+            parameter = network.get_parameter(name)
+            if name in self._frozen:
+                torch.where(self._frozen[name], values, parameter, out=parameter)
             else:
                 parameter.copy_(values)
