@@ -3,7 +3,8 @@
 # environment, data, forward stage, backward stage, test, a table and a plot. What is done already is not done again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export MALLOC_TOP_PAD_=100000000 # for glibc, see KEEP_FREED_MEMORY in study.py
+# For glibc, see KEEP_FREED_MEMORY in study.py.
+export MALLOC_TOP_PAD_=100000000 MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=33554432
 
 step() { echo; echo "=== $(date +%T) $* (after $((SECONDS / 60)) min $((SECONDS % 60)) s)"; }
 

@@ -54,9 +54,14 @@ TICKET_TEACHER = {'train.ticket_opt': {'type': 'L1Loss', 'loss_weight': 1.0, 're
 FAST = {'train.precision': 'bf16', 'train.channels_last': True}
 LONG_ITER = 60000  # of each level, in both stages, of the table `long`
 
-# For glibc: memory that an iteration frees stays with the process, which else gets it back page by page in the next.
-# On a CPU that takes 15 % off an iteration of the 8x32 network; the results are the same bits.
-KEEP_FREED_MEMORY = {'MALLOC_TOP_PAD_': '100000000'}
+# For glibc: memory that is freed stays with the process, which else gets it back page by page. On a CPU that takes a
+# tenth to a fifth off an iteration of the 8x32 network, and off its validation; the results are the same bits. The pad
+# alone would hold the threshold down, above which glibc gives each freed tensor back at once.
+KEEP_FREED_MEMORY = {
+    'MALLOC_TOP_PAD_': '100000000',
+    'MALLOC_TRIM_THRESHOLD_': '1000000000',
+    'MALLOC_MMAP_THRESHOLD_': '33554432',
+}
 
 Changes = Mapping[str, Any]
 
