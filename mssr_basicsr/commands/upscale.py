@@ -15,8 +15,8 @@ from typing import Any
 
 from mssr_basicsr.commands.errors import one_line
 from mssr_basicsr.foundation.checks import OptionError, require_int
+from mssr_basicsr.sparse import ENGINES
 
-ENGINES = ('auto', 'torch')
 HELP = 'upscale an image or a folder'
 _UNITS = {'': 1, 'B': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9, 'KIB': 2**10, 'MIB': 2**20, 'GIB': 2**30}
 
