@@ -9,8 +9,10 @@ import os
 import pickle
 import signal
 import threading
+from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -23,10 +25,11 @@ from torch import nn
 from mssr_basicsr import ScalableModel, pack
 from mssr_basicsr.commands.main import main
 from mssr_basicsr.sparse.graph import Segment, plan, trace
-from mssr_basicsr.sparse.layers import SparseConv2d, eligible, make_sparse
+from mssr_basicsr.sparse.layers import ABSENT, SparseConv2d, eligible, make_sparse
 from mssr_basicsr.sparse.library import kernel
 from mssr_basicsr.sparse.network import accelerate, run_layer, runs_sparse
 
+SHIPPED = Path(__file__).parents[1] / 'models' / 'EDSR_8x32_x2_291.mssr'
 needs_kernel = pytest.mark.skipif(kernel() is None, reason='there was no compiler when it was installed')
 
 
@@ -39,8 +42,7 @@ def sparsify(model: nn.Module, density: float, seed: int = 0, accelerated: bool 
     dense = copy.deepcopy(model)
     for layer in layers:
         weight = layer.weight.detach().numpy().ravel()
-        indices = np.flatnonzero(weight)
-        make_sparse(layer, indices, weight[indices], np.zeros(len(indices), np.uint8))
+        make_sparse(layer, weight, np.where(weight, 0, ABSENT).astype(np.uint8))
     if accelerated:
         accelerate(model)
     return dense
@@ -132,6 +134,20 @@ def test_every_level_of_every_backbone(name: str) -> None:
         states = [models[engine].network.state_dict() for engine in ('auto', 'torch')]
         assert list(states[0]) == list(states[1])
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@needs_kernel
+def test_images_of_8_bits_differ_in_less_than_one_pixel_of_ten_thousand() -> None:
+    coarse = np.random.default_rng(0).integers(0, 256, (25, 33, 3), dtype=np.uint8)
+    image = cv2.resize(coarse, (131, 99), interpolation=cv2.INTER_CUBIC)
+    models = [ScalableModel(SHIPPED, 4, engine=engine) for engine in ('auto', 'torch')]
+    for _ in range(4):
+        one, other = (model.upscale(image).astype(np.int16) for model in models)
+        steps = np.abs(one - other)
+        assert steps.max() <= 1
+        assert steps.any(axis=2).mean() < 1e-4
+        for model in models:
+            model.expand()
 
 
 @needs_kernel

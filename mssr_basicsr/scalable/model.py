@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy.typing as npt
@@ -12,13 +11,11 @@ from torch import Tensor, nn
 from mssr_basicsr.scalable.building import build_for, check_network
 from mssr_basicsr.scalable.container import Header, ScalableFile, Source
 from mssr_basicsr.scalable.errors import ScalableFileError
-from mssr_basicsr.scalable.placing import LevelledWeight, Values
-from mssr_basicsr.scalable.positions import Indices, choose
-from mssr_basicsr.scalable.sections import Delta, decode_section, scales_of_elements
+from mssr_basicsr.scalable.placing import LevelledWeight
+from mssr_basicsr.scalable.sections import Delta, decode_section
 from mssr_basicsr.scalable.upscaling import Upscaler
+from mssr_basicsr.sparse import ENGINES
 from mssr_basicsr.sparse.network import accelerate
-
-ENGINES = ('auto', 'torch')
 
 
 class ScalableModel:
@@ -62,7 +59,7 @@ class ScalableModel:
             self._level = self.header.smallest_level
             target = self._choose(level, max_bytes, max_parameters)
             self.network = network = self._prepare_network(network)
-            self._weights: list[LevelledWeight] = []
+            self.weights: list[LevelledWeight] = []  #: the prunable ones, in the order of the header
             self._scales: tuple[Tensor, ...] = ()
             self._load_smallest(sparse=engine == 'auto')
             if engine == 'auto':
@@ -132,8 +129,8 @@ class ScalableModel:
         for name, tensor in delta.others.items():
             state[name].copy_(tensor)
         del state  # what takes the sparse form lets go of its dense weight
-        self._weights = [LevelledWeight(self.network, weight.name, sparse) for weight in self.header.weights]
-        self._place(self._level, self._unpack(delta))
+        self.weights = [LevelledWeight(self.network, weight.name, sparse) for weight in self.header.weights]
+        self._place(self._level, delta)
 
     def expand(self, level: int | None = None) -> None:
         """Grow in place to a larger level (default: by one), by reading only the sections in between.
@@ -149,7 +146,7 @@ class ScalableModel:
         if target > self._level:
             raise ValueError(f'expand: level {target} is smaller than {self._level}; use shrink')
         for next_level in range(self._level - 1, target - 1, -1):
-            self._place(next_level, self._read_delta(next_level))
+            self._place(next_level, self._read_section(next_level))
             self._level = next_level
 
     @torch.no_grad()
@@ -159,37 +156,22 @@ class ScalableModel:
         self.header.section(target)
         if target < self._level:
             raise ValueError(f'shrink: level {target} is larger than {self._level}; use expand')
-        for weight in self._weights:
+        for weight in self.weights:
             weight.remove(target)
         self._level = target
 
     def _read_section(self, level: int) -> Delta:
+        """What ``level`` adds, read and checked in full, so that nothing is placed of what is damaged."""
         try:
             return decode_section(self.file.read_section(level), self.header, level)
         except ScalableFileError as error:
             raise ScalableFileError(f'{self.file.name}: level {level}: {error}') from error
 
-    def _read_delta(self, level: int) -> Iterator[tuple[int, Indices, Values]]:
-        """What ``level`` adds to the next smaller one, which must be loaded.
-
-        Everything is read and checked before this returns. What it returns makes, for one weight after another, its
-        number in the header, ascending indices of its flattened elements, and their values: no more than a weight's are
-        in memory at a time.
-        """
-        return self._unpack(self._read_section(level))
-
-    def _unpack(self, delta: Delta) -> Iterator[tuple[int, Indices, Values]]:
-        for i, choice, values in delta.values():
-            weight = self._weights[i]
-            indices = choose(weight.absent(), choice)
-            if self._scales:
-                values = values.float().mul_(scales_of_elements(self._scales[i], indices, weight.numel))
-            yield i, indices, values.float().numpy()
-
     @torch.no_grad()
-    def _place(self, level: int, delta: Iterable[tuple[int, Indices, Values]]) -> None:
-        for i, indices, values in delta:
-            self._weights[i].add(level, indices, values)
+    def _place(self, level: int, delta: Delta) -> None:
+        """Add what ``level`` has to the next smaller one, a weight after the other."""
+        for i, choice, stored in delta.values():
+            self.weights[i].add(level, choice, stored, self._scales[i] if self._scales else None)
 
     def upscale(self, image: npt.NDArray[Any], tile: int | None = None, bgr: bool = False) -> npt.NDArray[Any]:
         """Upscale an image with the network as it is; see :meth:`Upscaler.upscale`."""

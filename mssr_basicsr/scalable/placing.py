@@ -9,11 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from mssr_basicsr.scalable.positions import Indices
-from mssr_basicsr.sparse.layers import SparseConv2d, eligible, make_sparse
+from mssr_basicsr.scalable.positions import Choice, Indices, choose
+from mssr_basicsr.scalable.sections import scales_of_elements
+from mssr_basicsr.sparse.layers import ABSENT, SparseConv2d, eligible, make_sparse
 from mssr_basicsr.sparse.table import prefers_sparse
-
-ABSENT = 255  #: the level of weights that are in no loaded level
 
 Values = npt.NDArray[np.float32]
 
@@ -33,80 +32,83 @@ class LevelledWeight:
         self._sparse = sparse and self._parameter == 'weight'
         weight = self._module.get_parameter(self._parameter)
         weight.data.zero_()
-        self.numel = weight.numel()  #: of the dense weight
-        self._levels: npt.NDArray[np.uint8] = np.full(self.numel, ABSENT, np.uint8)
-        self._settle(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.uint8))
+        self._numel = weight.numel()
+        self._levels: npt.NDArray[np.uint8] = np.full(self._numel, ABSENT, np.uint8)
+        self._settle()
 
-    def absent(self) -> Indices:
-        """Indices into the flattened weight, ascending, of what no loaded level has."""
-        if isinstance(self._module, SparseConv2d):
-            absent = np.ones(self.numel, bool)
-            absent[self._module.kept.flat()[0]] = False
-            return np.flatnonzero(absent)
-        return np.flatnonzero(self._dense_levels() == ABSENT)
-
-    def add(self, level: int, indices: Indices, values: Values) -> None:
-        """Give the elements at ``indices``, which are absent, their values and their level."""
-        levels = np.full(len(indices), level, np.uint8)
-        if not isinstance(self._module, SparseConv2d):
-            self._dense_levels()[indices] = level
-            _write(self._weight(), indices, torch.from_numpy(values))
-            self._settle(*self._present())
-            return
-        found, old_values, old_levels = self._module.kept.flat()
-        merged = np.concatenate([found, indices])
-        order = np.argsort(merged, kind='stable')
-        self._settle(
-            merged[order],
-            np.concatenate([old_values, values])[order],
-            np.concatenate([old_levels, levels])[order],
-        )
-
-    def remove(self, level: int) -> None:
-        """Take out what ``level`` does not have: it becomes zero."""
-        if isinstance(self._module, SparseConv2d):
-            indices, values, levels = self._module.kept.flat()
-            stays = levels >= level
-            self._settle(indices[stays], values[stays], levels[stays])
-            return
-        levels = self._dense_levels()
-        removed = np.flatnonzero(levels < level)
-        _write(self._weight(), removed, torch.zeros(len(removed)))
-        levels[removed] = ABSENT
-        self._settle(*self._present())
-
-    def _settle(self, indices: Indices, values: Values, levels: npt.NDArray[np.uint8]) -> None:
-        """Take the form, dense or sparse, that is the faster one for what is kept."""
-        if not self._sparse or not eligible(self._module) or self._module.training:
-            return
-        assert isinstance(self._module, nn.Conv2d)
-        layer = self._module
-        density = len(indices) / self.numel
-        is_sparse = isinstance(layer, SparseConv2d)
-        wanted = prefers_sparse(layer.in_channels, layer.out_channels, layer.kernel_size[0], density)
-        if is_sparse or wanted:
-            make_sparse(layer, indices, values, levels)
-            self._levels = np.empty(0, np.uint8)
-        if isinstance(layer, SparseConv2d) and not wanted:
-            layer.make_dense()
-
-    def _present(self) -> tuple[Indices, Values, npt.NDArray[np.uint8]]:
-        levels = self._dense_levels()
-        indices = np.flatnonzero(levels != ABSENT)
-        if not self._sparse or not eligible(self._module):
-            return indices, np.empty(0, np.float32), levels[indices]
-        weight = self._weight().detach().contiguous().view(-1).numpy()
-        return indices, weight[indices], levels[indices]
-
-    def _weight(self) -> Tensor:
-        return self._module.get_parameter(self._parameter)
-
-    def _dense_levels(self) -> npt.NDArray[np.uint8]:
-        """The level of each element; a layer that was in the sparse form has brought it along."""
+    def levels(self) -> npt.NDArray[np.uint8]:
+        """The level of each element of a dense weight: of one that was in the sparse form, what it has brought."""
         brought: Any = self._module.__dict__.pop('dense_levels', None)
         if brought is not None:
             self._levels = brought
         return self._levels
+
+    def add(self, level: int, choice: Choice, stored: Tensor, scales: Tensor | None) -> None:
+        """Give some of the elements that no loaded level has their values, and ``level``.
+
+        Args:
+            level: the one that is being loaded.
+            choice: which of these elements, by their order in the flattened weight.
+            stored: their values, 1-D, as a file has them.
+            scales: of an I8 file, what to multiply the values with: one for each output channel.
+        """
+        layer = self._module
+        if isinstance(layer, SparseConv2d):
+            if self._wants_sparse(layer.kept.count + len(stored)):
+                dense, levels = layer.kept.dense()
+                indices = self._choose(levels, level, choice)
+                dense[indices] = self._values(indices, stored, scales)
+                make_sparse(layer, dense, levels)
+                return
+            layer.make_dense()
+        indices = self._choose(self.levels(), level, choice)
+        _write(self._weight(), indices, torch.from_numpy(self._values(indices, stored, scales)))
+        self._settle()
+
+    def remove(self, level: int) -> None:
+        """Take out what ``level`` does not have: it becomes zero."""
+        layer = self._module
+        if isinstance(layer, SparseConv2d):
+            dense, levels = layer.kept.dense()
+            levels[levels < level] = ABSENT
+            make_sparse(layer, dense, levels)
+            return
+        levels = self.levels()
+        removed = np.flatnonzero(levels < level)
+        _write(self._weight(), removed, torch.zeros(len(removed)))
+        levels[removed] = ABSENT
+        self._settle()
+
+    def _choose(self, levels: npt.NDArray[np.uint8], level: int, choice: Choice) -> Indices:
+        """Where in the flattened weight the chosen ones of the absent elements are; they get their level."""
+        indices = choose(np.flatnonzero(levels == ABSENT), choice)
+        levels[indices] = level
+        return indices
+
+    def _values(self, indices: Indices, stored: Tensor, scales: Tensor | None) -> Values:
+        values = stored.float()
+        if scales is not None:
+            values *= scales_of_elements(scales, indices, self._numel)
+        return values.numpy()
+
+    def _wants_sparse(self, count: int) -> bool:
+        """Whether the sparse form is possible, and faster with ``count`` elements."""
+        if not self._sparse or not eligible(self._module) or self._module.training:
+            return False
+        assert isinstance(self._module, nn.Conv2d)
+        layer = self._module
+        return prefers_sparse(layer.in_channels, layer.out_channels, layer.kernel_size[0], count / self._numel)
+
+    def _settle(self) -> None:
+        """Take the sparse form if that is faster for what a dense weight now has."""
+        levels = self.levels()
+        if self._sparse and self._wants_sparse(int(np.count_nonzero(levels != ABSENT))):
+            assert isinstance(self._module, nn.Conv2d)
+            make_sparse(self._module, self._weight().detach().contiguous().view(-1).numpy(), levels)
+            self._levels = np.empty(0, np.uint8)
+
+    def _weight(self) -> Tensor:
+        return self._module.get_parameter(self._parameter)
 
 
 def _write(weight: Tensor, indices: Indices, values: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from mssr_basicsr.sparse.library import Kernel, kernel
 
 Array = npt.NDArray[Any]
+
+ABSENT = 255  #: in place of a level, of weights that are not there
 
 
 class SparseConv2d(nn.Conv2d):
@@ -29,10 +32,10 @@ class SparseConv2d(nn.Conv2d):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The dense weight, made at each call."""
-        indices, values, _ = self.kept.flat()
-        dense = torch.zeros(self.out_channels * self.kept.in_channels * self.kernel_size[0] ** 2)
-        dense[torch.from_numpy(indices)] = torch.from_numpy(values)
-        return dense.view(self.out_channels, self.kept.in_channels, *self.kernel_size)
+        return self._dense(self.kept.dense()[0])
+
+    def _dense(self, values: Array) -> Tensor:
+        return torch.from_numpy(values).view(self.out_channels, self.kept.in_channels, *self.kernel_size)
 
     def forward(self, input: Tensor) -> Tensor:
         from mssr_basicsr.sparse.network import run_layer
@@ -42,15 +45,13 @@ class SparseConv2d(nn.Conv2d):
 
     def make_dense(self) -> None:
         """Become an ``nn.Conv2d`` with a dense weight; its weights' levels stay in :attr:`dense_levels`."""
-        weight, (indices, _, levels) = self.weight, self.kept.flat()
-        dense_levels = np.full(weight.numel(), 255, np.uint8)
-        dense_levels[indices] = levels
+        values, self.dense_levels = self.kept.dense()
+        weight = self._dense(values)
         del self.kept
         self.__class__ = nn.Conv2d  # type: ignore[assignment]
         bias = self._parameters.pop('bias')
         self.register_parameter('weight', nn.Parameter(weight))
         self.register_parameter('bias', bias)
-        self.dense_levels = dense_levels
 
     def train(self, mode: bool = True) -> SparseConv2d:
         if mode:
@@ -75,38 +76,52 @@ class SparseConv2d(nn.Conv2d):
 
 
 class Kept:
-    """Kept weights in the order and with the offsets of kernel.c, each with its level."""
+    """Kept weights in the order and with the offsets of kernel.c, each with its level.
 
-    def __init__(self, shape: tuple[int, ...], indices: Array, values: Array, levels: Array, using: Kernel) -> None:
+    Args:
+        shape: of the dense weight, four numbers.
+        values: of the flattened dense weight, float32.
+        levels: of each of its elements, uint8; :data:`ABSENT` of what is not kept.
+        using: the kernel whose tiles the offsets are for.
+    """
+
+    def __init__(self, shape: tuple[int, ...], values: Array, levels: Array, using: Kernel) -> None:
         self.out_channels, self.in_channels, self.kernel = shape[:3]
         self.block, self._using, self._shape = using.block, using, shape
-        co, ci, ky, kx = (axis.astype(np.int32) for axis in np.unravel_index(indices, shape))
-        order = np.lexsort((indices, co, ci // self.block))
-        margin = 1 - self.kernel // 2  # the tile has a pixel around it, which a 1x1 kernel does not look at
-        offsets = ((ci % self.block) * (using.rows + 2) + ky + margin) * (using.vectors + 2) + kx + margin
-        self.values = np.ascontiguousarray(values[order], np.float32)
-        self.offsets = np.ascontiguousarray(offsets[order], np.uint16)
-        self.levels = np.ascontiguousarray(levels[order], np.uint8)
-        blocks = -(-self.in_channels // self.block)
-        counts = np.bincount((ci // self.block) * self.out_channels + co, minlength=blocks * self.out_channels)
-        self.starts = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
+        levels = self._by_block(levels, ABSENT)
+        kept = np.flatnonzero(levels != ABSENT)
+        run = self.block * self.kernel**2  # what one output channel has in one block
+        self.values, self.levels = self._by_block(values, 0).take(kept), levels.take(kept)
+        self.offsets = self._offsets().take(kept % run)
+        self.starts = kept.searchsorted(np.arange(0, len(levels) + 1, run)).astype(np.int32)
 
-    def flat(self) -> tuple[Array, Array, Array]:
-        """Indices into the flattened weight, ascending, and the values and levels there."""
-        using = self._using
-        runs = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
-        block, co = np.divmod(runs, self.out_channels)
-        rest, kx = np.divmod(self.offsets.astype(np.int64), using.vectors + 2)
-        ci, ky = np.divmod(rest, using.rows + 2)
-        margin, k = 1 - self.kernel // 2, self.kernel
-        ci = block * self.block + ci
-        indices = ((co * self.in_channels + ci) * k + ky - margin) * k + kx - margin
-        order = np.argsort(indices)
-        return indices[order], self.values[order], self.levels[order]
+    def dense(self) -> tuple[Array, Array]:
+        """The values of the flattened dense weight, zero where nothing is kept, and the level of each."""
+        k2, run = self.kernel**2, self.block * self.kernel**2
+        offsets = self._offsets()
+        places = np.zeros(offsets.max() + 1, np.int64)
+        places[offsets] = np.arange(run)
+        blocks = -(-self.in_channels // self.block)
+        first = np.arange(self.out_channels) * self.in_channels * k2 + np.arange(blocks)[:, None] * run
+        indices = first.ravel().repeat(np.diff(self.starts)) + places.take(self.offsets)
+        numel = self.out_channels * self.in_channels * k2
+        values, levels = np.zeros(numel, np.float32), np.full(numel, ABSENT, np.uint8)
+        values[indices], levels[indices] = self.values, self.levels
+        return values, levels
+
+    def _by_block(self, elements: Array, filler: int) -> Array:
+        """Elements of the weight in the kernel's order, which has block, output channel, and then the weight's own."""
+        k2, blocks = self.kernel**2, -(-self.in_channels // self.block)
+        filled = np.full((self.out_channels, blocks * self.block * k2), filler, elements.dtype)
+        filled[:, : self.in_channels * k2] = elements.reshape(self.out_channels, -1)
+        return filled.reshape(self.out_channels, blocks, -1).swapaxes(0, 1).ravel()
+
+    def _offsets(self) -> Array:
+        return _offsets(self.block, self.kernel, self._using.rows + 2, self._using.vectors + 2)
 
     def __reduce__(self) -> Any:
         # The order and the offsets are those of this processor's kernel: a copy may be for another one.
-        return _kept_here, (self._shape, *self.flat())
+        return _kept_here, (self._shape, *self.dense())
 
     @property
     def nbytes(self) -> int:
@@ -114,16 +129,30 @@ class Kept:
         return self.values.nbytes + self.offsets.nbytes + self.levels.nbytes + self.starts.nbytes
 
     @property
+    def count(self) -> int:
+        """How many weights are kept."""
+        return len(self.values)
+
+    @property
     def density(self) -> float:
         """The kept share of the weights."""
-        return len(self.values) / max(1, self.out_channels * self.in_channels * self.kernel**2)
+        return self.count / max(1, self.out_channels * self.in_channels * self.kernel**2)
 
 
-def _kept_here(shape: tuple[int, ...], indices: Array, values: Array, levels: Array) -> Kept:
+@functools.cache
+def _offsets(block: int, kernel: int, rows: int, vectors: int) -> Array:
+    """How far into a tile of ``block`` channels each element of one output channel's weight for them looks."""
+    ci, ky, kx = np.unravel_index(np.arange(block * kernel**2), (block, kernel, kernel))
+    margin = 1 - kernel // 2  # the tile has a pixel around it, which a 1x1 kernel does not look at
+    offsets: Array = ((ci * rows + ky + margin) * vectors + kx + margin).astype(np.uint16)
+    return offsets
+
+
+def _kept_here(shape: tuple[int, ...], values: Array, levels: Array) -> Kept:
     using = kernel()
     if using is None:
         raise ValueError('a network in the sparse form was saved, and here the sparse runtime was not built')
-    return Kept(shape, indices, values, levels, using)
+    return Kept(shape, values, levels, using)
 
 
 def eligible(layer: nn.Module) -> bool:
@@ -143,19 +172,17 @@ def eligible(layer: nn.Module) -> bool:
     )
 
 
-def make_sparse(layer: nn.Conv2d, indices: Array, values: Array, levels: Array) -> None:
-    """Turn a convolution into a :class:`SparseConv2d` in place.
+def make_sparse(layer: nn.Conv2d, values: Array, levels: Array) -> None:
+    """Turn a convolution into a :class:`SparseConv2d` in place, or give one that is other weights.
 
     Args:
         layer: one that is :func:`eligible`.
-        indices: of the weights that it keeps, in the flattened weight, ascending.
-        values: these weights.
-        levels: the level of each, below 255.
+        values: of the flattened weight, float32.
+        levels: the level of each, uint8; :data:`ABSENT` of what it does not keep.
     """
     using = kernel()
     assert using is not None
-    shape = (layer.out_channels, layer.in_channels, *layer.kernel_size)
-    kept = Kept(shape, indices, values, levels, using)
+    kept = Kept((layer.out_channels, layer.in_channels, *layer.kernel_size), values, levels, using)
     if not isinstance(layer, SparseConv2d):
         del layer._parameters['weight']
         layer.__dict__.pop('dense_levels', None)

@@ -197,5 +197,4 @@ def kept_of(layer: nn.Conv2d, using: Kernel) -> Kept:
     if isinstance(layer, SparseConv2d):
         return layer.kept
     weight = layer.weight.detach().contiguous().numpy()
-    numbers = np.arange(weight.size)
-    return Kept(weight.shape, numbers, weight.ravel(), np.zeros(weight.size, np.uint8), using)
+    return Kept(weight.shape, weight.ravel(), np.zeros(weight.size, np.uint8), using)

@@ -28,10 +28,12 @@ from basicsr.archs import build_network
 from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.method.criteria import global_magnitude
 from mssr_basicsr.scalable.container import ScalableFile
+from mssr_basicsr.scalable.extraction import FileTensors
 from mssr_basicsr.scalable.model import ScalableModel
 from mssr_basicsr.scalable.packing import pack
 from mssr_basicsr.scalable.positions import entropy_bound
 from mssr_basicsr.scalable.values import WEIGHT_DTYPES
+from mssr_basicsr.sparse import ENGINES
 
 NETWORKS: dict[str, dict[str, Any]] = {
     'EDSR-M': {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 64, 'num_block': 16, 'upscale': 2},
@@ -57,16 +59,14 @@ def newly_pruned(backbone: dict[str, Any]) -> MSSR:
 
 
 def of_file(path: Path) -> MSSR:
-    with ScalableModel(path, level=0) as model:
+    with FileTensors(path, engine='torch') as model:
         header = model.header
         if header.dtype != 'F32':
             raise ValueError(f'{path}: found values of {header.dtype}; allowed: F32')
         network = MSSR(header.backbone, [k / len(header.sections) for k in range(len(header.sections))])
-        network.backbone.load_state_dict(model.network.state_dict())
-        level_maps = {info.name: levels for info, levels in zip(header.weights, model._level_maps)}
-        shapes = {info.name: info.shape for info in header.weights}
+        network.backbone.load_state_dict(model.network.state_dict(), strict=False)  # without what it computes
         network.set_level_map(
-            {name: torch.from_numpy(levels).view(shapes[name]) for name, levels in level_maps.items()}
+            {info.name: torch.from_numpy(w.levels()).view(info.shape) for info, w in zip(header.weights, model.weights)}
         )
     return network
 
@@ -101,7 +101,7 @@ def compare_sizes(network: MSSR, dtypes: Sequence[str], folder: Path) -> None:
     print(f'{"entropy of the masks":36} {bound:12,.0f} bytes  {bound / len(dense):7.4f} x dense')
 
 
-def compare_times(network: MSSR, dtype: str, folder: Path, rounds: int) -> None:
+def compare_times(network: MSSR, dtype: str, engine: str, folder: Path, rounds: int) -> None:
     """Growing by one level against building a network and loading the larger level's checkpoint; they take turns."""
     backbone, file = network.backbone_options, folder / f'{dtype}.mssr'
     times: dict[tuple[int, str], list[float]] = {}
@@ -118,7 +118,7 @@ def compare_times(network: MSSR, dtype: str, folder: Path, rounds: int) -> None:
 
     read = {}
     for _ in range(rounds + 1):
-        with ScalableModel(file, level=network.smallest_level) as model:
+        with ScalableModel(file, level=network.smallest_level, engine=engine) as model:
             for level in range(network.smallest_level - 1, -1, -1):
                 before = model.file.bytes_read
                 timed((level, 'expand'), model.expand)
@@ -128,8 +128,8 @@ def compare_times(network: MSSR, dtype: str, folder: Path, rounds: int) -> None:
     for level in range(network.smallest_level - 1, -1, -1):  # the first round warms up
         expand, anew = (1000 * statistics.median(times[level, key][1:]) for key in ('expand', 'load'))
         print(
-            f'{dtype}, level {level + 1} to {level}: {expand:6.2f} ms, {read[level]:,} bytes read of a section of '
-            f'{sections[level]:,}; build and load level {level}: {anew:6.2f} ms, {anew / expand:.1f} x'
+            f'{dtype}, engine {engine}, level {level + 1} to {level}: {expand:6.2f} ms, {read[level]:,} bytes read '
+            f'of a section of {sections[level]:,}; build and load level {level}: {anew:6.2f} ms, {anew / expand:.1f} x'
         )
 
 
@@ -147,7 +147,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             compare_sizes(network, arguments.dtypes, Path(temporary))
             for dtype in arguments.dtypes if arguments.rounds else ():
-                compare_times(network, dtype, Path(temporary), arguments.rounds)
+                for engine in ENGINES:
+                    compare_times(network, dtype, engine, Path(temporary), arguments.rounds)
 
 
 if __name__ == '__main__':

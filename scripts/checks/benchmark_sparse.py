@@ -22,7 +22,7 @@ import torch
 from basicsr.archs import build_network
 from torch import nn
 
-from mssr_basicsr.sparse.layers import SparseConv2d, eligible, make_sparse
+from mssr_basicsr.sparse.layers import ABSENT, SparseConv2d, eligible, make_sparse
 from mssr_basicsr.sparse.library import engine_name
 from mssr_basicsr.sparse.network import accelerate
 from mssr_basicsr.sparse.table import prefers_sparse
@@ -52,9 +52,8 @@ def sparsified(network: nn.Module, density: float) -> nn.Module:
     for layer in sparse.modules():
         if isinstance(layer, nn.Conv2d) and eligible(layer):
             weight = layer.weight.detach().numpy().ravel()
-            indices = np.flatnonzero(weight)
             if prefers_sparse(layer.in_channels, layer.out_channels, layer.kernel_size[0], density):
-                make_sparse(layer, indices, weight[indices], np.zeros(len(indices), np.uint8))
+                make_sparse(layer, weight, np.where(weight, 0, ABSENT).astype(np.uint8))
     accelerate(sparse)
     return sparse
 

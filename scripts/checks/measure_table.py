@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mssr_basicsr.sparse.layers import make_sparse
+from mssr_basicsr.sparse.layers import ABSENT, make_sparse
 from mssr_basicsr.sparse.network import accelerate
 
 DENSITIES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -38,8 +38,8 @@ def ratio(channels: int, k: int, density: float, rounds: int) -> float:
     for layer in sparse:
         if isinstance(layer, nn.Conv2d):
             weight = layer.weight.detach().numpy().ravel()
-            indices = np.flatnonzero(random.random(weight.size) < density)
-            make_sparse(layer, indices, weight[indices], np.zeros(len(indices), np.uint8))
+            kept = random.random(weight.size) < density
+            make_sparse(layer, weight, np.where(kept, 0, ABSENT).astype(np.uint8))
     accelerate(sparse)
     x = torch.rand(1, channels, 160, 160)
     last, dense_last = x.contiguous(memory_format=torch.channels_last), copy.deepcopy(dense)
