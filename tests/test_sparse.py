@@ -16,17 +16,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from basicsr.archs import build_network
 from conftest import BACKBONES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scalable_file import network
-from torch import nn
+from torch import fx, nn
 
 from mssr_basicsr import ScalableModel, pack
 from mssr_basicsr.commands.main import main
-from mssr_basicsr.sparse.graph import Segment, plan, trace
+from mssr_basicsr.sparse.graph import Segment, Step, plan, trace
 from mssr_basicsr.sparse.layers import ABSENT, SparseConv2d, eligible, make_sparse
-from mssr_basicsr.sparse.library import kernel
+from mssr_basicsr.sparse.library import CONVOLUTION, NEAREST, SUM, kernel
 from mssr_basicsr.sparse.network import accelerate, run_layer, runs_sparse
 
 SHIPPED = Path(__file__).parents[1] / 'models' / 'EDSR_8x32_x2_291.mssr'
@@ -110,13 +111,47 @@ def test_fused_graphs(size: tuple[int, int]) -> None:
         assert_close(sparse(x), dense(x))
 
 
+class Shifted(nn.Module):
+    """Takes a number for each channel, or of another shape, out of the image and puts it back."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer('shift', torch.rand(shape))
+        self.first, self.last = nn.Conv2d(3, 20, 3, padding=1), nn.Conv2d(20, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first((x - self.shift) * 9).relu()) / 9 + self.shift
+
+
 @needs_kernel
-def test_an_edsr_is_one_segment_with_a_step_for_each_convolution() -> None:
-    model = ScalableModel(io.BytesIO(pack(network(), 2)))
-    traced = trace(model.network)
+@pytest.mark.parametrize('shape', [(1, 3, 1, 1), (3, 1, 1), (1, 1, 1, 1), (1, 3, 7, 17), (17,)])
+def test_shifts(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    sparse = Shifted(shape).eval()
+    dense, x = sparsify(sparse, 0.3), torch.rand(2, 3, 7, 17)
+    with torch.no_grad():
+        assert_close(sparse(x), dense(x))
+
+
+def steps_of(model: nn.Module) -> list[Step]:
+    """The steps of a network that is one segment, around which torch computes nothing from an image."""
+    traced = trace(model)
     assert traced is not None
-    (segment,) = (part for part in plan(traced, runs_sparse) if isinstance(part, Segment))
-    assert len(segment.steps) == sum(isinstance(layer, nn.Conv2d) for layer in model.network.modules())
+    parts = plan(traced, runs_sparse)
+    (segment,) = (part for part in parts if isinstance(part, Segment))
+    assert {part.name for part in parts if isinstance(part, fx.Node)} <= {'x', 'mean', 'type_as', 'output'}
+    return segment.steps
+
+
+@needs_kernel
+def test_networks_without_a_gap() -> None:
+    edsr = ScalableModel(io.BytesIO(pack(network(), 2))).network
+    convolutions = sum(isinstance(layer, nn.Conv2d) for layer in edsr.modules())
+    kinds = [step.kind for step in steps_of(edsr)]
+    assert kinds == [SUM] + [CONVOLUTION] * convolutions + [SUM]  # the mean colour is taken out, and put back
+    compact = build_network({'type': 'SRVGGNetCompact', 'num_feat': 20, 'num_conv': 2, 'upscale': 2}).eval()
+    sparsify(compact, 0.3)
+    assert NEAREST in [step.kind for step in steps_of(compact)]
 
 
 @needs_kernel

@@ -118,7 +118,8 @@ class Upscaler:
     def _upscale_colours(self, part: Image) -> Image:
         """(H, W, 1 or 3) to its (scale H, scale W, same), of the same dtype."""
         white_value = white(part.dtype)
-        x = torch.from_numpy(part.astype(np.float32) / np.float32(white_value)).permute(2, 0, 1)
+        # What surrounds the network is numpy's: threads of torch's OpenMP would go on spinning, beside the kernel's.
+        x = torch.from_numpy(np.ascontiguousarray(part.transpose(2, 0, 1), np.float32) / np.float32(white_value))
         if x.shape[0] == self.channels:
             y = self._run(x[None])[0]
         elif self.channels == 1:  # a network for grey images upscales each channel
@@ -126,11 +127,13 @@ class Upscaler:
         else:  # a grey image goes through a colour network as equal channels, and comes back as their luma
             red, green, blue = self._run(x.expand(3, -1, -1)[None])[0]
             y = (0.299 * red + 0.587 * green + 0.114 * blue)[None]
-        if not y.isfinite().all():
+        found: Image = y.numpy()
+        if not np.isfinite(found).all():
             raise ValueError(f'{type(self.network).__name__}: gives values that are no numbers (NaN or infinite)')
-        y = y.clamp_(0, 1).mul_(white_value)
-        found: Image = (y if part.dtype == np.float32 else y.round_()).permute(1, 2, 0).numpy()
-        return found.astype(part.dtype)
+        found = found.clip(0, 1) * np.float32(white_value)
+        if part.dtype != np.float32:
+            np.rint(found, out=found)
+        return found.transpose(1, 2, 0).astype(part.dtype)
 
     def automatic_tile(self) -> int | None:
         """The default side of tiles in input pixels, None if the network looks at the whole image (our choice).

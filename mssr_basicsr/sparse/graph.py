@@ -21,7 +21,10 @@ RunsSparse = Callable[[nn.Module], bool]
 
 @dataclass(frozen=True)
 class Step:
-    """One operation of the kernel, on values by their names: scale * activation(operation) + residual."""
+    """One operation of the kernel, on values by their names: scale * activation(operation) + residual.
+
+    The operation of SUM is its input, plus or minus a number for each channel that torch makes when the network runs.
+    """
 
     kind: int
     output: str
@@ -32,9 +35,12 @@ class Step:
     scale: float = 1.0
     residual: str | None = None
     factor: int = 1  #: of the pixel shuffle after a convolution, or of NEAREST
+    shift: str | None = None  #: of SUM: the value of torch that has the number for each channel
+    sign: int = 1  #: of ``shift``
 
     @property
     def reads(self) -> tuple[str, ...]:
+        """The images that it is made of."""
         return self.inputs if self.residual is None else (*self.inputs, self.residual)
 
 
@@ -43,8 +49,9 @@ class Segment:
     """Steps of the kernel with nothing of torch in between."""
 
     steps: list[Step]
-    inputs: list[str] = field(default_factory=list)  #: what torch computed
+    inputs: list[str] = field(default_factory=list)  #: images that torch computed
     outputs: list[str] = field(default_factory=list)  #: what torch reads, or the network returns
+    shifts: list[str] = field(default_factory=list)  #: numbers for each channel that torch computed
 
 
 Part = Union[fx.Node, Segment]
@@ -134,6 +141,17 @@ def plan(traced: fx.GraphModule, runs_sparse: RunsSparse) -> list[Part]:
     return _in_segments(waiting)
 
 
+_ADD = (operator.add, operator.iadd, torch.add, '.add', '.add_')
+_SUBTRACT = (operator.sub, operator.isub, torch.sub)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether it is a tensor of the network's, such as the mean colour, or one that is converted."""
+    if node.op == 'call_method' and node.target in ('type_as', 'to') and isinstance(node.args[0], fx.Node):
+        return _is_constant(node.args[0])
+    return node.op == 'get_attr'
+
+
 def _step(traced: fx.GraphModule, node: fx.Node, steps: dict[str, Step], runs_sparse: RunsSparse) -> Step | None:
     """The node as a step of its own, or None if the kernel does not have it."""
     module = traced.get_submodule(str(node.target)) if node.op == 'call_module' else None
@@ -147,6 +165,16 @@ def _step(traced: fx.GraphModule, node: fx.Node, steps: dict[str, Step], runs_sp
         if isinstance(number, (int, float)) and arguments[0].name in steps:
             return Step(SUM, name, (arguments[0].name,), scale=float(number))
         return None
+    if target in (operator.truediv, operator.itruediv, torch.div) and len(arguments) == 1 and len(node.args) == 2:
+        divisor = node.args[1]
+        if isinstance(divisor, (int, float)) and divisor and arguments[0].name in steps:
+            return Step(SUM, name, (arguments[0].name,), scale=1 / divisor)
+        return None
+    if target in (*_ADD, *_SUBTRACT) and len(arguments) == 2 and not node.kwargs and _is_constant(arguments[1]):
+        if arguments[0].name in steps or arguments[0].op == 'placeholder':
+            sign = -1 if target in _SUBTRACT else 1
+            return Step(SUM, name, (arguments[0].name,), shift=arguments[1].name, sign=sign)
+        return None
     if target is torch.cat:
         parts, axis = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get('dim', 0)
         inputs = [part.name for part in parts if isinstance(part, fx.Node)] if isinstance(parts, (list, tuple)) else []
@@ -155,10 +183,20 @@ def _step(traced: fx.GraphModule, node: fx.Node, steps: dict[str, Step], runs_sp
             user.op == 'call_module' and runs_sparse(traced.get_submodule(str(user.target))) for user in node.users
         )
         return Step(SUM, name, tuple(inputs)) if known and read_by_convolutions else None
+    if target is F.interpolate and len(arguments) == len(node.args) == 1:
+        options = {
+            'mode': 'nearest',
+            **{key: value for key, value in node.kwargs.items() if value not in (None, False)},
+        }
+        factor = options.pop('scale_factor', None)
+        known = arguments[0].name in steps or arguments[0].op == 'placeholder'
+        if known and options == {'mode': 'nearest'} and factor in (2, 3, 4):
+            return Step(NEAREST, name, (arguments[0].name,), factor=int(factor))  # type: ignore[arg-type]
+        return None
     if not arguments or any(argument.name not in steps for argument in arguments):
         return None
     first = arguments[0].name
-    if target in (operator.add, operator.iadd, torch.add, '.add', '.add_') and len(node.args) == len(arguments) == 2:
+    if target in _ADD and len(node.args) == len(arguments) == 2:
         return None if node.kwargs else Step(SUM, name, (arguments[1].name,), residual=first)
     if isinstance(module, nn.ReLU) or target in (F.relu, torch.relu):
         return Step(SUM, name, (first,), activation=RELU)
@@ -168,11 +206,6 @@ def _step(traced: fx.GraphModule, node: fx.Node, steps: dict[str, Step], runs_sp
         return Step(SUM, name, (first,), activation=SLOPE, slopes=module)
     if isinstance(module, nn.PixelShuffle) and steps[first].kind == CONVOLUTION and len(arguments[0].users) == 1:
         return Step(SUM, name, (first,), factor=module.upscale_factor)
-    if target is F.interpolate:
-        options = {'mode': 'nearest', **node.kwargs}
-        factor = options.pop('scale_factor', None)
-        if len(node.args) == 1 and options == {'mode': 'nearest'} and factor in (2, 3, 4):
-            return Step(NEAREST, name, (first,), factor=int(factor))  # type: ignore[arg-type]
     return None
 
 
@@ -203,7 +236,7 @@ def _alone(names: dict[str, fx.Node], name: str, done: dict[str, Step]) -> bool:
 
 def _merged(before: Step, step: Step) -> Step | None:
     """``step`` after ``before`` as one step; None where the order of kernel.c does not allow it."""
-    if before.residual is not None or (len(before.inputs) > 1 and before.kind == SUM):
+    if before.residual is not None or (len(before.inputs) > 1 and before.kind == SUM) or step.shift is not None:
         return None
     if step.residual is not None:
         return replace(before, output=step.output, residual=step.residual)
@@ -227,7 +260,10 @@ def _in_segments(waiting: list[fx.Node | Step]) -> list[Part]:
             rest: list[fx.Node | Step] = []
             for item in waiting:
                 is_node = isinstance(item, fx.Node)
-                reads = [n.name for n in item.all_input_nodes] if isinstance(item, fx.Node) else item.reads
+                if isinstance(item, fx.Node):
+                    reads = [n.name for n in item.all_input_nodes]
+                else:
+                    reads = [*item.reads, *([item.shift] if item.shift else [])]
                 # The output comes last.
                 if is_node == of_torch and known.issuperset(reads):
                     ready.append(item)
@@ -244,6 +280,7 @@ def _in_segments(waiting: list[fx.Node | Step]) -> list[Part]:
             made = {step.output for step in part.steps}
             read = dict.fromkeys(name for step in part.steps for name in step.reads)
             part.inputs = [name for name in read if name not in made]
+            part.shifts = list(dict.fromkeys(step.shift for step in part.steps if step.shift is not None))
             later: set[str] = set()
             for other in parts[i + 1 :]:
                 later.update(other.inputs if isinstance(other, Segment) else (n.name for n in other.all_input_nodes))

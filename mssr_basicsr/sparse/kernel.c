@@ -59,7 +59,7 @@ struct operation {
     const float *weights;   /* kept weights, by block, then output channel */
     const uint16_t *offset; /* of each: vectors from the start of its block's tile */
     const int32_t *start;   /* [blocks * out_channels + 1]: where each output channel's begin */
-    const float *bias;      /* or NULL */
+    const float *bias;      /* of CONVOLUTION and SUM, for each output channel; or NULL */
     const float *slope;     /* of SLOPE, for each output channel */
     int32_t in_channels, out_channels, block, activation, factor; /* factor: of pixel shuffle or NEAREST */
     float scale;            /* after the activation */
@@ -238,7 +238,8 @@ static void other_row(const struct operation *op, int32_t y)
             vec *to = row_of(out, c, y);
             const vec *residual = op->residual ? row_of(op->residual, c, y) : NULL;
             for (int32_t j = 0; j < out->vectors; j++) {
-                vec x = activated(op, c, from[j]) * op->scale;
+                vec x = op->bias ? existing(from[j] + op->bias[c], out, j) : from[j];
+                x = activated(op, c, x) * op->scale;
                 to[j] = residual ? x + residual[j] : x;
             }
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -154,12 +155,13 @@ def run_layer(layer: SparseConv2d, x: Any) -> Tensor | None:
         return None
     cache = _cache_of(layer)
     segment = Segment([Step(CONVOLUTION, 'y', ('x',), layer)], ['x'], ['y'])
-    result = torch.stack([_run_segment(cache, segment, [image])[0] for image in x])
+    result = torch.stack([_run_segment(cache, segment, [image], {})[0] for image in x])
     return result if _finite(result) else None
 
 
 def _finite(x: Tensor) -> bool:
-    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+    # By numpy, which has no threads: those of torch's OpenMP go on spinning for a while, on the kernel's cores.
+    return bool(np.isfinite(x.detach().numpy().sum())) or bool(x.isfinite().all())
 
 
 def _run_parts(cache: _Cache, traced: fx.GraphModule, x: Tensor) -> Any:
@@ -168,7 +170,8 @@ def _run_parts(cache: _Cache, traced: fx.GraphModule, x: Tensor) -> Any:
     env: dict[str, Any] = {}
     for part in cache.parts:
         if isinstance(part, Segment):
-            outputs = _run_segment(cache, part, [env[name][0] for name in part.inputs])
+            shifts = {name: env[name] for name in part.shifts}
+            outputs = _run_segment(cache, part, [env[name][0] for name in part.inputs], shifts)
             env.update((name, y[None]) for name, y in zip(part.outputs, outputs))
         elif part.op == 'placeholder':
             env[part.name] = x
@@ -185,12 +188,14 @@ def _run_parts(cache: _Cache, traced: fx.GraphModule, x: Tensor) -> Any:
 def _over(parts: list[Part]) -> dict[int, list[str]]:
     last: dict[str, int] = {}
     for part in parts:
-        reads = part.inputs if isinstance(part, Segment) else [node.name for node in part.all_input_nodes]
+        reads = (
+            [*part.inputs, *part.shifts] if isinstance(part, Segment) else [node.name for node in part.all_input_nodes]
+        )
         last.update((name, id(part)) for name in reads)
     return {id(part): [name for name, at in last.items() if at == id(part)] for part in parts}
 
 
-def _run_segment(cache: _Cache, segment: Segment, inputs: list[Tensor]) -> list[Tensor]:
+def _run_segment(cache: _Cache, segment: Segment, inputs: list[Tensor], shifts: Mapping[str, Tensor]) -> list[Tensor]:
     shapes = tuple(tuple(x.shape) for x in inputs)
     key = (segment.steps[-1].output, segment.steps[0].output, shapes)
     program = cache.programs.get(key)
@@ -201,4 +206,4 @@ def _run_segment(cache: _Cache, segment: Segment, inputs: list[Tensor]) -> list[
         cache.programs[key] = program
     if cache.arena.nbytes < program.nbytes + 64:
         cache.arena = np.empty(program.nbytes + 64, np.uint8)
-    return program.run(inputs, cache.arena, torch.get_num_threads())
+    return program.run(inputs, shifts, cache.arena, torch.get_num_threads())

@@ -124,6 +124,7 @@ class Program:
         self._values = {
             name: Value(0, *shape, self._vectors[name], self.rows[name]) for name, shape in self.shapes.items()
         }
+        self._shifts: list[tuple[npt.NDArray[Any], int, str]] = []  # where each goes, its sign and its name
         self._array = (Operation * len(self._operations))()
         for op, entry in zip(self._operations, self._array):
             entry.kind, entry.inputs, entry.factor = op.kind, len(op.inputs), op.factor
@@ -138,6 +139,10 @@ class Program:
                 entry.slope = self._keep(_slopes(op, self.shapes[op.output][0] * op.factor**2))
             if op.layer is not None:
                 self._set_weights(entry, op.layer)
+            if op.shift is not None:
+                shift = np.zeros(self.shapes[op.output][0], np.float32)
+                self._shifts.append((shift, op.sign, op.shift))
+                entry.bias = shift.ctypes.data
 
     def _set_weights(self, entry: Operation, layer: nn.Conv2d) -> None:
         kept = kept_of(layer, self._kernel)
@@ -153,14 +158,24 @@ class Program:
         self._kept_alive.append(array)
         return int(array.ctypes.data)
 
-    def run(self, inputs: list[Tensor], arena: npt.NDArray[Any], threads: int) -> list[Tensor]:
+    def run(
+        self, inputs: list[Tensor], shifts: Mapping[str, Tensor], arena: npt.NDArray[Any], threads: int
+    ) -> list[Tensor]:
         """The segment's outputs for one image.
 
         Args:
             inputs: (C, H, W) float32 of the program's shapes.
+            shifts: for each of the segment's, a number for each channel, (1, C, 1, 1) or (C, 1, 1).
             arena: :attr:`nbytes` + 64 bytes, of this call alone.
             threads: how many to use.
+
+        Raises:
+            ValueError: a shift is of another shape.
         """
+        for place, sign, name in self._shifts:
+            if shifts[name].shape[-3:] != (len(place), 1, 1):
+                raise ValueError(f'{name}: no number for each channel')
+            place[:] = sign * shifts[name].detach().numpy().ravel()
         inputs = [x.contiguous() for x in inputs]
         outputs = [torch.empty(self.shapes[name]) for name in self.segment.outputs]
         base = -(-arena.ctypes.data // 64) * 64
