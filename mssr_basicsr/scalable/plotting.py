@@ -35,6 +35,8 @@ def draw_psnr(
     for label, points in lines.items():
         axis.plot(*zip(*points), (styles or {}).get(label, 'o-'), label=label)
     axis.set(xscale='log', xlabel=sizes, ylabel='PSNR (dB)')
+    for formatter in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        formatter(lambda size, _: f'{size:g}')  # 30 and not 3 x 10^1
     axis.grid(alpha=0.3, which='both')
 
 
