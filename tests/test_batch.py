@@ -200,3 +200,18 @@ def test_ctrl_c(here: Path, file: Path) -> None:
     assert len(done) - int(found[1]) in (0, 1)  # the signal may come when an image is there, but not yet counted
     assert 'Traceback' not in said
     assert all(cv2.imread(str(path)) is not None for path in Path('out').iterdir())
+
+
+def test_standard_input_and_output(here: Path, file: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    cv2.imwrite('a.png', image)
+    assert main(['upscale', str(file), 'a.png', '-o', 'b.png']) == 0
+    command = [sys.executable, '-m', 'mssr_basicsr', 'upscale', str(file)]
+    done = subprocess.run([*command, '-', '-o', '-'], input=Path('a.png').read_bytes(), capture_output=True, check=True)
+    assert done.stdout == Path('b.png').read_bytes()
+    assert b'1 of 1 images upscaled' in done.stderr
+    failed = subprocess.run([*command, '-', '-o', '-'], input=b'no image', capture_output=True)
+    assert (failed.returncode, failed.stdout) == (1, b'')
+    assert b'standard input: not an image' in failed.stderr
+    (here / 'folder').mkdir()
+    assert main(['upscale', str(file), 'folder', '-o', '-']) == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 HELP = 'time and memory of each level on this CPU'
+EXAMPLES = ('mssr benchmark net_g.mssr --size 640x360 --threads 1',)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 HELP = 'one level as an ONNX model'
+EXAMPLES = ('mssr export net_g.mssr --onnx level4.onnx --level 4',)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

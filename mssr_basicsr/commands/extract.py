@@ -6,6 +6,10 @@ import argparse
 from pathlib import Path
 
 HELP = 'one level as a plain checkpoint, or a smaller .mssr'
+EXAMPLES = (
+    'mssr extract net_g.mssr -o level2.pth --level 2',
+    'mssr extract net_g.mssr -o small.mssr --level 3',
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 HELP = 'what the file says of itself, and the table of levels: parameters, bytes, PSNR'
+EXAMPLES = ('mssr info net_g.mssr',)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
@@ -20,14 +21,23 @@ BUILDING = ('upscale', 'benchmark', 'extract', 'export', 'plot', 'pack')  #: tho
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``mssr``, with a parser for each module of :data:`COMMANDS`.
 
-    A command's module has ``HELP``, ``add_arguments(parser)`` and ``run(arguments)``, which returns the exit status.
+    A command's module has ``HELP``, ``EXAMPLES``, ``add_arguments(parser)`` and ``run(arguments)``, which returns the
+    exit status.
     """
     parser = argparse.ArgumentParser(prog='mssr', description=__doc__)
     parser.add_argument('--version', action='version', version=f'mssr-basicsr {__version__}')
     commands = parser.add_subparsers(metavar='COMMAND', required=True)
     for name in COMMANDS:
         module = import_module(f'mssr_basicsr.commands.{name}')
-        command = commands.add_parser(name, help=module.HELP, description=module.run.__doc__.replace('``', ''))
+        description = module.run.__doc__.replace('``', '')
+        examples = 'examples:\n  ' + '\n  '.join(module.EXAMPLES)
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=textwrap.fill(description),
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         module.add_arguments(command)
         command.add_argument('--debug', action='store_true', help='show the traceback of an error')
         if name in BUILDING:

@@ -9,6 +9,7 @@ from pathlib import Path
 from mssr_basicsr.commands import info
 
 HELP = 'make a .mssr file of a checkpoint'
+EXAMPLES = ('mssr pack net_g_latest.pth --opt backward.yml -o net_g.mssr --dtype int8 --gt Set5/',)
 
 _DTYPES = {'fp32': 'F32', 'fp16': 'F16', 'bf16': 'BF16', 'int8': 'I8'}
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 HELP = 'PSNR over size or time'
+EXAMPLES = ('mssr plot net_g.mssr other.mssr -o psnr.png',)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import re
 import sys
+import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +20,12 @@ from mssr_basicsr.foundation.checks import OptionError, require_int
 from mssr_basicsr.sparse import ENGINES
 
 HELP = 'upscale an image or a folder'
+EXAMPLES = (
+    'mssr upscale net_g.mssr photo.jpg -o large.png --level 4',
+    'mssr upscale net_g.mssr photos/ -o large/ --budget 200KB',
+    'mssr upscale net_g.mssr lq/ -o sr/ --gt gt/ --json',
+    'curl -s URL | mssr upscale net_g.mssr - -o - > large.png',
+)
 _UNITS = {'': 1, 'B': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9, 'KIB': 2**10, 'MIB': 2**20, 'GIB': 2**30}
 
 
@@ -33,12 +41,13 @@ def parse_size(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('file', metavar='FILE.mssr', type=Path)
-    parser.add_argument('input', type=Path, help='an image, or a folder of images')
+    parser.add_argument('input', type=Path, help='an image, a folder of images, or - for an image from standard input')
     parser.add_argument(
         '-o',
         '--output',
         required=True,
-        help='an image, or a folder to write PNGs into; files that exist are overwritten, but never an input',
+        help='an image, a folder to write PNGs into, or - for a PNG to standard output; files that exist are '
+        'overwritten, but never an input',
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument('--level', type=int, help='default: the largest that is there')
@@ -56,6 +65,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """``mssr upscale``: an image, or every image of a folder, at the level or within the bytes asked for."""
+    with tempfile.TemporaryDirectory() as folder:
+        received, sent = Path(folder, 'standard input'), Path(folder, 'standard output.png')
+        if str(arguments.input) == '-':
+            received.write_bytes(sys.stdin.buffer.read())
+            arguments.input = received
+        if arguments.output != '-':
+            return _upscale(arguments)
+        if arguments.input.is_dir():
+            raise OptionError('--output', '-', 'a folder, as the input is one')
+        arguments.output = str(sent)
+        with contextlib.redirect_stdout(sys.stderr):
+            status = _upscale(arguments)
+        if status == 0:
+            sys.stdout.buffer.write(sent.read_bytes())
+        return status
+
+
+def _upscale(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from mssr_basicsr import ScalableModel

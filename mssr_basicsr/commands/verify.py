@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 HELP = 'check every byte that is there'
+EXAMPLES = ('mssr verify net_g.mssr',)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
