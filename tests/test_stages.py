@@ -117,6 +117,9 @@ def test_the_forward_stage(forward_opt: dict[str, Any], run: Run, monkeypatch: p
         events.Tags()['scalars']
     )
     assert [event.step for event in events.Scalars('levels/toyval/psnr')][:3] == [0, 1, 2]
+    assert {f'metrics/toyval/psnr_level{level}' for level in range(3)} <= set(events.Tags()['scalars'])
+    (layout,) = events.Tensors('custom_scalars__config__')
+    assert rb'^metrics/(toyval/)?psnr_level\d+$' in layout.tensor_proto.string_val[0]
 
 
 def test_the_rewind_point_is_the_weights_at_rewind_iter(

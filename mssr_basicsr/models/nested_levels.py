@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,7 @@ class NestedLevels(Base):
         self._val_precision = check_precision('val.precision', val_opt.get('precision', 'fp32'))
         self.records: dict[int, LevelRecord] = {}
         self._measured: dict[str, float] = {}
+        self._charts: dict[str, Any] = {}
         super().__init__(opt)
 
     @property
@@ -86,7 +88,7 @@ class NestedLevels(Base):
             for level in levels:
                 self.set_level(level)
                 with self._reported_apart(dataloader.dataset.opt, level, len(levels) > 1):
-                    tags = _LevelTags(tb_logger, f'_level{level}') if tb_logger and len(levels) > 1 else tb_logger
+                    tags = _LevelTags(tb_logger, f'_level{level}') if tb_logger else tb_logger
                     super().validation(dataloader, current_iter, tags, save_img)
                 self._record_validation(level, name, tb_logger)
         self.write_records()
@@ -137,6 +139,20 @@ class NestedLevels(Base):
                 tb_logger.add_scalar(f'levels/{name}/{metric}', value, level)
             for layer, density in record['layer_density'].items():
                 tb_logger.add_scalar(f'layer_density/{layer}', density, level)
+            self._chart_levels(name, tb_logger)
+
+    def _chart_levels(self, name: str, tb_logger: Any) -> None:
+        """Under TensorBoard's custom scalars, a chart for each metric of a validation set, with a line for each level.
+
+        Its tags are those of :class:`_LevelTags`; video classes leave the set's name out.
+        """
+        charts = {
+            f'{name} {metric}': ['Multiline', [rf'^metrics/({re.escape(name)}/)?{re.escape(metric)}_level\d+$']]
+            for metric in self._measured
+        }
+        if not charts.keys() <= self._charts.keys():
+            self._charts.update(charts)
+            tb_logger.add_custom_scalars({'levels': self._charts})
 
     def validate_now(self, current_iter: int) -> None:
         """Validate out of turn on every validation set, where there is one."""
@@ -200,13 +216,14 @@ class NestedLevels(Base):
 
 
 class _LevelTags:
-    """A TensorBoard writer whose tags carry the level, where the model class has not put the set's name into them."""
+    """A TensorBoard writer whose tags end in the level, as in ``metrics/Set5/psnr_level2``."""
 
     def __init__(self, tb_logger: Any, suffix: str) -> None:
         self._tb_logger, self._suffix = tb_logger, suffix
 
     def add_scalar(self, tag: str, *args: Any, **kwargs: Any) -> None:
-        self._tb_logger.add_scalar(tag if self._suffix in tag else tag + self._suffix, *args, **kwargs)
+        # Where several levels are validated, the set's name has the level too.
+        self._tb_logger.add_scalar(tag.replace(self._suffix, '') + self._suffix, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tb_logger, name)
