@@ -7,8 +7,8 @@
  * pixel to the right is the same lane of the next vector. Shifts by a pixel are therefore other, aligned vectors; only
  * beyond the ends (j = -1 and j = S) a vector is another one moved by a lane. Pixels from W on are zero. Pixel shuffle
  * and nearest upsampling by r move whole vectors (vector j to r * j + dx), and cost nothing. A value is
- * [rows][channels][S][LANES]; it may have fewer rows than the image, row y then being at y % rows: rows that nobody
- * needs any more are overwritten.
+ * [rows][channels][S][LANES], with ROW_GAP vectors after each row; it may have fewer rows than the image, row y then
+ * being at y % rows: rows that nobody needs any more are overwritten.
  *
  * Convolution. The output is made in tiles of ROWS x VECTORS vectors, which are the accumulators. What a tile sees of
  * the input, all channels, is copied to a thread's own memory, padding included. Input channels are taken in blocks
@@ -33,6 +33,7 @@
 #define TILE_VECTORS ((ROWS + 2) * TILE_WIDTH) /* of a channel of the input tile */
 #define ACCUMULATORS (ROWS * VECTORS)
 #define MAX_INPUTS 8
+#define ROW_GAP 5 /* else the rows of a tile would often be at the same places of the caches */
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
 #define EXPORT(name) __attribute__((visibility("default"))) PASTE(name, NAME)
@@ -80,7 +81,8 @@ struct run {
 
 static vec *row_of(const struct value *value, int32_t channel, int32_t y)
 {
-    return value->data + ((size_t)(y % value->rows) * (size_t)value->channels + (size_t)channel) * (size_t)value->vectors;
+    size_t vectors = (size_t)value->vectors, row = (size_t)value->channels * vectors + ROW_GAP;
+    return value->data + (size_t)(y % value->rows) * row + (size_t)channel * vectors;
 }
 
 /* The vector of pixels one lane to the right (by = 1) or to the left (by = -1); zero beyond the end. */
@@ -312,10 +314,11 @@ int EXPORT(mssr_run_)(const struct operation *operations, int32_t num_operations
     return atomic_load(&run.failed) ? 1 : 0;
 }
 
-/* Shape of the tiles, which a weight's offset depends on: lanes, rows, vectors across. */
+/* Shape of the tiles, which a weight's offset depends on (lanes, rows, vectors across), and the gap between rows. */
 void EXPORT(mssr_tile_)(int32_t *shape)
 {
     shape[0] = LANES;
     shape[1] = ROWS;
     shape[2] = VECTORS;
+    shape[3] = ROW_GAP;
 }

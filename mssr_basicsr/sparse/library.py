@@ -64,6 +64,7 @@ class Kernel(NamedTuple):
     lanes: int  #: floats in a vector
     rows: int  #: of a tile
     vectors: int  #: of a row of a tile
+    gap: int  #: vectors between the rows of a value in memory
 
     @property
     def block(self) -> int:
@@ -91,7 +92,7 @@ def kernel() -> Kernel | None:
     simd = os.environ.get('MSSR_SIMD') or allowed[0]
     if simd not in allowed:
         raise ValueError(f'MSSR_SIMD: found {simd!r}; allowed: {", ".join(allowed)}')
-    shape = (ctypes.c_int32 * 3)()
+    shape = (ctypes.c_int32 * 4)()
     getattr(library, f'mssr_tile_{simd}')(shape)
     run = getattr(library, f'mssr_run_{simd}')
     run.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]

@@ -118,7 +118,8 @@ class Program:
         self.nbytes, offsets = 0, {}
         for name, (channels, _, _) in self.shapes.items():
             offsets[name] = self.nbytes
-            size = channels * self.rows[name] * self._vectors[name] * self._kernel.lanes * 4
+            row = channels * self._vectors[name] + self._kernel.gap
+            size = self.rows[name] * row * self._kernel.lanes * 4
             self.nbytes += -(-size // 64) * 64
         self._offsets = offsets
         self._values = {

@@ -29,7 +29,7 @@ static void *allocate(size_t bytes)
 static struct value new_value(int32_t channels, int32_t height, int32_t width)
 {
     struct value v = {NULL, channels, height, width, (width + LANES - 1) / LANES, height, 0};
-    v.data = allocate((size_t)channels * (size_t)height * (size_t)v.vectors * sizeof(vec));
+    v.data = allocate((size_t)height * ((size_t)channels * (size_t)v.vectors + ROW_GAP) * sizeof(vec));
     return v;
 }
 
@@ -99,7 +99,7 @@ static double check_one(void)
 
 int main(void)
 {
-    int32_t shape[3];
+    int32_t shape[4];
     mssr_tile_checked(shape);
     double worst = 0;
     for (int i = 0; i < 300; i++)
