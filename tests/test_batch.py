@@ -213,5 +213,11 @@ def test_standard_input_and_output(here: Path, file: Path) -> None:
     failed = subprocess.run([*command, '-', '-o', '-'], input=b'no image', capture_output=True)
     assert (failed.returncode, failed.stdout) == (1, b'')
     assert b'standard input: not an image' in failed.stderr
+    command += ['-', '-o', '-', '--json']
+    reported = subprocess.run(command, input=Path('a.png').read_bytes(), capture_output=True)
+    assert b'"input": "-",' in reported.stderr and b'"output": "-",' in reported.stderr
     (here / 'folder').mkdir()
-    assert main(['upscale', str(file), 'folder', '-o', '-']) == 1
+    for arguments in (['folder', '-o', '-'], ['-', '-o', 'folder'], ['-', '-o', 'c.png', '--gt', 'folder']):
+        assert main(['upscale', str(file), *arguments]) == 1
+    Path('-').write_bytes(Path('a.png').read_bytes())
+    assert main(['upscale', str(file), './-', '-o', 'c.png']) == 0

@@ -133,6 +133,53 @@ def test_shifts(shape: tuple[int, ...]) -> None:
         assert_close(sparse(x), dense(x))
 
 
+class Odd(nn.Module):
+    """Forwards that the runtime could take for what they are not."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b, self.up = (nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 20), (20, 3), (20, 12)))
+        self.register_buffer('mean', torch.rand(1, 3, 1, 1))
+        self.register_buffer('bytes', torch.ones(1, 3, 1, 1, dtype=torch.uint8))
+        self.register_buffer('precise', torch.rand(1, 3, 1, 1, dtype=torch.float64))
+        self.register_buffer('five', torch.rand(1, 1, 3, 1, 1))
+
+    def forward(self, x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        y = self.a(x)
+        if self.kind == 'rounded division':
+            return self.b(torch.div(y * 50, 2, rounding_mode='floor'))
+        if self.kind == 'alias':
+            z = y
+            y += 0.5
+            return self.b(y + z)
+        if self.kind == 'second argument':
+            return self.b(y) * factor
+        if self.kind == 'upsampled input':
+            y = y * y.mean((2, 3), keepdim=True).sigmoid()
+            return nn.functional.pixel_shuffle(self.up(y), 2) + nn.functional.interpolate(x, scale_factor=2)
+        return self.b(y) - getattr(self, self.kind)  # type: ignore[no-any-return]
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    'kind',
+    ['rounded division', 'alias', 'second argument', 'upsampled input', 'mean', 'bytes', 'precise', 'five'],
+)
+def test_what_is_not_what_it_seems(kind: str) -> None:
+    torch.manual_seed(0)
+    sparse = Odd(kind).eval()
+    dense = sparsify(sparse, 0.3)
+    with torch.no_grad():
+        for width in (16, 21, 16):
+            x = torch.rand(2 if kind != 'five' else 1, 3, 9, width)
+            found, expected = sparse(x), dense(x)
+            assert found.dtype == expected.dtype
+            assert_close(found, expected)
+        sparse.mean = dense.mean = torch.rand(1, 3, 1, 1)  # another tensor than the one that was traced
+        assert_close(sparse(x), dense(x))
+
+
 def steps_of(model: nn.Module) -> list[Step]:
     """The steps of a network that is one segment, around which torch computes nothing from an image."""
     traced = trace(model)

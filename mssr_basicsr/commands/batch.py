@@ -40,7 +40,7 @@ def plan_batch(
     """
     inputs, passed_over = _list(source, readable)
     target = Path(output)
-    if _is_folder(output):
+    if is_folder(output):
         targets = _names_in(target, inputs)
     elif target.suffix.lower() not in writable:
         if source.is_dir():
@@ -79,7 +79,8 @@ def _list(source: Path, readable: Sequence[str]) -> tuple[list[Path], list[Path]
     return images, [path for path in files if path not in images]
 
 
-def _is_folder(output: str) -> bool:
+def is_folder(output: str) -> bool:
+    """Whether an output of this name is a folder, there or not."""
     separators = (os.sep, os.altsep or os.sep)
     return output.endswith(separators) or Path(output).is_dir() or not Path(output).suffix
 

@@ -13,8 +13,9 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from mssr_basicsr.commands.batch import is_folder
 from mssr_basicsr.commands.errors import one_line
 from mssr_basicsr.foundation.checks import OptionError, require_int
 from mssr_basicsr.sparse import ENGINES
@@ -41,7 +42,7 @@ def parse_size(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('file', metavar='FILE.mssr', type=Path)
-    parser.add_argument('input', type=Path, help='an image, a folder of images, or - for an image from standard input')
+    parser.add_argument('input', help='an image, a folder of images, or - for an image from standard input')
     parser.add_argument(
         '-o',
         '--output',
@@ -66,23 +67,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """``mssr upscale``: an image, or every image of a folder, at the level or within the bytes asked for."""
     with tempfile.TemporaryDirectory() as folder:
-        received, sent = Path(folder, 'standard input'), Path(folder, 'standard output.png')
-        if str(arguments.input) == '-':
-            received.write_bytes(sys.stdin.buffer.read())
-            arguments.input = received
-        if arguments.output != '-':
-            return _upscale(arguments)
-        if arguments.input.is_dir():
-            raise OptionError('--output', '-', 'a folder, as the input is one')
-        arguments.output = str(sent)
-        with contextlib.redirect_stdout(sys.stderr):
-            status = _upscale(arguments)
-        if status == 0:
-            sys.stdout.buffer.write(sent.read_bytes())
+        source, output = Path(arguments.input), arguments.output
+        names = {}  # of files in the temporary folder, for people
+        if arguments.input == '-':
+            if arguments.gt is not None:
+                raise OptionError('--gt', str(arguments.gt), 'nothing, with an image from standard input')
+            source = Path(folder, 'standard input')
+            names[source] = '-'
+            source.write_bytes(_stream('stdin').read())
+        if output == '-':
+            if source.is_dir():
+                raise OptionError('--output', output, 'a folder, as the input is one')
+            _stream('stdout')
+            output = str(Path(folder, 'standard output.png'))
+            names[Path(output)] = '-'
+        elif source in names and is_folder(output):
+            raise OptionError('--output', output, 'an image, or -, as the input is standard input')
+        with contextlib.redirect_stdout(sys.stderr if Path(output) in names else sys.stdout):
+            status = _upscale(arguments, source, output, names)
+        if status == 0 and Path(output) in names:
+            _stream('stdout').write(Path(output).read_bytes())
         return status
 
 
-def _upscale(arguments: argparse.Namespace) -> int:
+def _stream(name: str) -> BinaryIO:
+    """Standard input or output, for bytes; ValueError if it is closed."""
+    stream: BinaryIO | None = getattr(getattr(sys, name), 'buffer', None)
+    if stream is None:
+        raise ValueError(f'-: {name} is closed')
+    return stream
+
+
+def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Mapping[Path, str]) -> int:
     from tqdm import tqdm
 
     from mssr_basicsr import ScalableModel
@@ -100,10 +116,10 @@ def _upscale(arguments: argparse.Namespace) -> int:
         require_int('--tile', arguments.tile, 0)
     truths = _truths(arguments.gt)
     others = [arguments.file, *truths.values()]
-    jobs, passed_over = plan_batch(arguments.input, arguments.output, SUFFIXES, WRITABLE_SUFFIXES, others)
+    jobs, passed_over = plan_batch(source, output, SUFFIXES, WRITABLE_SUFFIXES, others)
     if passed_over:
-        names = ', '.join(path.name for path in passed_over[:3]) + (', ...' if len(passed_over) > 3 else '')
-        print(f'mssr: passed over in {arguments.input}, no images by their names: {names}', file=sys.stderr)
+        some = ', '.join(path.name for path in passed_over[:3]) + (', ...' if len(passed_over) > 3 else '')
+        print(f'mssr: passed over in {source}, no images by their names: {some}', file=sys.stderr)
     device = _device(arguments.device)
     engine = arguments.engine if device.startswith('cpu') else 'torch'
     with ScalableModel(arguments.file, arguments.level, max_bytes=arguments.budget, engine=engine) as model:
@@ -118,8 +134,12 @@ def _upscale(arguments: argparse.Namespace) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         lost = picture.lost + write_image(target, result, picture.icc)
         if lost:
-            tqdm.write(f'mssr: {target}: not kept: {"; ".join(lost)}', file=sys.stderr)
-        record: dict[str, Any] = {'input': str(source), 'output': str(target), 'lost': lost}
+            tqdm.write(f'mssr: {names.get(target, target)}: not kept: {"; ".join(lost)}', file=sys.stderr)
+        record: dict[str, Any] = {
+            'input': names.get(source, str(source)),
+            'output': names.get(target, str(target)),
+            'lost': lost,
+        }
         if arguments.gt is not None:
             truth = read_image(_truth(arguments.gt, truths, source)).pixels
             record.update(metrics(result, truth, header.scale))

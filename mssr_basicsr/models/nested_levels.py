@@ -88,7 +88,7 @@ class NestedLevels(Base):
             for level in levels:
                 self.set_level(level)
                 with self._reported_apart(dataloader.dataset.opt, level, len(levels) > 1):
-                    tags = _LevelTags(tb_logger, f'_level{level}') if tb_logger else tb_logger
+                    tags = _LevelTags(tb_logger, name, level) if tb_logger else tb_logger
                     super().validation(dataloader, current_iter, tags, save_img)
                 self._record_validation(level, name, tb_logger)
         self.write_records()
@@ -218,12 +218,13 @@ class NestedLevels(Base):
 class _LevelTags:
     """A TensorBoard writer whose tags end in the level, as in ``metrics/Set5/psnr_level2``."""
 
-    def __init__(self, tb_logger: Any, suffix: str) -> None:
-        self._tb_logger, self._suffix = tb_logger, suffix
+    def __init__(self, tb_logger: Any, name: str, level: int) -> None:
+        self._tb_logger, self._name, self._suffix = tb_logger, name, f'_level{level}'
 
     def add_scalar(self, tag: str, *args: Any, **kwargs: Any) -> None:
         # Where several levels are validated, the set's name has the level too.
-        self._tb_logger.add_scalar(tag.replace(self._suffix, '') + self._suffix, *args, **kwargs)
+        plain = tag.replace(f'/{self._name}{self._suffix}/', f'/{self._name}/')
+        self._tb_logger.add_scalar(plain + self._suffix, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tb_logger, name)

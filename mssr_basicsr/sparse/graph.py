@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any, Union
 
 import torch
@@ -92,8 +93,8 @@ def _attributes_kept(network: nn.Module) -> Iterator[None]:
 
 
 def trace(network: nn.Module) -> fx.GraphModule | None:
-    """The network's graph, or None where it cannot be had: its forward looks at values or shapes, or writes in place
-    to what is read again. One thread may trace at a time; others may run networks meanwhile.
+    """The network's graph, or None where it cannot be had: its forward looks at values or shapes, takes more than the
+    image, or writes in place to what is read again. One thread may trace at a time; others may run networks meanwhile.
     """
     tracer = _Tracer()
     # An accelerated network has its class's own forward under this name.
@@ -106,6 +107,8 @@ def trace(network: nn.Module) -> fx.GraphModule | None:
             network.__dict__.update(constants)
             traced = fx.GraphModule(network, graph)
     except Exception:  # whatever a forward does with symbols
+        return None
+    if sum(node.op == 'placeholder' for node in graph.nodes) > 1:
         return None
     return None if any(_overwrites(traced, node) for node in graph.nodes) else traced
 
@@ -141,15 +144,31 @@ def plan(traced: fx.GraphModule, runs_sparse: RunsSparse) -> list[Part]:
     return _in_segments(waiting)
 
 
+def _given(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``F.interpolate`` that are not its defaults: torch.fx shows all."""
+    defaults = {'antialias': False, 'recompute_scale_factor': False}
+    return {key: v for key, v in kwargs.items() if v is not None and (key not in defaults or v is not defaults[key])}
+
+
 _ADD = (operator.add, operator.iadd, torch.add, '.add', '.add_')
 _SUBTRACT = (operator.sub, operator.isub, torch.sub)
 
 
-def _is_constant(node: fx.Node) -> bool:
-    """Whether it is a tensor of the network's, such as the mean colour, or one that is converted."""
-    if node.op == 'call_method' and node.target in ('type_as', 'to') and isinstance(node.args[0], fx.Node):
-        return _is_constant(node.args[0])
-    return node.op == 'get_attr'
+def _is_shift(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether it is a tensor of the network's with a number for each of several channels, such as the mean colour."""
+    if node.op == 'call_method' and node.target == 'type_as':
+        of, to = node.args
+        return isinstance(to, fx.Node) and to.op == 'placeholder' and isinstance(of, fx.Node) and _is_shift(traced, of)
+    if node.op != 'get_attr':
+        return False
+    tensor = attrgetter(str(node.target))(traced)
+    shape = tuple(tensor.shape)
+    return (
+        tensor.dtype == torch.float32
+        and shape[-2:] == (1, 1)
+        and shape in ((1, *shape[-3:]), shape[-3:])
+        and shape[-3] > 1
+    )
 
 
 def _step(traced: fx.GraphModule, node: fx.Node, steps: dict[str, Step], runs_sparse: RunsSparse) -> Step | None:
@@ -158,6 +177,8 @@ def _step(traced: fx.GraphModule, node: fx.Node, steps: dict[str, Step], runs_sp
     target = node.target if node.op == 'call_function' else f'.{node.target}' if node.op == 'call_method' else module
     arguments = [a for a in node.args if isinstance(a, fx.Node)]
     name = node.name
+    if node.kwargs and target not in (torch.cat, F.interpolate):  # such as torch.div's rounding_mode
+        return None
     if isinstance(module, nn.Conv2d):
         return Step(CONVOLUTION, name, (arguments[0].name,), module) if runs_sparse(module) else None
     if target in (operator.mul, operator.imul, torch.mul) and len(arguments) == 1:
@@ -170,7 +191,7 @@ def _step(traced: fx.GraphModule, node: fx.Node, steps: dict[str, Step], runs_sp
         if isinstance(divisor, (int, float)) and divisor and arguments[0].name in steps:
             return Step(SUM, name, (arguments[0].name,), scale=1 / divisor)
         return None
-    if target in (*_ADD, *_SUBTRACT) and len(arguments) == 2 and not node.kwargs and _is_constant(arguments[1]):
+    if target in (*_ADD, *_SUBTRACT) and len(node.args) == len(arguments) == 2 and _is_shift(traced, arguments[1]):
         if arguments[0].name in steps or arguments[0].op == 'placeholder':
             sign = -1 if target in _SUBTRACT else 1
             return Step(SUM, name, (arguments[0].name,), shift=arguments[1].name, sign=sign)
@@ -197,7 +218,7 @@ def _step(traced: fx.GraphModule, node: fx.Node, steps: dict[str, Step], runs_sp
         return None
     first = arguments[0].name
     if target in _ADD and len(node.args) == len(arguments) == 2:
-        return None if node.kwargs else Step(SUM, name, (arguments[1].name,), residual=first)
+        return Step(SUM, name, (arguments[1].name,), residual=first)
     if isinstance(module, nn.ReLU) or target in (F.relu, torch.relu):
         return Step(SUM, name, (first,), activation=RELU)
     if isinstance(module, nn.LeakyReLU):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,18 +19,18 @@ from mssr_basicsr.sparse.program import Program
 from mssr_basicsr.sparse.table import is_small
 
 _MAX_PROGRAMS = 64  # are kept: for a few sizes of images and tiles
-_UNTRACED: Any = object()
 
 
 class _Cache:
     """What is known of one module, in one thread: nothing but the graph is shared, so nothing else is locked."""
 
     def __init__(self) -> None:
-        self.traced: fx.GraphModule | None = _UNTRACED
+        self.traced: fx.GraphModule | None = None
         self.parts: list[Part] | None = None
         self.over: dict[int, list[str]] = {}  # names that nobody reads after a part
         self.state: Any = None
         self.programs: dict[Any, Program] = {}
+        self.given_up: set[Any] = set()  # shapes of images that torch would broadcast, or lay out in another way
         self.arena = np.empty(0, np.uint8)
 
 
@@ -57,6 +58,7 @@ def _cache_of(module: nn.Module) -> _Cache:
     if not same or any(a is not b and a != b for a, b in zip(state, cache.state)):
         cache.parts, cache.state = None, state
         cache.programs.clear()
+        cache.given_up.clear()
     return cache
 
 
@@ -85,12 +87,42 @@ def usable(module: nn.Module, x: Any) -> bool:
     )
 
 
-def _graph_of(network: nn.Module) -> fx.GraphModule | None:
-    """The network's graph, traced once, whichever thread runs it first."""
+def _graph_of(network: nn.Module, x: Tensor) -> fx.GraphModule | None:
+    """The network's graph, traced once, whichever thread runs it first, and again if a tensor in it is replaced."""
     with _graphs_lock:
-        if network not in _graphs:
-            _graphs[network] = trace(network)
+        traced = _graphs.get(network)
+        if network not in _graphs or (traced is not None and not _has_constants_of(traced, network)):
+            traced = trace(network)
+            _graphs[network] = traced if traced is not None and _computes_the_same(traced, network, x) else None
         return _graphs[network]
+
+
+def _has_constants_of(traced: fx.GraphModule, network: nn.Module) -> bool:
+    for node in traced.graph.nodes:
+        if node.op == 'get_attr':
+            get = attrgetter(str(node.target))
+            now, then = get(network), get(traced)
+            if now is not then and (now.dtype != then.dtype or now.shape != then.shape or not torch.equal(now, then)):
+                return False
+    return True
+
+
+def _computes_the_same(traced: fx.GraphModule, network: nn.Module, x: Tensor) -> bool:
+    """Whether the graph gives, on the corner of an image, what the network gives: a trace does not see everything.
+
+    ``z = y; y += 1`` changes ``z`` in torch, but not in a trace.
+    """
+    corner, cache = x[:1, :, :48, :48], _Cache()
+    try:
+        expected: Tensor = type(network).plain_forward(network, corner)  # type: ignore[attr-defined]
+        cache.parts = plan(traced, runs_sparse)
+        cache.over = _over(cache.parts)
+        found = _run_parts(cache, traced, corner)
+        if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            return False
+        return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max()) or not _finite(expected)
+    except Exception:  # whatever a forward, or a shape, raises
+        return False
 
 
 def _accelerated(base: type[nn.Module]) -> type[nn.Module]:
@@ -132,18 +164,17 @@ def _run(network: nn.Module, x: Tensor) -> Tensor | None:
     """What the network makes of ``x``; None where torch must compute it."""
     if not any(isinstance(layer, SparseConv2d) for layer in network.modules()) or not _finite(x):
         return None
-    cache = _cache_of(network)
-    if cache.traced is _UNTRACED:
-        cache.traced = _graph_of(network)
-    if cache.traced is None:
+    cache, traced = _cache_of(network), _graph_of(network, x)
+    if traced is None or x.shape[1:] in cache.given_up:
         return None
-    if cache.parts is None:
-        cache.parts = plan(cache.traced, runs_sparse)
+    if cache.parts is None or cache.traced is not traced:
+        cache.programs.clear()
+        cache.traced, cache.parts = traced, plan(traced, runs_sparse)
         cache.over = _over(cache.parts)
     try:
-        images = [_run_parts(cache, cache.traced, image[None]) for image in x]
-    except ValueError:  # shapes that torch would broadcast
-        cache.traced = None
+        images = [_run_parts(cache, traced, image[None]) for image in x]
+    except ValueError:
+        cache.given_up.add(x.shape[1:])
         return None
     result = images[0] if len(images) == 1 else torch.cat(images)
     return result if _finite(result) else None
@@ -160,8 +191,12 @@ def run_layer(layer: SparseConv2d, x: Any) -> Tensor | None:
 
 
 def _finite(x: Tensor) -> bool:
-    # By numpy, which has no threads: those of torch's OpenMP go on spinning for a while, on the kernel's cores.
-    return bool(np.isfinite(x.detach().numpy().sum())) or bool(x.isfinite().all())
+    if x.dtype == torch.float32 and not x.is_neg():
+        # By numpy, which has no threads: those of torch's OpenMP go on spinning for a while, on the kernel's cores.
+        with np.errstate(all='ignore'):
+            if np.isfinite(x.detach().numpy().sum()):
+                return True
+    return bool(x.isfinite().all())
 
 
 def _run_parts(cache: _Cache, traced: fx.GraphModule, x: Tensor) -> Any:
