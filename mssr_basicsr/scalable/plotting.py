@@ -35,8 +35,6 @@ def draw_psnr(
     for label, points in lines.items():
         axis.plot(*zip(*points), (styles or {}).get(label, 'o-'), label=label)
     axis.set(xscale='log', xlabel=sizes, ylabel='PSNR (dB)')
-    for formatter in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-        formatter(lambda size, _: f'{size:g}')  # 30 and not 3 x 10^1
     axis.grid(alpha=0.3, which='both')
 
 
@@ -80,6 +78,8 @@ def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
             draw_psnr(axis, {f'{name}, {Path(path).stem}': points}, sizes)
             for row, point in zip(rows, points):
                 axis.annotate(f'{row["level"]}', point, textcoords='offset points', xytext=(4, 5))
+    for set_formatter in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        set_formatter(lambda size, _: f'{size:g}')  # 30 and not 3 x 10^1
     axis.legend()
     save_figure(figure, output)
 
