@@ -73,11 +73,15 @@ def _measure(network: nn.Module, dense: nn.Module, x: Tensor, rounds: int) -> di
     }
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    # The threads of what ran before go on spinning for a while. To sleep until then would cool the caches.
+def calm_down() -> None:
+    """Let the threads of what ran before end their spinning, without sleeping, which would cool the caches."""
     until = time.perf_counter() + 0.03
     while time.perf_counter() < until:
         pass
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    calm_down()
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

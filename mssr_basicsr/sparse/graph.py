@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from typing import Any, Union
 
 import torch
@@ -52,7 +51,11 @@ class Segment:
     steps: list[Step]
     inputs: list[str] = field(default_factory=list)  #: images that torch computed
     outputs: list[str] = field(default_factory=list)  #: what torch reads, or the network returns
-    shifts: list[str] = field(default_factory=list)  #: numbers for each channel that torch computed
+
+    @property
+    def shifts(self) -> list[str]:
+        """Numbers for each channel that torch computed."""
+        return list(dict.fromkeys(step.shift for step in self.steps if step.shift is not None))
 
 
 Part = Union[fx.Node, Segment]
@@ -161,7 +164,7 @@ def _is_shift(traced: fx.GraphModule, node: fx.Node) -> bool:
         return isinstance(to, fx.Node) and to.op == 'placeholder' and isinstance(of, fx.Node) and _is_shift(traced, of)
     if node.op != 'get_attr':
         return False
-    tensor = attrgetter(str(node.target))(traced)
+    tensor = operator.attrgetter(str(node.target))(traced)
     shape = tuple(tensor.shape)
     return (
         tensor.dtype == torch.float32
@@ -301,7 +304,6 @@ def _in_segments(waiting: list[fx.Node | Step]) -> list[Part]:
             made = {step.output for step in part.steps}
             read = dict.fromkeys(name for step in part.steps for name in step.reads)
             part.inputs = [name for name in read if name not in made]
-            part.shifts = list(dict.fromkeys(step.shift for step in part.steps if step.shift is not None))
             later: set[str] = set()
             for other in parts[i + 1 :]:
                 later.update(other.inputs if isinstance(other, Segment) else (n.name for n in other.all_input_nodes))

@@ -33,6 +33,12 @@ class _Cache:
         self.given_up: set[Any] = set()  # shapes of images that torch would broadcast, or lay out in another way
         self.arena = np.empty(0, np.uint8)
 
+    def plan(self, traced: fx.GraphModule) -> None:
+        """Make ready to run this graph, with the layers' forms as they are."""
+        self.programs.clear()
+        self.traced, self.parts = traced, plan(traced, runs_sparse)
+        self.over = _over(self.parts)
+
 
 class _Local(threading.local):
     def __init__(self) -> None:
@@ -115,14 +121,17 @@ def _computes_the_same(traced: fx.GraphModule, network: nn.Module, x: Tensor) ->
     corner, cache = x[:1, :, :48, :48], _Cache()
     try:
         expected: Tensor = type(network).plain_forward(network, corner)  # type: ignore[attr-defined]
-        cache.parts = plan(traced, runs_sparse)
-        cache.over = _over(cache.parts)
-        found = _run_parts(cache, traced, corner)
+        cache.plan(traced)
+        found = _run_parts(cache, corner)
         if (found.shape, found.dtype) != (expected.shape, expected.dtype):
             return False
         return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max()) or not _finite(expected)
     except Exception:  # whatever a forward, or a shape, raises
         return False
+    finally:  # layers that ran by themselves each have an arena now, which the graph has no use for
+        for layer in network.modules():
+            if layer is not network:
+                _local.caches.pop(layer, None)
 
 
 def _accelerated(base: type[nn.Module]) -> type[nn.Module]:
@@ -168,11 +177,9 @@ def _run(network: nn.Module, x: Tensor) -> Tensor | None:
     if traced is None or x.shape[1:] in cache.given_up:
         return None
     if cache.parts is None or cache.traced is not traced:
-        cache.programs.clear()
-        cache.traced, cache.parts = traced, plan(traced, runs_sparse)
-        cache.over = _over(cache.parts)
+        cache.plan(traced)
     try:
-        images = [_run_parts(cache, traced, image[None]) for image in x]
+        images = [_run_parts(cache, image[None]) for image in x]
     except ValueError:
         cache.given_up.add(x.shape[1:])
         return None
@@ -199,9 +206,9 @@ def _finite(x: Tensor) -> bool:
     return bool(x.isfinite().all())
 
 
-def _run_parts(cache: _Cache, traced: fx.GraphModule, x: Tensor) -> Any:
-    assert cache.parts is not None
-    interpreter = fx.Interpreter(traced, garbage_collect_values=False)
+def _run_parts(cache: _Cache, x: Tensor) -> Any:
+    assert cache.traced is not None and cache.parts is not None
+    interpreter = fx.Interpreter(cache.traced, garbage_collect_values=False)
     env: dict[str, Any] = {}
     for part in cache.parts:
         if isinstance(part, Segment):

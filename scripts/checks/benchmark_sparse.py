@@ -22,6 +22,7 @@ import torch
 from basicsr.archs import build_network
 from torch import nn
 
+from mssr_basicsr.scalable.measuring import calm_down
 from mssr_basicsr.sparse.layers import ABSENT, SparseConv2d, eligible, make_sparse
 from mssr_basicsr.sparse.library import engine_name
 from mssr_basicsr.sparse.network import accelerate
@@ -68,13 +69,6 @@ def onnx_runtime(network: nn.Module, x: torch.Tensor, threads: int) -> Callable[
         torch.onnx.export(network, (x,), path, input_names=['x'], dynamo=True, external_data=False, verbose=False)
         session = onnxruntime.InferenceSession(path, options)
     return lambda: session.run(None, {'x': x.numpy()})
-
-
-def calm_down() -> None:
-    """Let the threads of what ran before end their spinning, without sleeping, which would cool the caches."""
-    until = time.perf_counter() + 0.03
-    while time.perf_counter() < until:
-        pass
 
 
 @torch.no_grad()
