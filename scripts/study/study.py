@@ -242,6 +242,7 @@ def long() -> list[Run]:
     """
     shared = {
         **FAST,
+        'train.optim_g.fused': True,
         'datasets.train.batch_size_per_gpu': 16,
         'datasets.train.gt_size': 48,
         'train.ema_decay': 0.999,
