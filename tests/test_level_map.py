@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from mssr_basicsr.method.criteria import CRITERION_REGISTRY
+from mssr_basicsr.method.frozen_weights import FrozenWeights
 from mssr_basicsr.method.level_map import buffer_tree, count, delta_of, mask_of, num_kept, prune
 
 
@@ -87,3 +89,29 @@ def test_a_buffer_tree_keeps_the_names() -> None:
     tensors = {'body.0.weight': torch.ones(2), 'body.1.weight': torch.zeros(3), 'weight': torch.ones(1)}
     assert buffer_tree(tensors).state_dict().keys() == tensors.keys()
     assert not buffer_tree(tensors, persistent=False).state_dict()
+
+
+def test_frozen_weights_come_back_bit_for_bit_whatever_was_written_over_them() -> None:
+    layer = nn.Linear(4, 1)
+    kept = torch.tensor([[-0.0, float('nan'), 1e-42, 3.0]])  # 1e-42 is no normal float
+    layer.weight.data.copy_(kept)
+    frozen = FrozenWeights(layer, {'weight': torch.tensor([[False, False, False, True]])}, others_train=False)
+    bias, version = layer.bias.detach().clone(), layer.weight._version
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[float('inf'), 5.0, float('nan'), -7.0]]))
+        layer.bias.add_(1)
+    frozen.put_back(layer)
+    assert layer.weight.view(torch.int32)[0, :3].tolist() == kept.view(torch.int32)[0, :3].tolist()
+    assert layer.weight[0, 3] == -7.0 and torch.equal(layer.bias, bias)
+    assert layer.weight._version > version + 1  # what keeps masked weights sees the change
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_frozen_weights_of_any_dtype_come_back(dtype: torch.dtype) -> None:
+    layer = nn.Linear(3, 1).to(dtype)
+    kept = layer.weight.detach().clone()
+    frozen = FrozenWeights(layer, {'weight': torch.tensor([[True, False, True]])}, others_train=True)
+    with torch.no_grad():
+        layer.weight.fill_(9)
+    frozen.put_back(layer)
+    assert layer.weight.tolist() == [[9, kept[0, 1].item(), 9]]

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
+
 
 class FrozenWeights:
     """Remembers which of a network's parameters do not train now, and their values.
@@ -18,22 +20,28 @@ class FrozenWeights:
     """
 
     def __init__(self, network: nn.Module, trainable: Mapping[str, Tensor], others_train: bool) -> None:
-        self._frozen: dict[str, Tensor] = {}  # of weights that train in part, where they do not
-        self._values: dict[str, Tensor] = {}
+        self._values: dict[str, Tensor] = {}  # of parameters that are frozen as a whole
+        # Of weights that train in part: integers whose bits are set where they train, and the frozen values' bits.
+        self._trainable: dict[str, Tensor] = {}
+        self._frozen: dict[str, Tensor] = {}
         for name, parameter in network.named_parameters():
             if name not in trainable:
                 if not others_train:
                     self._values[name] = parameter.detach().clone()
             elif not trainable[name].all():  # else there is nothing to keep, nor work in each iteration
-                self._frozen[name] = ~trainable[name]
-                self._values[name] = parameter.detach().clone()
+                bits = _bits(parameter)
+                self._trainable[name] = torch.where(trainable[name], bits.new_tensor(-1), bits.new_tensor(0))
+                self._frozen[name] = bits & ~self._trainable[name]
 
     @torch.no_grad()
     def put_back(self, network: nn.Module) -> None:
         """Give the frozen parameters of ``network`` (the one remembered, or its EMA) the remembered values."""
         for name, values in self._values.items():
-            parameter = network.get_parameter(name)
-            if name in self._frozen:
-                torch.where(self._frozen[name], values, parameter, out=parameter)
-            else:
-                parameter.copy_(values)
+            network.get_parameter(name).copy_(values)
+        for name, frozen in self._frozen.items():  # by bits, which takes a quarter of the time of torch.where
+            _bits(network.get_parameter(name)).bitwise_and_(self._trainable[name]).bitwise_or_(frozen)
+
+
+def _bits(parameter: Tensor) -> Tensor:
+    """The memory of ``parameter`` as integers: a change of them is a change of it."""
+    return parameter.detach().view(_INTEGERS[parameter.element_size()])
