@@ -34,7 +34,7 @@ import numpy as np
 from basicsr.utils.lmdb_util import LmdbMaker
 from tqdm import tqdm
 
-from mssr_basicsr.scalable.images import SUFFIXES, read_eight_bits, resize_bicubic
+from mssr_basicsr.scalable.images import list_images, read_eight_bits, resize_bicubic
 
 PNG_LEVEL = 1  # BasicSR's default: higher ones decode no faster
 
@@ -99,9 +99,10 @@ def _list_images(source: Path) -> list[Path]:
     """The folder's images, sorted; DataError if there are none or their names cannot be BasicSR's LMDB keys."""
     if not source.is_dir():
         raise DataError(f'{source} is not a folder')
-    paths = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith('.'))
-    if not paths:
-        raise DataError(f'no images in {source}: no file there ends in {", ".join(SUFFIXES)}')
+    try:
+        paths = list_images(source)[0]
+    except ValueError as error:
+        raise DataError(str(error)) from error
     bad = []
     count = Counter(p.stem for p in paths)
     for path in paths:

@@ -22,8 +22,6 @@ from mssr_basicsr import pack
 from mssr_basicsr.commands.batch import plan_batch
 from mssr_basicsr.commands.main import main
 
-READABLE, WRITABLE = ('.png', '.jpg', '.gif'), ('.png', '.jpg')
-
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -51,7 +49,7 @@ def touch(*names: str) -> None:
 
 
 def plan(source: str, output: str, *others: str) -> list[tuple[str, str]]:
-    jobs = plan_batch(Path(source), output, READABLE, WRITABLE, [Path(other) for other in others]).jobs
+    jobs = plan_batch(Path(source), output, [Path(other) for other in others]).jobs
     return [(str(one), str(other)) for one, other in jobs]
 
 
@@ -71,7 +69,7 @@ def test_files_and_folders(here: Path) -> None:
 
 def test_what_is_no_image_is_told(here: Path) -> None:
     touch('in/a.png', 'in/notes.txt')
-    assert plan_batch(Path('in'), 'out', READABLE, WRITABLE).passed_over == [Path('in/notes.txt')]
+    assert plan_batch(Path('in'), 'out').passed_over == [Path('in/notes.txt')]
 
 
 def test_names_that_differ_in_the_extension_alone_keep_it(here: Path) -> None:
@@ -87,7 +85,7 @@ def test_names_that_differ_in_the_extension_alone_keep_it(here: Path) -> None:
     [
         ('in', 'x.png', "found 'x.png'; allowed: a folder, as the input is one"),
         ('in', 'plain', "found 'plain'; allowed: a folder; this is a file"),
-        ('in/a.png', 'x.gif', r"found 'x.gif'; allowed: a folder, or a name that ends in .png, .jpg"),
+        ('in/a.png', 'x.gif', r"found 'x.gif'; allowed: a folder, or a name that ends in .png, .*jpg, "),
         ('in/a.png', 'in/a.png', "found 'in/a.png'; allowed: another file than the input in/a.png"),
         ('in/a.png', 'in', "found 'in/a.png'; allowed: another file than the input in/a.png"),
         ('in', '../{here}/in', 'allowed: another file than the input in/a.png'),
@@ -96,7 +94,7 @@ def test_names_that_differ_in_the_extension_alone_keep_it(here: Path) -> None:
         ('in', 'linked', "found 'linked/a.png'; allowed: another file than the input in/a.png"),
         ('in/a.png', 'gt/a.png', "found 'gt/a.png'; allowed: another file than the input gt/a.png"),
         ('in', 'plain/out', "found 'plain/out'; allowed: a place in a folder; plain is a file"),
-        ('empty', 'out', r'empty: found nothing; allowed: images \(.png, .jpg, .gif\)'),
+        ('empty', 'out', r'empty: found nothing; allowed: images \(.*\.jpg.*\.gif.*\)'),
         ('texts', 'out', r'texts: found 1 files there, none of which is an image by its name'),
     ],
 )

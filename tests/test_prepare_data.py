@@ -164,7 +164,7 @@ def test_no_folder_and_no_images(source: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match='is not a folder'):
         prepare(source, tmp_path / 'out', 2)
     source.mkdir()
-    with pytest.raises(DataError, match='no images in'):
+    with pytest.raises(DataError, match='found nothing; allowed: images'):
         prepare(source, tmp_path / 'out', 2)
 
 

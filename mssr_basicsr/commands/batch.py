@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.saving import require_other_file
+from mssr_basicsr.scalable.images import WRITABLE_SUFFIXES, list_images
 
 
 class Batch(NamedTuple):
@@ -19,9 +20,7 @@ class Batch(NamedTuple):
     passed_over: list[Path]  #: files in the folder that are no images by their names
 
 
-def plan_batch(
-    source: Path, output: str, readable: Sequence[str], writable: Sequence[str], others: Sequence[Path] = ()
-) -> Batch:
+def plan_batch(source: Path, output: str, others: Sequence[Path] = ()) -> Batch:
     """A file for a file if ``output`` is called like an image; else PNGs of the same names in the folder ``output``.
 
     Images whose names differ in the extension alone keep it: ``a.jpg`` and ``a.png`` become ``a.jpg.png`` and
@@ -30,23 +29,21 @@ def plan_batch(
     Args:
         source: an image, or a folder of images.
         output: what is to be written; it is a folder if it is one already, ends in a separator or has no extension.
-        readable: suffixes by which images are found in a folder; a single image may have any name.
-        writable: suffixes of images that can be written.
         others: files beside the images that the command reads; none of them is written over.
 
     Raises:
         ValueError: an output that is one of the inputs, no image or folder, or no images.
         OSError: the source is not there.
     """
-    inputs, passed_over = _list(source, readable)
+    inputs, passed_over = list_images(source)
     target = Path(output)
     if is_folder(output):
         targets = _names_in(target, inputs)
-    elif target.suffix.lower() not in writable:
+    elif target.suffix.lower() not in WRITABLE_SUFFIXES:
         if source.is_dir():
             targets = _names_in(target, inputs)  # a new folder, whatever it is called
         else:
-            allowed = f'a folder, or a name that ends in {", ".join(writable)}'
+            allowed = f'a folder, or a name that ends in {", ".join(WRITABLE_SUFFIXES)}'
             raise OptionError('--output', output, allowed)
     elif source.is_dir():
         raise OptionError('--output', output, 'a folder, as the input is one')
@@ -64,19 +61,6 @@ def plan_batch(
         if path.exists():  # it may be another name of an input: a hard link, or one on a disk that ignores case
             require_other_file(path, *inputs, *others)
     return Batch(list(zip(inputs, targets)), passed_over)
-
-
-def _list(source: Path, readable: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """The images, in the order of their names, and what else is in the folder."""
-    if not source.is_dir():
-        source.stat()  # OSError where there is none
-        return [source], []
-    files = sorted(path for path in source.iterdir() if not path.is_dir() and not path.name.startswith('.'))
-    images = [path for path in files if path.suffix.lower() in readable]
-    if not images:
-        found = f'{len(files)} files there, none of which is an image by its name' if files else 'nothing'
-        raise ValueError(f'{source}: found {found}; allowed: images ({", ".join(readable)})')
-    return images, [path for path in files if path not in images]
 
 
 def is_folder(output: str) -> bool:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mssr_basicsr.commands.batch import is_folder
 from mssr_basicsr.commands.errors import one_line
 from mssr_basicsr.foundation.checks import OptionError, require_int
 from mssr_basicsr.sparse import ENGINES
@@ -66,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """``mssr upscale``: an image, or every image of a folder, at the level or within the bytes asked for."""
+    from mssr_basicsr.commands.batch import is_folder
+
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(arguments.input), arguments.output
         names = {}  # of files in the temporary folder, for people
@@ -103,20 +104,14 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
 
     from mssr_basicsr import ScalableModel
     from mssr_basicsr.commands.batch import plan_batch
-    from mssr_basicsr.scalable.images import (
-        SUFFIXES,
-        WRITABLE_SUFFIXES,
-        check_writable,
-        read_image,
-        write_image,
-    )
+    from mssr_basicsr.scalable.images import check_writable, read_image, write_image
     from mssr_basicsr.scalable.metrics import metrics
 
     if arguments.tile is not None:
         require_int('--tile', arguments.tile, 0)
     truths = _truths(arguments.gt)
     others = [arguments.file, *truths.values()]
-    jobs, passed_over = plan_batch(source, output, SUFFIXES, WRITABLE_SUFFIXES, others)
+    jobs, passed_over = plan_batch(source, output, others)
     if passed_over:
         some = ', '.join(path.name for path in passed_over[:3]) + (', ...' if len(passed_over) > 3 else '')
         print(f'mssr: passed over in {source}, no images by their names: {some}', file=sys.stderr)

@@ -91,16 +91,24 @@ class _Refused(ValueError):
     """An image whose pixels are there, but would come out wrong."""
 
 
-def list_images(path: Path) -> list[Path]:
-    """The file itself, or a folder's image files in order of their names; ValueError if there is none."""
-    if path.is_file():
-        return [path]
-    # What begins with a dot is hidden; on disks that a Mac has written to, such files are no images.
-    named = (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith('.'))
-    found = sorted(file for file in named if file.is_file())
-    if not found:
-        raise ValueError(f'{path}: no images ({", ".join(SUFFIXES)}) there')
-    return found
+def list_images(source: Path) -> tuple[list[Path], list[Path]]:
+    """The images of a folder, in the order of their names, and its other files; a file alone, whatever its name.
+
+    Files that begin with a dot are hidden; on disks that a Mac has written to, such files are no images.
+
+    Raises:
+        ValueError: no file in the folder is an image by its name.
+        OSError: there is no such file or folder.
+    """
+    if not source.is_dir():
+        source.stat()  # OSError where there is none
+        return [source], []
+    files = sorted(path for path in source.iterdir() if not path.is_dir() and not path.name.startswith('.'))
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    if not images:
+        found = f'{len(files)} files there, none of which is an image by its name' if files else 'nothing'
+        raise ValueError(f'{source}: found {found}; allowed: images ({", ".join(SUFFIXES)})')
+    return images, [path for path in files if path not in images]
 
 
 # ------------------------------ reading ------------------------------ #
@@ -412,7 +420,7 @@ def validation_pairs(gt: Path, lq: Path | None, scale: int) -> Iterator[tuple[Im
 
     The LR image is the one of the same name in ``lq``, or made by :func:`resize_bicubic`.
     """
-    for file in list_images(gt):
+    for file in list_images(gt)[0]:
         truth = read_eight_bits(file)
         height, width = (size - size % scale for size in truth.shape[:2])
         truth = truth[:height, :width]
