@@ -16,7 +16,7 @@ What is made smaller, and nothing else:
   VGGStyleDiscriminator's input_size wants. One patch a batch, five to seven frames a clip, a pool of two pairs.
 - iterations: two for stock and for each of three levels; milestones, periods and the phases fix_flow and tsa_iter with
   them.
-- depths: at most two blocks, groups or layers of each kind.
+- depths: at most two blocks, groups or layers of each kind; widths of video networks: at most 16 features.
 - pretrained networks, SPyNet's, EDVR's and VGG's weights are random.
 Each run is a fork of this process, which has imported BasicSR. The exit status is 1 if a run fails that stock can do,
 or if a loss is lost.
@@ -47,6 +47,7 @@ HAT_RECIPES = ('train_HAT-S_SRx2_from_scratch', 'train_Real_HAT_GAN_SRx4_finetun
 REALESRGAN_RECIPES = ('train_realesrgan_x4plus', 'train_realesrnet_x4plus', 'finetune_realesrgan_x4plus_pairdata')
 LEVEL_ITER, SPARSITY = 2, [0, 0.5, 0.75]
 DEPTHS = ('num_block', 'num_blocks', 'num_group', 'num_extract_block', 'num_reconstruct_block', 'depths', 'num_heads')
+VIDEO_WIDTH = 16
 PRETRAINED = Path('experiments/pretrained_models')
 LIMIT = 900  # seconds for one run
 
@@ -129,7 +130,7 @@ def write_pretrained(project: Path) -> None:
     spynet = {name: weight for name, weight in SpyNet().state_dict().items() if name not in ('mean', 'std')}
     torch.save({'params': spynet}, folder / 'spynet.pth')
     for frames in (5, 7):
-        torch.save({'params': EDVRFeatureExtractor(frames, 64, None).state_dict()}, folder / f'edvr{frames}.pth')
+        torch.save({'params': EDVRFeatureExtractor(frames, VIDEO_WIDTH, None).state_dict()}, folder / f'edvr{frames}.pth')
 
 
 # ------------------------------ the swap ------------------------------ #
@@ -165,6 +166,8 @@ def shrink(opt: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
             network[key] = depth[:2] if isinstance(depth, list) else min(depth, 2)
             if key == 'depths':
                 network[key] = [min(layers, 2) for layers in network[key]]
+    if video and 'num_feat' in network:
+        network['num_feat'] = min(network['num_feat'], VIDEO_WIDTH)
     if 'spynet_path' in network:
         network['spynet_path'] = str(PRETRAINED / 'spynet.pth')
     if 'edvr_path' in network:
