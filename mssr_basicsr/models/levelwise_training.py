@@ -280,7 +280,7 @@ class LevelwiseTraining(NestedLevels):
         run_state = RunState(
             seed=self.seed,
             plan=[tuple(training) for training in self.plan.trainings],
-            options=self._decisive_options(),
+            options=self.decisive_options(),
             records=self.records,
             untrained=self._untrained(),
             random_states=gather(random_state()),
@@ -303,7 +303,7 @@ class LevelwiseTraining(NestedLevels):
             paths['resume_state'],
             self.opt['model_type'],
             self.plan.begun(current_iter),
-            self._decisive_options(),
+            self.decisive_options(),
         )
         if self.opt['rank'] == 0:
             remove_leftovers(paths['models'], paths['training_states'])
@@ -330,10 +330,10 @@ class LevelwiseTraining(NestedLevels):
                 raise OptionError('path.resume_state', self.opt['path']['resume_state'], f'one with a {key} beside it')
             network.load_state_dict(checkpoint[key])
 
-    def _decisive_options(self) -> dict[str, Any]:
-        """The options that decide about levels to come, which had better not change in a run."""
+    def decisive_options(self) -> dict[str, Any]:
+        """As in :class:`NestedLevels`, with the stage's own: what had better not change in a run."""
         own = {f'train.{name}': value for name, value in vars(self.options).items()}
-        return deepcopy({'network_g.sparsity': self.network.sparsity, **own})
+        return deepcopy({**super().decisive_options(), **own})
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from mssr_basicsr.adapter.ranks import wait_for_all
 from mssr_basicsr.adapter.records import LevelRecord, describe_level, level_table
 from mssr_basicsr.adapter.resuming import random_state, set_random_state
 from mssr_basicsr.adapter.stage_options import check_precision
+from mssr_basicsr.adapter.tensorboard import LevelBoard, LevelTags, pictures_of
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain
 from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
 from mssr_basicsr.foundation.checks import OptionError
@@ -54,7 +54,8 @@ class NestedLevels(Base):
         self._val_precision = check_precision('val.precision', val_opt.get('precision', 'fp32'))
         self.records: dict[int, LevelRecord] = {}
         self._measured: dict[str, float] = {}
-        self._charts: dict[str, Any] = {}
+        self._pictures: dict[int, dict[str, Any]] = {}
+        self._board = LevelBoard(opt)
         super().__init__(opt)
 
     @property
@@ -84,13 +85,19 @@ class NestedLevels(Base):
         modes, random generators). No rank goes on before all are done.
         """
         name, levels = dataloader.dataset.opt['name'], self.levels_to_validate()
+        self._pictures = {}
         with self._training_left_as_it_was(), computing([self.result], self.device, self._val_precision):
             for level in levels:
                 self.set_level(level)
                 with self._reported_apart(dataloader.dataset.opt, level, len(levels) > 1):
-                    tags = _LevelTags(tb_logger, name, level) if tb_logger else tb_logger
-                    super().validation(dataloader, current_iter, tags, save_img)
-                self._record_validation(level, name, tb_logger)
+                    writer = LevelTags(tb_logger, name, level) if tb_logger else tb_logger
+                    super().validation(dataloader, current_iter, writer, save_img)
+                self._record_validation(level, name)
+            if tb_logger:
+                self._board.show_options(writer, self.decisive_options(), self.network.smallest_level)
+                self._board.show_metrics(tb_logger, name, [self.records[level] for level in levels])
+                self._board.show_densities(tb_logger, [self.describe(level) for level in range(max(levels) + 1)])
+                self._board.show_pictures(tb_logger, name, self._pictures, current_iter)
         self.write_records()
         if len(levels) > 1:
             get_root_logger().info(f'Validation {name}\n{level_table(self.records[level] for level in levels)}')
@@ -129,30 +136,22 @@ class NestedLevels(Base):
         self._measured[metric] = float(val)
         super()._update_best_metric_result(dataset_name, metric, val, current_iter)
 
-    def _record_validation(self, level: int, name: str, tb_logger: Any) -> None:
+    def get_current_visuals(self) -> dict[str, Tensor]:
+        """As in BasicSR; of each level's first image in a validation, TensorBoard gets pictures."""
+        visuals: dict[str, Tensor] = super().get_current_visuals()
+        if self.network.level not in self._pictures:
+            self._pictures[self.network.level] = pictures_of(visuals)
+        return visuals
+
+    def _record_validation(self, level: int, name: str) -> None:
         record = self.record(level)
         record.update(self.describe(level))
         if self._measured:
             record['metrics'][name] = dict(self._measured)
-        if tb_logger:
-            for metric, value in self._measured.items():
-                tb_logger.add_scalar(f'levels/{name}/{metric}', value, level)
-            for layer, density in record['layer_density'].items():
-                tb_logger.add_scalar(f'layer_density/{layer}', density, level)
-            self._chart_levels(name, tb_logger)
 
-    def _chart_levels(self, name: str, tb_logger: Any) -> None:
-        """Under TensorBoard's custom scalars, a chart for each metric of a validation set, with a line for each level.
-
-        Its tags are those of :class:`_LevelTags`; video classes leave the set's name out.
-        """
-        charts = {
-            f'{name} {metric}': ['Multiline', [rf'^metrics/({re.escape(name)}/)?{re.escape(metric)}_level\d+$']]
-            for metric in self._measured
-        }
-        if not charts.keys() <= self._charts.keys():
-            self._charts.update(charts)
-            tb_logger.add_custom_scalars({'levels': self._charts})
+    def decisive_options(self) -> dict[str, Any]:
+        """The options that decide about levels, by their names in the YAML."""
+        return {'network_g.sparsity': self.network.sparsity}
 
     def validate_now(self, current_iter: int) -> None:
         """Validate out of turn on every validation set, where there is one."""
@@ -213,18 +212,3 @@ class NestedLevels(Base):
         """What of ``net`` has a checkpoint's entries: of an MSSR network and a plain checkpoint, the backbone."""
         bare: nn.Module = self.get_bare_model(net)
         return bare.backbone if isinstance(bare, MSSR) and is_plain(state) else bare
-
-
-class _LevelTags:
-    """A TensorBoard writer whose tags end in the level, as in ``metrics/Set5/psnr_level2``."""
-
-    def __init__(self, tb_logger: Any, name: str, level: int) -> None:
-        self._tb_logger, self._name, self._suffix = tb_logger, name, f'_level{level}'
-
-    def add_scalar(self, tag: str, *args: Any, **kwargs: Any) -> None:
-        # Where several levels are validated, the set's name has the level too.
-        plain = tag.replace(f'/{self._name}{self._suffix}/', f'/{self._name}/')
-        self._tb_logger.add_scalar(plain + self._suffix, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tb_logger, name)
