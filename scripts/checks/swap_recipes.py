@@ -130,7 +130,9 @@ def write_pretrained(project: Path) -> None:
     spynet = {name: weight for name, weight in SpyNet().state_dict().items() if name not in ('mean', 'std')}
     torch.save({'params': spynet}, folder / 'spynet.pth')
     for frames in (5, 7):
-        torch.save({'params': EDVRFeatureExtractor(frames, VIDEO_WIDTH, None).state_dict()}, folder / f'edvr{frames}.pth')
+        torch.save(
+            {'params': EDVRFeatureExtractor(frames, VIDEO_WIDTH, None).state_dict()}, folder / f'edvr{frames}.pth'
+        )
 
 
 # ------------------------------ the swap ------------------------------ #
