@@ -1,4 +1,4 @@
-"""The options that the two stages read under ``train``, each declared once: its default, its bounds and its meaning.
+"""The options that the two stages read under ``train``, each declared once: with default, bounds and meaning.
 
 BasicSR's own options, and those of the base model class, stay as they are beside these.
 """
@@ -44,20 +44,20 @@ class StageOptions:
     """What both stages read under ``train``."""
 
     exact_resume: bool = option(
-        'Whether a resumed run sees the data and draws the random numbers that the uninterrupted run would have; '
-        'without it, the epoch that it resumes in begins anew.',
+        'Whether a resumed run sees the same data and draws the same random numbers as an uninterrupted run. If '
+        'false, the interrupted epoch starts over.',
         require_bool,
         True,
     )
     precision: str = option(
-        "How the networks compute in training: fp32, or bf16 where torch's autocast does so. Losses, parameters, "
-        'gradients, optimizers, EMA and all that is saved are fp32 in any case; so is validation (val.precision).',
+        "The precision of the networks in training: fp32, or bf16 by torch's autocast. Losses, parameters, gradients, "
+        'optimizers, EMA and everything saved are always fp32; so is validation, unless val.precision is bf16.',
         check_precision,
         'fp32',
     )
     channels_last: bool = option(
-        "Whether net_g, and what it is distilled from, have their features in torch's channels_last memory format in "
-        'training. For most convolutional networks that is faster, for some it is slower.',
+        "Whether net_g and its teachers use torch's channels_last memory format in training. This is faster for most "
+        'convolutional networks, but slower for some.',
         require_bool,
         False,
     )
@@ -68,18 +68,18 @@ class ForwardOptions(StageOptions):
     """What the forward stage reads under ``train``."""
 
     level_iter: int | Sequence[int] | None = option(
-        'Iterations of each level that is trained, or a list with those of each level; total_iter is their sum.'
+        'Iterations of each trained level: one number for all, or a list with one per level; total_iter is their sum.'
     )
     first_level: int = option(
-        '1 takes path.pretrain_network_g, a trained network, as level 0 and starts by pruning it; the rewind point is '
-        'then this network.',
+        '1 uses the trained network path.pretrain_network_g as level 0 and as the rewind point, and starts by pruning '
+        'it.',
         _first_level,
         0,
     )
     criterion: str = option('Which weights are pruned: a name in CRITERION_REGISTRY.', _criterion, 'global_magnitude')
     rewind: str = option(
         'What happens to the weights that survive pruning: weights sets them to the rewind point (the paper); lr keeps '
-        'them and restarts the learning-rate schedule (Renda et al. 2020); none keeps them and goes on with the last '
+        'them and restarts the learning-rate schedule (Renda et al. 2020); none keeps them and continues with the last '
         'learning rate of level 0 (fine-tuning).',
         _rewind,
         'weights',
@@ -88,7 +88,7 @@ class ForwardOptions(StageOptions):
         "The iteration of level 0 whose weights are the rewind point. Default: 10 % of level 0's iterations."
     )
     ssd_opt: Any = option(
-        'Options of SSDLoss, the loss of stochastic self-distillation; without them there is none. The teacher of '
+        'Options of SSDLoss, the loss of stochastic self-distillation. Default: no self-distillation. The teacher of '
         "level k is level k - 1's ticket; level 0 has no teacher."
     )
 
@@ -97,11 +97,11 @@ class ForwardOptions(StageOptions):
 class BackwardOptions(StageOptions):
     """What the backward stage reads under ``train``."""
 
-    expansion: Any = option('Options of the expansion schedule, with its type, a name in EXPANSION_REGISTRY.')
+    expansion: Any = option('Options of the expansion schedule; its type is a name in EXPANSION_REGISTRY.')
     recover: str = option(
         'What recovered weights start from: ticket, rewind or zero; see recover_weights.', _recover, 'ticket'
     )
     ticket_opt: Any = option(
-        "Options of a loss, with its type, that compares a level's images with those of its own ticket; it is added to "
-        'the pixel loss. The tickets are the net_g_level{k}.pth beside path.pretrain_network_g. Default: none.'
+        "Options, with the type, of a loss that compares a level's output with its own ticket's; it is added to the "
+        'pixel loss. The tickets are the net_g_level{k}.pth beside path.pretrain_network_g. Default: none.'
     )

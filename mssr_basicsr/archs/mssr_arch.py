@@ -93,15 +93,15 @@ class MSSR(nn.Module):
     level map or the level have changed.
 
     Args:
-        backbone: options of any architecture that is registered with BasicSR, with its ``type``.
-        sparsity: for each level, from 0 (dense) to K (smallest), the removed share of the prunable weights.
-        level: the level to be at. MSSR's own models set it themselves; fix it here for a stock ``SRModel`` or
+        backbone: the options, with ``type``, of any architecture registered with BasicSR.
+        sparsity: the removed share of the prunable weights at each level, from 0 (dense) to K (smallest).
+        level: the level to run at. MSSR's own models set it themselves; set it here for a stock ``SRModel`` or
             ``basicsr/test.py``. Above 0 this needs a checkpoint whose level map has that level.
-        prunable: patterns of the names of weights that pruning may remove. Default: all of them, which are the weights
-            of convolutions and linear layers.
-        unprunable: patterns of names to take out of these again.
-        feature_taps: patterns of the names of modules between which self-distillation hands features over. Default:
-            the trunk's blocks, found by :func:`find_feature_taps`.
+        prunable: name patterns of the weights that pruning may remove, among those of convolutions and linear layers.
+            Default: all of them.
+        unprunable: name patterns of weights to exclude from these.
+        feature_taps: name patterns of the modules after which self-distillation can pass features to the larger
+            network. Default: the trunk's blocks, found by :func:`find_feature_taps`.
 
     The state dict has the backbone's entries under ``backbone.`` and the level map's, uint8, under ``level_map.``.
     ``load_state_dict`` also takes a plain state dict of the backbone: all of it is then in every level, as before

@@ -22,13 +22,14 @@ class SSDLoss(nn.Module):
     larger network, which finishes the image from there (:class:`ImageFinisher`). This is the loss of these images.
 
     Args:
-        num_depths: how many different depths each iteration draws, or ``'all'``.
+        num_depths: how many different depths each iteration samples, or ``'all'``.
         criterion: options of the loss that compares two images. Default: ``{type: L1Loss}``.
-        loss_weight: the weight of the whole term. Where the YAML does not say it, it is that of the pixel loss.
-        target: what the finished images should be: ``gt`` the ground truth, ``teacher`` the larger network's own
-            image, ``both`` the mean of the two losses. The abstract leaves this open; the default is our choice.
-        batch_share: which share of a batch is distilled, above 0 and up to 1: of 0.5, each iteration distils half of
-            its images, which costs half as much. The abstract knows no such thing.
+        loss_weight: the weight of the whole term. If the YAML does not set it, the pixel loss's weight is used.
+        target: what the finished images are compared with: ``gt``, the ground truth; ``teacher``, the larger network's
+            own output; ``both`` takes the mean of the two losses. The abstract leaves this open; the default is our
+            choice.
+        batch_share: the share of a batch that is distilled, above 0 and up to 1. With 0.5, each iteration distils half
+            of its images, at half the cost. The abstract does not mention this.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ class SequentialExpansion:
     """The paper's: one level after the other, from K - 1 to 0.
 
     Args:
-        level_iter: iterations of each level, or a list with those of each level in the order in which they are trained.
+        level_iter: iterations of each level: one number for all, or a list in the order in which levels are trained.
     """
 
     def __init__(self, level_iter: int | Sequence[int]) -> None:

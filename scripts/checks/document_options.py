@@ -1,8 +1,8 @@
-"""Write docs/options.md from the options as the code declares them.
+"""Write docs/options.md from the options that the code declares.
 
     python scripts/checks/document_options.py
 
-The text around the tables stands in this file. A test holds docs/options.md to what this gives.
+The text around the tables is in this file. A test checks that docs/options.md is up to date.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ TEMPLATE = """# Options
 Made by `python scripts/checks/document_options.py` from the code; do not edit.
 
 MSSR adds these options to BasicSR's YAML. Everything else in it stays as it is: datasets, losses, optimizers,
-schedulers, EMA, validation, logging, and the options of the base model class. A wrong value is refused before training
-starts, by an error that names the option, what was found and what is allowed. An option that nobody reads is named,
-with the nearest one that there is.
+schedulers, EMA, validation, logging, and the options of the base model class. Before training starts, a wrong value is
+an error that names the option, what was found and what is allowed. An option that nothing reads is reported, with the
+nearest existing one.
 
 ## At the top
 
 | option | default | meaning |
 | --- | --- | --- |
-| `model_type` | | `MSSRForwardModel`, `MSSRBackwardModel`, or for testing every level `MSSRModel`. |
-| `base_model_type` | `SRModel` | The class to extend, `model_type` as it was before: any that derives from `SRModel`. |
+| `model_type` | | `MSSRForwardModel`, `MSSRBackwardModel`, or `MSSRModel` for testing every level. |
+| `base_model_type` | `SRModel` | The previous `model_type`, any class that derives from `SRModel`. |
 
 ## `network_g`, with `type: MSSR`
 
@@ -42,8 +42,8 @@ with the nearest one that there is.
 
 ## `train`, both stages
 
-`total_iter` is the sum over the levels, and `val.val_freq` must divide each level's iterations, so that each level ends
-validated. Optimizers, EMA and learning-rate schedule start anew at each level: give them for one level.
+`total_iter` is the sum over the levels. `val.val_freq` must divide the iterations of each level, so that every level is
+validated at its end. Optimizers, EMA and the learning-rate schedule restart at each level: set them for one level.
 
 {both}
 
@@ -57,7 +57,7 @@ validated. Optimizers, EMA and learning-rate schedule start anew at each level: 
 
 ## `train`, backward stage
 
-`path.pretrain_network_g` is the last checkpoint of the forward stage.
+`path.pretrain_network_g` must be the last checkpoint of the forward stage.
 
 {backward}
 
@@ -65,7 +65,7 @@ validated. Optimizers, EMA and learning-rate schedule start anew at each level: 
 
 {expansion}
 
-Criteria, schedules and losses of your own: [extending.md](extending.md).
+To add your own criteria, schedules and losses: [extending.md](extending.md).
 """
 
 
@@ -97,13 +97,13 @@ def as_yaml(value: Any) -> str:
 
 
 def declared(options: type) -> Iterator[tuple[str, Any, str]]:
-    """The options of a dataclass that is declared with :func:`mssr_basicsr.foundation.checks.option`."""
+    """The options of a dataclass declared with :func:`mssr_basicsr.foundation.checks.option`."""
     for field in dataclasses.fields(options):
         yield field.name, field.default, field.metadata['help']
 
 
 def arguments(found: type) -> Iterator[tuple[str, Any, str]]:
-    """The arguments of a class, with what the section ``Args`` of its docstring says of each."""
+    """The arguments of a class, each with its description from the ``Args`` section of the docstring."""
     section = re.search(r'Args:\n(.*?)(?=\n\n\S|\n\n    \S|\Z)', inspect.getdoc(found) or '', re.DOTALL)
     assert section is not None, f'{found.__name__} has no section Args'
     entries = dict(re.findall(r'^    (\w+): (.*?)(?=^    \w+: |\Z)', section[1] + '\n', re.MULTILINE | re.DOTALL))
