@@ -1,8 +1,8 @@
-"""Write docs/results.md, and the figure in it, from docs/results.json (which scripts/study/study.py fills).
+"""Write docs/results.md, and its figures, from docs/results.json (which scripts/study/study.py fills).
 
     python scripts/study/report.py
 
-What has not been run yet is left out of the tables, and named.
+Runs that have not been done yet are left out of the tables and listed at the end.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ PUBLISHED = {
 }
 FAMILIES = {
     'main_forward': 'MSSR, own ticket of each level',
-    'main_backward': 'MSSR, all levels in one set of weights, ground truth alone',
-    'main_backward_teacher': "**MSSR, all levels in one set of weights**, tickets' images as second target",
+    'main_backward': 'MSSR, all levels in one set of weights, ground truth only',
+    'main_backward_teacher': '**MSSR, all levels in one set of weights**, tickets as second target',
     'long_forward': 'MSSR, longer (60,000 iterations a level, batch 16, LR patch 24, LAMP), own ticket of each level',
     'long_backward': 'MSSR, longer, all levels in one set of weights',
     'paper_forward': 'MSSR with rewound weights, own tickets',
     'edsr_m_forward': 'MSSR on EDSR-M, own ticket of each level',
     'edsr_m_backward': 'MSSR on EDSR-M, all levels in one set of weights',
-    'one_shot': 'dense ticket pruned at once (LAMP), trained on',
-    'random': "random masks of the levels' layer densities",
+    'one_shot': 'dense ticket pruned in one shot (LAMP), then trained',
+    'random': "random masks with the levels' layer densities",
     'dense_13k': 'small dense EDSR (8 blocks of 8)',
-    'dense_13k_long': 'small dense EDSR (8 blocks of 8), iterations of all levels',
+    'dense_13k_long': 'small dense EDSR (8 blocks of 8), iterations of all levels together',
     'dense_26k': 'small dense EDSR (7 blocks of 12)',
-    'dense_26k_long': 'small dense EDSR (7 blocks of 12), iterations of levels 0 to 3',
+    'dense_26k_long': 'small dense EDSR (7 blocks of 12), iterations of levels 0 to 3 together',
 }
-SHORT = ('choices', 'cost')  # tables whose runs are compared with each other alone
+SHORT = ('choices', 'cost')  # tables whose runs are only compared with each other
 COLUMNS = ('PSNR Set5', 'Set14', 'BSD100', 'SSIM Set5', 'Set14', 'BSD100')
 
 INTRODUCTION = """# Results
@@ -56,81 +56,83 @@ INTRODUCTION = """# Results
 Made by `python scripts/study/report.py` from [results.json](results.json), which `python scripts/study/study.py` fills;
 do not edit. EDSR with 8 blocks of 32 features, x2, trained on T91 and BSDS200 (291 images), batch 8, LR patch 20, Adam
 1e-3 (backward stage: 3e-3) with cosine annealing in each level, on a CPU. The main table has one seed, so differences
-of some hundredths mean nothing. Parameters are those kept, biases included.
+of a few hundredths of a dB mean nothing. Parameter counts are of the weights kept, including biases.
 
-PSNR (dB) and SSIM are as published: on Y, not rounded unless it is said, border 2, and a ground truth that is a grey
-file is its Y (`evaluation: published` in results.json). Most trainings were validated by BasicSR's own metrics
-(`evaluation: basicsr`), which read Set14's one grey file as colours. That adds 20 log10(255 / 219) / 14 = 0.094 dB to
-Set14's PSNR, whatever the network is, and is taken off here; Set14's SSIM of these is left out. The shipped file has
-been measured anew: `python scripts/study/evaluate.py models/EDSR_8x32_x2_291.mssr --images FOLDER`.
+PSNR (dB) and SSIM follow published work: on Y, not rounded unless stated, border 2, and a greyscale ground-truth file
+is taken as Y itself (`evaluation: published` in results.json). Most runs were validated with BasicSR's own metrics
+(`evaluation: basicsr`), which read Set14's one greyscale file as RGB. For any network, that adds 20 log10(255 / 219) /
+14 = 0.094 dB to Set14's PSNR, which is subtracted here; Set14's SSIM of these runs is left out. The shipped file has
+been measured again: `python scripts/study/evaluate.py models/EDSR_8x32_x2_291.mssr --images FOLDER`.
 
 ## Main table
 
-Iterations of a level are its own; it starts from what the levels before it have learned. A small dense EDSR has had as
-many as the level of its size, or, in its second row, as all levels up to it together. `main` keeps the weights at a
-pruning step and restarts the schedule (`train.rewind: lr`), and distils at 2 depths; `paper` rewinds them. The dense
-ticket pruned at once is pruned by LAMP: global magnitude would leave nothing of its last convolution at 93.75 %."""
-REPEATS = """## How far a run repeats
+The iterations of a level are its own; it starts from what the levels before it have learned. A small dense EDSR is
+trained for as many iterations as the level of its size or, in its second row, as all levels up to it together. `main`
+keeps the weights at a pruning step and restarts the schedule (`train.rewind: lr`), with self-distillation at 2 depths;
+`paper` rewinds them. The dense ticket that is pruned in one shot is pruned by LAMP: at 93.75 %, global magnitude would
+leave nothing of its last convolution."""
+REPEATS = """## Reproducibility
 
-What was run twice with the same options: PSNR the first time, and what the second changed of it. `main_forward` gave
-the same bits on two machines. The others were run on a third in between, whose processor rounds otherwise."""
+Runs that were done twice with the same options: PSNR of the first run, and how the second differs. `main_forward` gave
+the same bits on two machines. The others were run in between on a third, whose processor rounds differently."""
 CROPS = """## One photograph at every level
 
-![A crop of a photograph by bicubic, at each level, and itself](crops.png)
+![A crop of a photograph, upscaled by bicubic and at each level, and the original](crops.png)
 
 `python scripts/side_by_side.py models/EDSR_8x32_x2_291.mssr --downscale --crop 360 300 110 -o docs/crops.png`:
-scikit-image's motorcycle_left.png, PSNR of the whole photograph."""
-TRIED = """What was tried by hand to close the gap, with one seed, on level 3 alone, whose ticket has 37.20 / 32.79 /
-31.69, by model classes such as those in [scripts/study/variants.py](../scripts/study/variants.py). The choices repeat
-most of it at a shorter schedule. Set14 in this table is as BasicSR reads it, 0.094 dB above what is published.
+scikit-image's motorcycle_left.png, with the PSNR of the whole photograph."""
+TRIED = """The following was tried by hand to close the gap, with one seed and on level 3 alone (its ticket has 37.20 /
+32.79 / 31.69), with model classes such as those in [scripts/study/variants.py](../scripts/study/variants.py). Most of
+it is repeated at a shorter schedule under Choices. Set14 is as BasicSR reads it, 0.094 dB above the published
+protocol.
 
 | level 3 | Set5 | Set14 | BSD100 |
 | --- | --- | --- | --- |
 | 5,000 iterations, learning rate 1e-3 | 37.06 | 32.76 | 31.64 |
-| and biases of its own | 37.06 | 32.77 | 31.64 |
-| and self-distillation at 2 depths, with its ticket as the larger network | 37.05 | 32.77 | 31.65 |
-| and its ticket's image as a second target | 37.10 | 32.77 | 31.65 |
+| the same, with separate biases | 37.06 | 32.77 | 31.64 |
+| the same, with self-distillation at 2 depths, its ticket being the larger network | 37.05 | 32.77 | 31.65 |
+| the same, with its ticket's output as a second target | 37.10 | 32.77 | 31.65 |
 | 5,000 iterations of all weights, at level 4 and a random larger level together | 36.95 | 32.71 | 31.60 |
 | 5,000 iterations, learning rate 3e-3 | 37.10 | 32.78 | 31.66 |
-| and its ticket's image as a second target | 37.13 | 32.78 | 31.66 |
+| the same, with its ticket's output as a second target | 37.13 | 32.78 | 31.66 |
 | 5,000 iterations, learning rate 1e-2 | 37.07 | 32.76 | 31.65 |
 | **15,000 iterations, learning rate 3e-3** | 37.16 | 32.81 | 31.68 |
 | 30,000 iterations, learning rate 3e-3, schedule restarted once | 37.16 | 32.82 | 31.68 |
 
-More iterations and a larger learning rate help, up to some 15,000 iterations; level 2 after the longest of these runs
-was no better for it (37.22 / 32.87 / 31.73 after 15,000 iterations). What is left is the price of frozen weights. Its
-ticket's images as second target spread what a level lacks over the sets, and help level 1 most; on average over all
-levels and sets they change nothing."""
+More iterations and a larger learning rate help, up to about 15,000 iterations; the longest of these runs did not make
+the following level 2 better (37.22 / 32.87 / 31.73 after 15,000 iterations). The remaining gap is the price of frozen
+weights. Using its ticket's output as a second target spreads a level's gap over the sets and helps level 1 most; on
+average over all levels and sets it changes nothing."""
 CHOICES = """## Choices
 
 One change at a time, at a shorter schedule: levels of 0, 75 and 93.75 % sparsity, 1,000 iterations each. Mean PSNR (dB)
-of Set14 and BSD100, mean over the seeds; in brackets the largest difference between seeds.
+over Set14 and BSD100 and over the seeds; in parentheses, the largest difference between seeds.
 
-![What each choice changes](choices.png)
+![The effect of each choice](choices.png)
 
 ### Forward stage
 
-`reference` is the paper's recipe: `train.rewind: weights`, self-distillation at 2 depths towards the ground truth,
-global magnitude. A rewound ticket has seen level 0's iterations up to the rewind point and its own; one whose weights
-were kept (`rewind_lr`, `rewind_none`) those of all levels up to it. `rewind_weights_equal_total` rewinds, and trains
-level k for k + 1 times as long, so that its weights have seen as many iterations in total as those of `rewind_lr`; the
-whole run has twice as many then, and so has that of `rewind_lr_longer`, which keeps the weights.
+`reference` is the paper's recipe: `train.rewind: weights`, self-distillation at 2 depths with the ground truth as the
+target, global magnitude. A rewound ticket has seen level 0's iterations up to the rewind point and its own; a ticket
+whose weights were kept (`rewind_lr`, `rewind_none`) has seen those of all levels up to it. `rewind_weights_equal_total`
+rewinds and trains level k for k + 1 times as long, so that its weights see as many iterations in total as those of
+`rewind_lr`. The whole run then has twice as many iterations, as does `rewind_lr_longer`, which keeps the weights.
 
-`rewind_weights_equal_total` and `lamp` (seed 1) were run on another processor than the rest of this table, where
-`rewind_lr` gave 0.13 dB more at 93.75 % (see below): there, less than that means nothing."""
+`rewind_weights_equal_total` and `lamp` (seed 1) were run on a different processor from the rest of this table, on which
+`rewind_lr` gave 0.13 dB more at 93.75 % (see below): there, smaller differences mean nothing."""
 COST = """## What cheaper training costs
 
-The paper's recipe at the schedule of the choices: in fp32 (their `reference`), in bf16 and channels-last, and so with
-self-distillation of half of each batch (`ssd_opt.batch_share: 0.5`), at two depths and at one. Mean PSNR of Set14 and
-BSD100, mean over the seeds; in brackets the largest difference between seeds."""
+The paper's recipe at the short schedule of Choices: in fp32 (`reference` there); in bf16 and channels-last; and in bf16
+and channels-last with self-distillation of half of each batch (`ssd_opt.batch_share: 0.5`), at two depths and at one.
+Mean PSNR over Set14 and BSD100 and over the seeds; in parentheses, the largest difference between seeds."""
 CHOICES_BACKWARD = """### Backward stage
 
-Each nested level minus its own ticket, from the tickets of `rewind_lr`. `reference` recovers weights as they were
-pruned (`train.recover: ticket`) and trains with a learning rate of 3e-3. `private_others` trains biases at each level,
-as if each level had its own. `ticket_teacher` adds the ticket's image as a second target (`train.ticket_opt`). `joint`
-first trains all weights for 1,000 iterations, at the smallest level and a random larger one together, and only then
-freezes; this and `private_others` are in [scripts/study/variants.py](../scripts/study/variants.py). `longer` trains
-each level for 3,000 iterations."""
+Each nested level minus its own ticket, starting from the tickets of `rewind_lr`. `reference` recovers weights with the
+values that they were pruned at (`train.recover: ticket`) and trains with a learning rate of 3e-3. `private_others`
+trains the biases at each level, as if each level had its own. `ticket_teacher` adds the ticket's output as a second
+target (`train.ticket_opt`). `joint` first trains all weights for 1,000 iterations, at the smallest level and a random
+larger one together, and only then freezes them; this and `private_others` are in
+[scripts/study/variants.py](../scripts/study/variants.py). `longer` trains each level for 3,000 iterations."""
 
 
 def family(name: str) -> str:
@@ -205,7 +207,7 @@ def nested_gap(result: Mapping[str, Any]) -> str:
 
 
 def targets(results: Mapping[str, Any]) -> str:
-    """What was to be reached, and whether it was, as far as it has been run."""
+    """The targets and whether they were met, as far as they have been run."""
     lines = []
     if 'main_backward_teacher' in results:
         (smallest,) = [record for record in results['main_backward_teacher']['levels'] if record['level'] == 4]
@@ -216,29 +218,29 @@ def targets(results: Mapping[str, Any]) -> str:
         unrounded, rounded = (' / '.join(f'{dB:+.2f}' for dB in each) for each in over)
         lines.append(
             '- The 93.75 % sparse level (12,911 parameters) over FSRCNN (12,000) on all three sets: '
-            f'{"met" if min(map(min, over)) > 0 else "missed"}. It is ahead by {unrounded} dB; with Y rounded to 8 '
-            f'bits, as older papers have it, by {rounded}.'
+            f'{"met" if min(map(min, over)) > 0 else "missed"}. The difference is {unrounded} dB, or '
+            f'{rounded} dB with Y rounded to 8 bits, as in older papers.'
         )
     for name in [name for name in ('main_backward', 'main_backward_teacher') if name in results]:
         all_gaps = [gap for level in gaps(results[name]).values() for gap in level.values()]
         missed = sum(gap < -0.05 for gap in all_gaps)
         lines.append(
             f'- Each nested level within 0.05 dB of its own ticket, {len(all_gaps)} figures, `{name}`: '
-            f'{f"missed by {missed}" if missed else "met by all"}; the largest lack is {-min(all_gaps):.3f} dB, '
+            f'{f"missed by {missed}" if missed else "met by all"}; the largest deficit is {-min(all_gaps):.3f} dB, '
             f'the mean difference {mean(all_gaps):+.3f} dB.'
         )
     if 'edsr_m_backward' not in results:
-        lines.append('- EDSR-M against VDSR and IDN: not run, since it takes a GPU.')
+        lines.append('- EDSR-M against VDSR and IDN: not run, since it requires a GPU.')
     return '\n'.join(lines)
 
 
 def runs_of(results: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    """What a run gave each time that it was done, the last first; nothing if it was never done."""
+    """The results of each time a run was done, the last first; empty if it never was."""
     return [results[name], *reversed(results[name].get('earlier', []))] if name in results else []
 
 
 def repeats(results: Mapping[str, Any]) -> str:
-    """PSNR of what was done more than once: what the first time gave, and what the last changed of it."""
+    """PSNR of runs done more than once: the first time, and the difference of the last time from it."""
     rows = []
     for name in results:
         last, *before = runs_of(results, name)
@@ -253,9 +255,9 @@ def repeats(results: Mapping[str, Any]) -> str:
 def quality_of_choices(
     results: Mapping[str, Any], stage: str, which: str = 'choices'
 ) -> dict[str, dict[str, dict[int, float]]]:
-    """By choice in the table ``which`` that has been run, by seed, the mean PSNR of Set14 and BSD100 at each level.
+    """The mean PSNR of Set14 and BSD100 by choice (of those in table ``which`` that have been run), seed and level.
 
-    Of backward stages: less that of the tickets that they started from.
+    For backward stages, it is relative to the tickets that they started from.
     """
     found: dict[str, dict[str, dict[int, float]]] = {}
     for run in RUNS.values():
@@ -289,7 +291,7 @@ def choices_table(results: Mapping[str, Any], stage: str, which: str = 'choices'
 
 
 def plot_choices(results: Mapping[str, Any], path: Path) -> None:
-    """What each choice changes: a dot for each level and seed; of forward stages against the reference's same seed."""
+    """The effect of each choice: a dot per level and seed; forward stages relative to the same seed's reference."""
     figure, axes = new_figure(1, 2, figsize=(14, 7))
     for axis, stage, against in zip(axes, ('forward', 'backward'), ('the reference', 'the own ticket')):
         choices = quality_of_choices(results, stage)
@@ -325,7 +327,7 @@ def runs_table(results: Mapping[str, Any]) -> str:
         ]
         for result in results.values()
     ]
-    return table(['command', 'seed', 'threads', 'iterations', 'wall time', 'an iteration', 'of it data'], rows)
+    return table(['command', 'seed', 'threads', 'iterations', 'wall time', 'per iteration', 'of which data'], rows)
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
@@ -351,7 +353,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
 
 def report(results: Mapping[str, Any]) -> str:
-    """The whole of docs/results.md, of what study.py keeps."""
+    """The text of docs/results.md, from the results that study.py keeps."""
     results = as_published(results)
     parts = [INTRODUCTION, main_table(results), '![PSNR over parameters](results.png)']
     parts += ['## Targets', targets(results)]
@@ -375,8 +377,8 @@ def report(results: Mapping[str, Any]) -> str:
             missing.append(f'{count} runs of the table `{which}` (`python scripts/study/study.py list` names them)')
     parts += [
         CROPS,
-        '## How to make them',
-        '`python scripts/study/study.py data --images FOLDER`, then (wall times while the machine had other work)',
+        '## Commands',
+        '`python scripts/study/study.py data --images FOLDER`, then (wall times on a machine with other work to do):',
         runs_table(results),
     ]
     if missing:
