@@ -76,7 +76,7 @@ def test_names_that_differ_in_the_extension_alone_keep_it(here: Path) -> None:
     touch('in/a.png', 'in/a.jpg', 'in/b.png')
     assert [target for _, target in plan('in', 'out')] == ['out/a.jpg.png', 'out/a.png.png', 'out/b.png']
     touch('in/a.png.gif')
-    with pytest.raises(ValueError, match=r"--output: found 'out/a.png.png'; allowed: another name for one"):
+    with pytest.raises(ValueError, match=r"--output: found 'out/a.png.png'; allowed: different names for"):
         plan('in', 'out')
 
 
@@ -86,16 +86,16 @@ def test_names_that_differ_in_the_extension_alone_keep_it(here: Path) -> None:
         ('in', 'x.png', "found 'x.png'; allowed: a folder, as the input is one"),
         ('in', 'plain', "found 'plain'; allowed: a folder; this is a file"),
         ('in/a.png', 'x.gif', r"found 'x.gif'; allowed: a folder, or a name that ends in .png, .*jpg, "),
-        ('in/a.png', 'in/a.png', "found 'in/a.png'; allowed: another file than the input in/a.png"),
-        ('in/a.png', 'in', "found 'in/a.png'; allowed: another file than the input in/a.png"),
-        ('in', '../{here}/in', 'allowed: another file than the input in/a.png'),
-        ('in/a.png', 'symlink.png', "found 'symlink.png'; allowed: another file than the input in/a.png"),
-        ('in/a.png', 'hardlink.png', "found 'hardlink.png'; allowed: another file than the input in/a.png"),
-        ('in', 'linked', "found 'linked/a.png'; allowed: another file than the input in/a.png"),
-        ('in/a.png', 'gt/a.png', "found 'gt/a.png'; allowed: another file than the input gt/a.png"),
-        ('in', 'plain/out', "found 'plain/out'; allowed: a place in a folder; plain is a file"),
+        ('in/a.png', 'in/a.png', "found 'in/a.png'; allowed: a file other than the input in/a.png"),
+        ('in/a.png', 'in', "found 'in/a.png'; allowed: a file other than the input in/a.png"),
+        ('in', '../{here}/in', 'allowed: a file other than the input in/a.png'),
+        ('in/a.png', 'symlink.png', "found 'symlink.png'; allowed: a file other than the input in/a.png"),
+        ('in/a.png', 'hardlink.png', "found 'hardlink.png'; allowed: a file other than the input in/a.png"),
+        ('in', 'linked', "found 'linked/a.png'; allowed: a file other than the input in/a.png"),
+        ('in/a.png', 'gt/a.png', "found 'gt/a.png'; allowed: a file other than the input gt/a.png"),
+        ('in', 'plain/out', "found 'plain/out'; allowed: a path inside a folder; plain is a file"),
         ('empty', 'out', r'empty: found nothing; allowed: images \(.*\.jpg.*\.gif.*\)'),
-        ('texts', 'out', r'texts: found 1 files there, none of which is an image by its name'),
+        ('texts', 'out', r'texts: found 1 files, none of which is an image by its name'),
     ],
 )
 def test_what_is_refused(source: str, output: str, message: str, here: Path) -> None:
@@ -164,7 +164,7 @@ def test_files_of_other_kinds_are_named(here: Path, file: Path, capsys: pytest.C
     picture('in/a.png')
     touch('in/notes.txt')
     assert main(['upscale', str(file), 'in', '-o', 'out']) == 0
-    assert 'passed over in in, no images by their names: notes.txt' in capsys.readouterr().err
+    assert 'skipped in in, not images by their names: notes.txt' in capsys.readouterr().err
 
 
 def test_long_names(here: Path, file: Path) -> None:

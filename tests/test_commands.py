@@ -76,7 +76,7 @@ def test_an_output_is_no_input(
     Path('x').mkdir()
     said = error(command.format(names.get(spelling, link)), capsys)
     assert said.split(':')[0] in ('--output', '--onnx')
-    assert 'allowed: another file than the input ' in said
+    assert 'allowed: a file other than the input ' in said
     assert Path(victim).read_bytes() == before
 
 
@@ -86,7 +86,7 @@ def test_an_output_is_no_input_in_python(here: Path) -> None:
         lambda: to_onnx('m.mssr', here / 'm.mssr'),
         lambda: plot(['m.mssr'], './m.mssr'),
     ):
-        with pytest.raises(ValueError, match=r'found .*m\.mssr.; allowed: another file than the input m\.mssr'):
+        with pytest.raises(ValueError, match=r'found .*m\.mssr.; allowed: a file other than the input m\.mssr'):
             write()
 
 
@@ -127,7 +127,7 @@ FAULTS = {
     'info a.png': 'a.png: not a scalable model file',
     'verify none.mssr': 'none.mssr: No such file or directory',
     'extract m.mssr -o x': '--output: found x; allowed: a name that ends in .pth, .safetensors or .mssr',
-    'extract m.mssr -o gone/x.pth': "--output: found 'gone/x.pth'; allowed: a file in a folder that is there",
+    'extract m.mssr -o gone/x.pth': "--output: found 'gone/x.pth'; allowed: a file in an existing folder",
     'extract m.mssr -o x.pth --level 1': "--output: found 'x.pth'; allowed: a file; this is a folder",
     'pack net.pth --opt net.yml -o x': "--output: found 'x'; allowed: a file; this is a folder",
     'export m.mssr --onnx x': "--onnx: found 'x'; allowed: a file; this is a folder",
@@ -147,12 +147,12 @@ FAULTS = {
     'pack net.pth --opt empty.yml': 'empty.yml: found nothing; allowed: a mapping of options',
     'pack net.pth --opt list.yml': 'list.yml: found a list; allowed: a mapping of options',
     'pack net.pth --opt tabs.yml': 'tabs.yml: found a tab character that violates indentation in line 2; allowed: ',
-    'pack net.pth --opt latin.yml': 'latin.yml: found bytes that are not UTF-8; allowed: a YAML',
+    'pack net.pth --opt latin.yml': 'latin.yml: found bytes that are not UTF-8; allowed: a YAML file',
     'pack net.pth --opt a.png': 'a.png: found bytes that are not UTF-8',
     'pack net.pth --opt words.yml': "network_g.type: found 'EDSR'; allowed: MSSR, in words.yml",
     'pack net.pth --opt half.yml': "scale: found 'two'; allowed: a whole number of at least 1",
     'pack none.pth --opt net.yml': 'none.pth: there is no such file',
-    'pack text.png --opt net.yml': 'text.png: it is no checkpoint',
+    'pack text.png --opt net.yml': 'text.png: it is not a checkpoint',
     'pack net.pth --opt net.yml --lq x': "--lq: found 'x'; allowed: with --gt",
     'pack net.pth --opt net.yml --gt x': 'x: ',
     'pack records/net.pth --opt net.yml': 'records/levels.json: ',

@@ -65,7 +65,7 @@ def test_broken_plugin_breaks_neither_python_nor_basicsr(toys: Path, fault: str 
     start = f'import site; site.addsitedir({str(toys)!r})'
     assert python(start, path=toys, options=('-S',)) == ''
     said = python(start + '\nimport basicsr; assert basicsr.done', path=toys, options=('-S',))
-    assert said.count('RuntimeWarning: BasicSR goes on without the mssr_basicsr plugin: ') == 1
+    assert said.count('RuntimeWarning: BasicSR continues without the mssr_basicsr plugin: ') == 1
 
 
 @pytest.mark.parametrize(

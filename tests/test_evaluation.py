@@ -81,7 +81,7 @@ def test_a_grey_file_is_its_y(tmp_path: Path) -> None:
     ('image', 'truth', 'text'),
     [
         ((20, 20), (20, 21), 'found 21x20 pixels; allowed: 20x20'),
-        ((20, 20), (20, 20, 3), 'found a coloured image; allowed: a grey one'),
+        ((20, 20), (20, 20, 3), 'found a colour image; allowed: a grey one'),
         ((14, 20), (14, 20), 'found 20x14 pixels; allowed: at least 15 a side'),
     ],
 )
@@ -150,6 +150,6 @@ def test_a_training_validates_by_the_protocol(
 def test_the_dataset_is_not_trained_on(forward_opt: dict[str, Any], run: Run) -> None:
     forward_opt['datasets']['train']['type'] = 'PairedEvaluationDataset'
     with pytest.raises(
-        OptionError, match=r"datasets\.train\.type: found 'PairedEvaluationDataset'; allowed: a dataset"
+        OptionError, match=r"datasets\.train\.type: found 'PairedEvaluationDataset'; allowed: a training dataset"
     ):
         run(forward_opt)

@@ -281,11 +281,11 @@ def test_cmyk_is_converted_by_its_profile(suffix: str, tmp_path: Path) -> None:
     expected = 255 * np.where(luminance > 0.0031308, 1.055 * luminance ** (1 / 2.4) - 0.055, 12.92 * luminance)
     np.testing.assert_allclose(picture.pixels[4, 4::8], expected[:, None].repeat(3, 1), atol=2)
     assert picture.icc is None
-    assert picture.lost == ['CMYK (now sRGB, by its profile)']
+    assert picture.lost == ['CMYK (converted to sRGB by its profile)']
 
 
 def test_what_is_not_read_of_a_file_is_said(tmp_path: Path) -> None:
-    image, deep, unsaid = of_mode('RGB'), smooth(3, 65535).astype(np.uint16), 'a channel that the file does not say'
+    image, deep, unsaid = of_mode('RGB'), smooth(3, 65535).astype(np.uint16), 'a channel of unspecified meaning'
     more = {'save_all': True, 'append_images': [ImageOps.invert(image), image]}
     for suffix in ('.gif', '.webp', '.png', '.tif', '.mpo', *(['.avif'] if '.avif' in WRITABLE_SUFFIXES else [])):
         image.save(tmp_path / f'frames{suffix}', **more)
@@ -305,11 +305,11 @@ def test_what_is_not_read_of_a_file_is_said(tmp_path: Path) -> None:
     for name, text in {
         'deep.tif': 'all but the first of 2 frames or pages',
         'hdr.png': 'cICP',
-        'linear.png': 'gamma of its values, 1.000',
-        'clear.png': 'the grey that stands for transparent',
+        'linear.png': 'gamma, 1.000',
+        'clear.png': 'the grey value that means transparent',
         'unsaid.tif': unsaid,
-        'inks.jpg': 'CMYK (now RGB, without a profile)',
-        'grey.png': 'the ICC profile, which is for other channels',
+        'inks.jpg': 'CMYK (converted to RGB without a profile)',
+        'grey.png': 'the ICC profile, which is for different channels',
     }.items():
         (lost,) = read_image(tmp_path / name).lost
         assert text in lost, name
@@ -358,9 +358,9 @@ def test_what_would_come_out_wrong_is_refused(tmp_path: Path, monkeypatch: pytes
     tiff(tmp_path / 'raw.tif', smooth(3).astype(np.uint8), subfiletype=1)
     (tmp_path / 'deep.ppm').write_bytes(b'P6 2 1 65535 ' + bytes(12))
     for path, text in {
-        'lab.tif': 'found pixels of the kind LAB; allowed: ',
+        'lab.tif': 'found pixels of mode LAB; allowed: ',
         'raw.tif': 'found a small preview',
-        'deep.ppm': 'found a PNM of other than 8 bits',
+        'deep.ppm': 'found a PNM with other than 8 bits',
         **{f'{name}.tif': 'found a TIFF of' for name in ('int8', 'int16', 'int32', 'uint32', 'float16')},
     }.items():
         with pytest.raises(ValueError, match=f'{path}: {text}'):
@@ -468,13 +468,13 @@ def test_figures_that_would_be_wrong_are_refused() -> None:
     image = np.zeros((40, 50, 3), np.uint8)
     assert metrics(image[:-2, :-2], image[:-1, :-1], 2)['psnr'] == np.inf  # a truth that was no multiple of the scale
     for truth, text in (
-        (np.zeros((42, 50, 3), np.uint8), 'found 50x42 pixels; allowed: 50x40, .* up to 1 more a side'),
+        (np.zeros((42, 50, 3), np.uint8), 'found 50x42 pixels; allowed: 50x40, .* up to 1 more per side'),
         (image[:, :-1], 'found 49x40 pixels; allowed: 50x40'),
         (image + np.float32(255), 'found float32 values from 255 to 255; allowed: 0'),
     ):
         with pytest.raises(ValueError, match=text):
             metrics(image, truth, 2)
-    with pytest.raises(ValueError, match='found a coloured image; allowed: a grey one'):
+    with pytest.raises(ValueError, match='found a colour image; allowed: a grey one'):
         metrics(image[..., 0], image, 2)
     with pytest.raises(ValueError, match='found 14x14 pixels; allowed: at least 15 a side'):
         metrics(image[:14, :14], image[:14, :14], 2)
@@ -487,7 +487,7 @@ def test_pictures_for_training_have_eight_bits_and_no_alpha(tmp_path: Path) -> N
             expected = {1: expected[..., 0], 2: expected[..., 0], 3: expected, 4: expected[..., :3]}[expected.shape[2]]
         np.testing.assert_array_equal(rgb(read_eight_bits(tmp_path / 'a.png')), expected, mode)
     png16(tmp_path / 'a.png', smooth(3, 65535).astype(np.uint16))
-    with pytest.raises(ValueError, match=r'a\.png: found uint16 pixels; allowed: 8 bits a channel'):
+    with pytest.raises(ValueError, match=r'a\.png: found uint16 pixels; allowed: 8 bits per channel'):
         read_eight_bits(tmp_path / 'a.png')
 
 

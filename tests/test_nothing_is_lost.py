@@ -97,7 +97,7 @@ def test_networks_that_draw_random_numbers_resume_exactly(forward_opt: dict[str,
     forget_after(experiment, 3)
     run(forward_opt, '--auto_resume')
     assert contents(experiment / 'models') == uninterrupted
-    assert 'goes on after 3 of its 20 batches' in max(experiment.glob('*.log'), key=os.path.getmtime).read_text()
+    assert 'continues after 3 of its 20 batches' in max(experiment.glob('*.log'), key=os.path.getmtime).read_text()
 
 
 def test_an_inexact_resume_begins_the_epoch_anew(forward_opt: dict[str, Any], run: Run) -> None:
@@ -118,7 +118,7 @@ def test_changed_data_begin_the_epoch_anew(forward_opt: dict[str, Any], run: Run
     forward_opt['datasets']['train']['batch_size_per_gpu'] = 8  # 5 batches in an epoch, of which 8 are gone
     run(forward_opt, '--auto_resume')
     log = max(experiment.glob('*.log'), key=os.path.getmtime).read_text()
-    assert 'The data or the batch size has changed: epoch 0 begins anew.' in log
+    assert 'The data or the batch size has changed: epoch 0 starts over.' in log
 
 
 def test_a_save_of_an_earlier_run_is_not_paired_with_a_new_one(
@@ -151,7 +151,7 @@ def test_options_that_have_changed_are_said(forward_opt: dict[str, Any], run: Ru
         ('train.criterion', 'global_magnitude', 'lamp'),
         ('train.rewind', 'weights', 'lr'),
     ):
-        assert f'{name}: the run began with {before!r} and goes on with {now!r}' in log
+        assert f'{name}: the run began with {before!r} and continues with {now!r}' in log
 
 
 def chaos(kills: int, ranks: int) -> None:
@@ -198,7 +198,7 @@ def test_a_file_that_cannot_be_written_whole(forward_opt: dict[str, Any], tmp_pa
     forward_opt['val'] = None
     said = train_in(tmp_path, forward_opt, largest=60_000)
     assert re.search(
-        r'OSError: \S+/models: saving failed \([\d,]+ bytes are free there\): net_g_4\.pth was cut short$', said.strip()
+        r'OSError: \S+/models: saving failed \([\d,]+ bytes are free there\): net_g_4\.pth is truncated$', said.strip()
     )
     assert not list(tmp_path.glob('experiments/forward/*/*'))
 
@@ -242,7 +242,7 @@ def test_a_folder_that_became_read_only(forward_opt: dict[str, Any], tmp_path: P
 
 
 def test_a_save_that_failed_is_an_error(forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """BasicSR warns after three tries and goes on."""
+    """BasicSR warns after three tries and continues."""
     save = torch.save
 
     def full_disk(thing: Any, path: Any) -> None:
@@ -254,7 +254,7 @@ def test_a_save_that_failed_is_an_error(forward_opt: dict[str, Any], run: Run, m
     monkeypatch.setattr(torch, 'save', full_disk)
     monkeypatch.setattr('time.sleep', lambda seconds: None)
     with pytest.raises(
-        OSError, match=r'models: saving failed \([\d,]+ bytes are free there\): net_g_8\.pth was cut short'
+        OSError, match=r'models: saving failed \([\d,]+ bytes are free there\): net_g_8\.pth is truncated'
     ):
         run(forward_opt)
     models = Path('experiments/forward/models')
@@ -300,17 +300,17 @@ def write_wrong_file(kind: str, path: Path) -> None:
 
 WRONG_FILES = {
     'missing': 'there is no such file',
-    'empty': 'torch cannot read it, it may be cut short (',
-    'truncated': 'torch cannot read it, it may be cut short (',
-    'text': 'it is no checkpoint, or one with more than tensors (',
-    'image': 'it is no checkpoint, or one with more than tensors (',
-    'code': 'it is no checkpoint, or one with more than tensors (',
-    'tensor': 'it holds a Tensor where a checkpoint holds a dict',
+    'empty': 'torch cannot read it; it may be truncated (',
+    'truncated': 'torch cannot read it; it may be truncated (',
+    'text': 'it is not a checkpoint, or holds more than tensors (',
+    'image': 'it is not a checkpoint, or holds more than tensors (',
+    'code': 'it is not a checkpoint, or holds more than tensors (',
+    'tensor': 'it holds a Tensor, not a dict as a checkpoint does',
     'state': 'it has no network under params_ema (it has epoch, iter, optimizers, schedulers)',
-    'stock': "the forward stage's last checkpoint (in this one nothing is pruned)",
-    'wider': 'have another shape, such as backbone.conv_first.weight (16, 3, 3, 3) and not (8, 3, 3, 3)',
+    'stock': "the forward stage's last checkpoint (nothing is pruned in this one)",
+    'wider': 'have a different shape, such as backbone.conv_first.weight (16, 3, 3, 3) instead of (8, 3, 3, 3)',
     'another': 'it is of another network: ',
-    'newer': 'its format is 2, and this mssr-basicsr reads up to 1: update mssr-basicsr',
+    'newer': 'its format is version 2; this mssr-basicsr reads up to 1: update mssr-basicsr',
 }
 
 
@@ -336,7 +336,7 @@ def test_nothing_in_a_checkpoint_is_executed(backward_opt: dict[str, Any], run: 
 
     torch.save({'params': Code()}, tmp_path / 'wrong.pth')
     backward_opt['path']['pretrain_network_g'] = str(tmp_path / 'wrong.pth')
-    with pytest.raises(OptionError, match='it is no checkpoint, or one with more than tensors'):
+    with pytest.raises(OptionError, match='it is not a checkpoint, or holds more than tensors'):
         run(backward_opt)
     assert not (tmp_path / 'executed').exists()
 
@@ -345,10 +345,10 @@ def test_nothing_in_a_checkpoint_is_executed(backward_opt: dict[str, Any], run: 
 WRONG_STATES = {
     'network is missing': r"path\.resume_state: found '\S+net_g_8\.pth'; .*there is no such file",
     'network is cut short': r"path\.resume_state: found '\S+net_g_8\.pth'; .*torch cannot read it",
-    'network of a stock run': r"path\.resume_state: found '\S+8\.state'; allowed: one with a rewind beside it",
-    'state is cut short': r"path\.resume_state: found '\S+8\.state'; allowed: a whole state \(",
+    'network of a stock run': r"resume_state: found '\S+8\.state'; allowed: a state whose network file has an entry ",
+    'state is cut short': r"path\.resume_state: found '\S+8\.state'; allowed: a complete training state \(",
     'state of a stock run': r"path\.resume_state: found '\S+8\.state'; allowed: a state that MSSRForwardModel saved",
-    'state is newer': r'allowed: a state of version 3, its version is 4: resume it with the mssr-basicsr that saved it',
+    'state is newer': r'allowed: a state of version 3; this one has version 4: resume it with the mssr-basicsr that ',
     'other stages': r'began with 2 iterations at level 0, .* at level 1.*; this one: 4 iterations at level 0, 4 iter',
 }
 

@@ -64,8 +64,8 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'network_g.level',
         1,
-        'network_g.level: found 1; allowed: nothing, MSSRForwardModel sets the level (other model classes take a fixed '
-        'one).',
+        'network_g.level: found 1; allowed: nothing, since MSSRForwardModel sets the level (a fixed one is for other '
+        'model classes).',
     ),
     (
         'network_g.prunable',
@@ -100,7 +100,7 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'train.level_iter',
         [4, 8],
-        'train.level_iter: found [4, 8]; allowed: a whole number, or a list of 3 (the levels that are trained).',
+        'train.level_iter: found [4, 8]; allowed: a whole number, or a list of 3 (one per trained level).',
     ),
     (
         'train.level_iter',
@@ -130,7 +130,7 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'train.precision',
         'fp16',
-        "train.precision: found 'fp16'; allowed: bf16, fp32 (fp16 would need its losses scaled, and bf16 needs ",
+        "train.precision: found 'fp16'; allowed: bf16, fp32 (fp16 would need loss scaling; bf16 does ",
     ),
     (
         'train.precision',
@@ -155,7 +155,7 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'train.ssd_opt',
         {'type': 'MSELoss'},
-        "train.ssd_opt.type: found 'MSELoss'; allowed: SSDLoss, or one of its kind.",
+        "train.ssd_opt.type: found 'MSELoss'; allowed: SSDLoss or a class derived from it.",
     ),
     (
         'train.ssd_opt.num_depths',
@@ -180,7 +180,7 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'train.scheduler.periods',
         [3],
-        'train.scheduler.periods: found [3]; allowed: periods of 4 or more in all (the schedule is for one level).',
+        'train.scheduler.periods: found [3]; allowed: periods that add up to 4 or more (the schedule is for one',
     ),
     (
         'train.criterian',
@@ -225,12 +225,12 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'base_model_type',
         'MSSRModel',
-        '(MSSRModel cannot be extended: it is a model of MSSR itself).',
+        '(MSSRModel cannot be extended: it is one of the MSSR models).',
     ),
     (
         'base_model_type',
         'StyleGAN2Model',
-        '(StyleGAN2Model cannot be extended: it is no SRModel).',
+        '(StyleGAN2Model cannot be extended: it is not an SRModel).',
     ),
     (
         'base_model_type',
@@ -250,7 +250,7 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'val.val_freq',
         3,
-        "val.val_freq: found 3; allowed: a divisor of each level's iterations, [4, 4, 4], so that each level ends",
+        "val.val_freq: found 3; allowed: a divisor of each level's iterations, [4, 4, 4], to validate each",
     ),
 ]
 WRONG_BACKWARD: list[tuple[str, Any, str]] = [
@@ -262,12 +262,12 @@ WRONG_BACKWARD: list[tuple[str, Any, str]] = [
     (
         'path.pretrain_network_g',
         'stock.pth',
-        "path.pretrain_network_g: found 'stock.pth'; allowed: the forward stage's last checkpoint (in this one ",
+        "path.pretrain_network_g: found 'stock.pth'; allowed: the forward stage's last checkpoint (nothing is ",
     ),
     (
         'network_g.sparsity',
         [0, 0.5, 0.9],
-        'network_g.level: found 2; allowed: a level that the loaded level map has; there this one keeps 1692 of 6768 ',
+        'network_g.level: found 2; allowed: a level that the loaded level map has; in it, this one keeps 1692 of 6768 ',
     ),
     (
         'train.recover',
@@ -287,7 +287,7 @@ WRONG_BACKWARD: list[tuple[str, Any, str]] = [
     (
         'train.ticket_opt',
         {'type': 'L1Loss'},
-        "net_g_level1.pth'; allowed: what the forward stage wrote as level 1's ticket, beside its last checkpoint "
+        "net_g_level1.pth'; allowed: level 1's ticket as the forward stage wrote it, beside its last checkpoint "
         '(there is no such file).',
     ),
     (

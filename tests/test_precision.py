@@ -216,7 +216,7 @@ def test_validation_in_bf16_where_it_is_asked_for(
 def test_a_processor_without_bf16_is_said(
     forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = 'train.precision: bf16; this processor has no bf16 arithmetic, training will be slower than in fp32.'
+    text = 'train.precision: bf16: this processor has no bf16 arithmetic, so training will be slower than in fp32.'
     forward_opt['train']['precision'] = 'bf16'
     for lacks in (True, False):
         monkeypatch.setattr(levelwise_training, 'lacks_bf16', lambda device, lacks=lacks: lacks)

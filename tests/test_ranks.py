@@ -99,7 +99,10 @@ def test_both_stages_on_two_ranks(
 @pytest.mark.parametrize(
     ('harm', 'error'),
     [
-        ('differ', 'RuntimeError: End of level 0: ranks [1] differ from rank 0; the run stops before it does harm'),
+        (
+            'differ',
+            'RuntimeError: End of level 0: ranks [1] differ from rank 0; stopping the run before any harm is done',
+        ),
         ('diverge', 'FloatingPointError: End of level 0: conv_first.weight is not finite on rank 1; the training has '),
     ],
 )

@@ -358,7 +358,7 @@ def test_every_prefix_is_a_model_of_its_levels() -> None:
             assert model.level == section.level
             assert_same(model.network.state_dict(), packed.export(section.level))
     first = ScalableFile(io.BytesIO(file)).header.sections[0].end
-    message = f'level 2 needs the first {first:,} bytes, there are {first - 1:,}'
+    message = f'level 2 needs the first {first:,} bytes; there are {first - 1:,}'
     with pytest.raises(ScalableFileError, match=message):
         ScalableModel(io.BytesIO(file[: first - 1]))
 
@@ -541,7 +541,7 @@ def test_the_backward_stage_writes_the_file(
     printed = capsys.readouterr().out
     assert 'values I8' in printed and 'license: CC0-1.0\n' in printed and 'description: a = b\n' in printed
     assert main([*packing, '--metadata', 'license=A', '--metadata', 'license=B']) == 1
-    assert "--metadata: found ['license', 'license']; allowed: each key once" in capsys.readouterr().err
+    assert "--metadata: found ['license', 'license']; allowed: each key only once" in capsys.readouterr().err
     for wrong in ('license', '=x', 'license=\x1b[2J'):
         with pytest.raises(SystemExit, match='2'):
             main([*packing, '--metadata', wrong])
@@ -549,4 +549,4 @@ def test_the_backward_stage_writes_the_file(
     forward = 'experiments/forward/models/net_g_latest.pth'
     assert 'of the forward stage' in call(*mssr, 'pack', forward, '--opt', yml, expect=1)
     plain = models / 'net_g_level1.pth'
-    assert 'of no MSSR network' in call(*mssr, 'pack', plain, '--opt', yml, expect=1)
+    assert 'not of an MSSR network' in call(*mssr, 'pack', plain, '--opt', yml, expect=1)

@@ -54,7 +54,7 @@ def test_an_empty_folder_is_refused_before_training(
     for name in ('gt', 'lq'):
         (tmp_path / 'empty' / name).mkdir(parents=True)
         forward_opt['datasets'][phase][f'dataroot_{name}'] = str(tmp_path / 'empty' / name)
-    with pytest.raises(OptionError, match=rf'datasets\.{phase}: found .*empty/gt.*; allowed: folders, or LMDBs, with'):
+    with pytest.raises(OptionError, match=rf'datasets\.{phase}: found .*empty/gt.*; allowed: folders or LMDBs that'):
         run(forward_opt)
     assert not list(tmp_path.glob('experiments/forward/models/*'))
 

@@ -63,7 +63,9 @@ def test_an_architecture_of_another_package(tmp_path: Path, monkeypatch: pytest.
     cv2.imwrite('small.png', picture(8, 9, 3))
     upscale = ['upscale', 'x.mssr', 'small.png', '-o', 'large.png']
     assert main(upscale) == 1
-    assert 'Theirs is not registered with BasicSR; import the package that has it' in capsys.readouterr().err
+    assert (
+        'Theirs is not registered with BasicSR; first import the package that registers it' in capsys.readouterr().err
+    )
     assert main([*upscale, '--import', 'no_archs']) == 1
     assert "--import: found 'no_archs'; allowed: a module (ModuleNotFoundError: " in capsys.readouterr().err
     assert main([*upscale, '--import', 'their_archs']) == 0
@@ -167,7 +169,7 @@ def test_values_that_would_come_out_white_or_black_are_refused() -> None:
     assert model.upscale(np.array([[-0.01, 1.02]], np.float32)).shape == (2, 4)  # as resizing leaves behind
     with torch.no_grad():
         model.network.conv_last.bias.fill_(torch.inf)
-    with pytest.raises(ValueError, match='EDSR: gives values that are no numbers'):
+    with pytest.raises(ValueError, match='EDSR: outputs values that are not finite'):
         model.upscale(picture(4, 4, 3))
 
 
@@ -203,7 +205,7 @@ def test_verify(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
     assert main(['verify', str(file)]) == 1
-    assert 'after the end of level 1 are of no use' in capsys.readouterr().err
+    assert 'unusable bytes after the end of level 1' in capsys.readouterr().err
     file.write_bytes(whole[:-1] + b'?')
     assert main(['verify', str(file)]) == 1
     assert 'the section of level 0 is corrupted' in capsys.readouterr().err
@@ -252,7 +254,7 @@ def test_upscale_says_what_is_wrong(file: Path, tmp_path: Path, capsys: pytest.C
     cv2.imwrite(str(image), picture(12, 15, 3))
     for arguments, message in [
         ([str(image), '-o', str(tmp_path / 'x.txt')], '--output: found '),
-        ([str(image), '-o', str(tmp_path)], 'allowed: another file than the input'),
+        ([str(image), '-o', str(tmp_path)], 'allowed: a file other than the input'),
         ([str(tmp_path / 'none'), '-o', 'x.png'], 'No such file'),
         ([str(image), '-o', 'x.png', '--level', '7'], 'level 7: this model has levels 0 to 2'),
         ([str(image), '-o', 'x.png', '--budget', '1KB'], 'over the budget'),
@@ -269,7 +271,7 @@ def test_plot(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert cv2.imread(str(tmp_path / 'plot.png')) is not None
     file.write_bytes(pack(network(), 2))
     assert main(['plot', str(file), '-o', str(tmp_path / 'plot.png')]) == 1
-    assert 'found no PSNR in it; allowed: a file that was packed with --gt' in capsys.readouterr().err
+    assert 'found no PSNR; allowed: a file packed with --gt' in capsys.readouterr().err
 
 
 # ------------------------------ other programs ------------------------------ #

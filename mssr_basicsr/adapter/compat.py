@@ -124,7 +124,7 @@ def name_unreadable_state(load_resume_state: Callable[..., Any], opt: dict[str, 
     try:
         return load_resume_state(opt)
     except Exception as error:
-        allowed = f'a whole state ({first_line(error)})'
+        allowed = f'a complete training state ({first_line(error)})'
         raise OptionError('path.resume_state', opt['path'].get('resume_state'), allowed) from error
 
 

@@ -29,7 +29,7 @@ def refuse_empty_dataset(
     init(dataset, opt, *args, **kwargs)
     if hasattr(dataset, '__len__') and len(dataset) == 0:
         folders = {key: value for key, value in opt.items() if key.startswith('dataroot')}
-        raise OptionError(f'datasets.{opt.get("phase")}', folders, 'folders, or LMDBs, with images in them')
+        raise OptionError(f'datasets.{opt.get("phase")}', folders, 'folders or LMDBs that contain images')
 
 
 def name_unreadable_image(getitem: Callable[..., Any], dataset: Any, index: int) -> Any:

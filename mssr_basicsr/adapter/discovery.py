@@ -104,5 +104,5 @@ def _attempt(step: Callable[[], None]) -> None:
     try:
         step()
     except Exception as error:
-        message = f'BasicSR goes on without the mssr_basicsr plugin: {type(error).__name__}: {error}'
+        message = f'BasicSR continues without the mssr_basicsr plugin: {type(error).__name__}: {error}'
         warnings.warn(message, RuntimeWarning, stacklevel=1)  # one place, so that Python says the same thing once

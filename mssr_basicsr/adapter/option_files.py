@@ -19,10 +19,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark, problem = getattr(error, 'problem_mark', None), getattr(error, 'problem', None) or first_line(error)
         where = '' if mark is None else f' in line {mark.line + 1}'
-        raise ValueError(f'{path}: {problem}{where}; allowed: a YAML, indented by spaces') from error
+        raise ValueError(f'{path}: {problem}{where}; allowed: a YAML file, indented with spaces') from error
     except UnicodeDecodeError as error:
-        raise ValueError(f'{path}: found bytes that are not UTF-8; allowed: a YAML') from error
+        raise ValueError(f'{path}: found bytes that are not UTF-8; allowed: a YAML file') from error
     if not isinstance(opt, dict):
         what = 'nothing' if opt is None else f'a {type(opt).__name__}'
-        raise ValueError(f'{path}: found {what}; allowed: a mapping of options, network_g and scale among them')
+        raise ValueError(f'{path}: found {what}; allowed: a mapping of options, including network_g and scale')
     return opt

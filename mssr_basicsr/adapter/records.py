@@ -41,7 +41,7 @@ def describe_level(level_map: LevelMap, num_parameters: int, level: int) -> Leve
 def level_table(records: Iterable[LevelRecord]) -> str:
     """The records as a table, a level a row: sizes, then a column for each validation set's metrics."""
     rows = sorted(records, key=lambda record: record['level'])
-    head = ['level', 'sparsity of prunable', 'prunable', 'parameters', 'iterations']
+    head = ['level', 'sparsity (prunable)', 'prunable', 'parameters', 'iterations']
     cells = [
         [
             str(row['level']),

@@ -53,11 +53,11 @@ def resume_within_epoch(epoch: int, current_iter: int, state: dict[str, Any]) ->
         logger, num_batches = get_root_logger(), len(prefetcher.ori_loader)
         had = current_iter - epoch * num_batches
         if 0 <= had <= num_batches:
-            logger.info(f'Epoch {epoch} goes on after {had} of its {num_batches} batches; skipping them.')
+            logger.info(f'Epoch {epoch} continues after {had} of its {num_batches} batches; skipping those.')
             for _ in range(had):
                 prefetcher.next()
         else:
-            logger.warning(f'The data or the batch size has changed: epoch {epoch} begins anew.')
+            logger.warning(f'The data or the batch size has changed: epoch {epoch} starts over.')
         set_random_state(state)
 
     for prefetcher_class in prefetchers:

@@ -66,8 +66,8 @@ def read_run_state(
     if entry is None:
         raise OptionError('path.resume_state', path, f'a state that {model_type} saved')
     if entry['version'] != VERSION:
-        allowed = f'a state of version {VERSION}, its version is {entry["version"]}: resume it with the mssr-basicsr '
-        raise OptionError('path.resume_state', path, allowed + 'that saved it')
+        allowed = f'a state of version {VERSION}; this one has version {entry["version"]}: '
+        raise OptionError('path.resume_state', path, allowed + 'resume it with the mssr-basicsr that saved it')
     state = RunState(**entry)
     began = [LevelTraining(*training) for training in state.plan[: len(begun)]]
     if began != list(begun):
@@ -76,7 +76,7 @@ def read_run_state(
         )
         raise OptionError('path.resume_state', path, f'a state of a run that began with {here}; this one: {there}')
     changed = [
-        f'{name}: the run began with {state.options.get(name)!r} and goes on with {value!r}'
+        f'{name}: the run began with {state.options.get(name)!r} and continues with {value!r}'
         for name, value in options.items()
         if state.options.get(name) != value
     ]

@@ -19,7 +19,7 @@ PRECISIONS = ('fp32', 'bf16')
 def check_precision(name: str, found: Any) -> str:
     """``found``, one of :data:`PRECISIONS`; else OptionError."""
     if found == 'fp16':
-        raise OptionError(name, found, 'bf16, fp32 (fp16 would need its losses scaled, and bf16 needs nothing)')
+        raise OptionError(name, found, 'bf16, fp32 (fp16 would need loss scaling; bf16 does not)')
     return require_one_of(name, found, PRECISIONS)
 
 

@@ -55,13 +55,13 @@ class TrainingPlan:
         if opt.get('val') is not None and 'debug' not in opt['name']:  # --debug sets a val_freq of its own
             val_freq = require_int('val.val_freq', opt['val'].get('val_freq'), 1)
             if any(num_iter % val_freq for num_iter in iterations):
-                allowed = f"a divisor of each level's iterations, {iterations}, so that each level ends validated"
+                allowed = f"a divisor of each level's iterations, {iterations}, to validate each level at its end"
                 raise OptionError('val.val_freq', val_freq, allowed)
         for key in ('print_freq', 'save_checkpoint_freq'):
             require_int(f'logger.{key}', opt['logger'].get(key), 1)
         periods = train_opt['scheduler'].get('periods')
         if periods is not None and sum(periods) < max(iterations):
-            allowed = f'periods of {max(iterations)} or more in all (the schedule is for one level)'
+            allowed = f'periods that add up to {max(iterations)} or more (the schedule is for one level)'
             raise OptionError('train.scheduler.periods', periods, allowed)
 
     def __str__(self) -> str:

@@ -47,9 +47,9 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
         loaded = read_checkpoint(checkpoint)
         state = state_dict_of(loaded, 'params_ema')
         if is_plain(state):
-            raise CheckpointError('it is of no MSSR network (net_g_latest.pth of the backward stage is one)')
+            raise CheckpointError('it is not of an MSSR network (net_g_latest.pth of the backward stage is)')
         if 'rewind' in loaded:
-            raise CheckpointError('it is of the forward stage; the levels are nested after the backward stage only')
+            raise CheckpointError('it is from the forward stage; the levels are only nested after the backward stage')
         require_same_entries(state, network.state_dict())
         network.load_state_dict(state)
     except CheckpointError as error:
@@ -66,5 +66,5 @@ def _metrics_beside(checkpoint: Path) -> dict[str, Any]:
     try:
         return level_metrics(json.loads(records.read_text('utf-8')))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        allowed = 'the records of levels that training writes, or no such file'
+        allowed = 'the levels.json that training writes, or no such file'
         raise ValueError(f'{records}: {first_line(error)}; allowed: {allowed}') from error

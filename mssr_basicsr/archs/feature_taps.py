@@ -92,8 +92,8 @@ def check_feature_taps(network: nn.Module, taps: Sequence[str], x: Tensor) -> No
         network(x)
     for tap, given in outputs.items():
         if len(given) != 1 or not isinstance(given[0], Tensor):
-            what = f'runs {len(given)} times' if len(given) != 1 else f'gives a {type(given[0]).__name__}'
-            allowed = 'modules that run once in a forward and give one tensor (or no train.ssd_opt)'
+            what = f'runs {len(given)} times' if len(given) != 1 else f'returns a {type(given[0]).__name__}'
+            allowed = 'modules that run once per forward pass and return one tensor (or no train.ssd_opt)'
             raise OptionError('network_g.feature_taps', f'{tap}, which {what}', allowed)
 
 

@@ -70,7 +70,7 @@ def refuse_unknown(unknown: Mapping[str, Any], backbone: Any) -> None:
             raise OptionError(f'network_g.{key}', found, f'network_g.backbone.{key} alone')
         nearest = closest(key, known)
         allowed = f'no such option; the nearest is {nearest}' if nearest else f'one of {", ".join(known)}'
-        raise OptionError(f'network_g.{key}', found, f"{allowed} (the architecture's own stand in network_g.backbone)")
+        raise OptionError(f'network_g.{key}', found, f"{allowed} (the architecture's own go into network_g.backbone)")
 
 
 def running_statistics(network: nn.Module) -> dict[str, Tensor]:
@@ -128,7 +128,7 @@ class MSSR(nn.Module):
             raise OptionError('network_g.backbone', backbone, 'the options of an architecture, with its type')
         if backbone['type'] not in ARCH_REGISTRY and f'{backbone["type"]}_basicsr' not in ARCH_REGISTRY:
             names = ', '.join(sorted(ARCH_REGISTRY.keys()))
-            allowed = f'{names}; of another package, import it first: its own train.py does, and mssr --import MODULE'
+            allowed = f'{names}; others must be imported first: by their own train.py, or by mssr --import MODULE'
             raise OptionError('network_g.backbone.type', backbone['type'], allowed)
         self.backbone_options = deepcopy(without_weight_files(backbone))
         with arguments_checked('network_g.backbone', backbone, 'architecture'):
@@ -246,7 +246,7 @@ class MSSR(nn.Module):
             raise OptionError(
                 'network_g.level',
                 self._level,
-                f'a level that the loaded level map has; there this one keeps {kept} of {total} prunable weights, and '
+                f'a level that the loaded level map has; in it, this one keeps {kept} of {total} prunable weights, and '
                 f'sparsity[{self._level}] = {self.sparsity[self._level]} asks for {expected} (was an MSSR checkpoint '
                 'loaded, was its forward stage trained up to this level, and with this sparsity?)',
             )
@@ -284,7 +284,7 @@ class MSSR(nn.Module):
             }
         elif version > self._version:
             raise CheckpointError(
-                f'its format is {version}, and this mssr-basicsr reads up to {self._version}: update mssr-basicsr'
+                f'its format is version {version}; this mssr-basicsr reads up to {self._version}: update mssr-basicsr'
             )
         result = super().load_state_dict(state_dict, strict, assign)
         self._mask_is_current = False

@@ -53,7 +53,7 @@ def plan_batch(source: Path, output: str, others: Sequence[Path] = ()) -> Batch:
         raise OptionError('--output', output, 'a folder; this is a file')
     standing = next(parent for parent in targets[0].parents if parent.exists())
     if not standing.is_dir():
-        raise OptionError('--output', output, f'a place in a folder; {standing} is a file')
+        raise OptionError('--output', output, f'a path inside a folder; {standing} is a file')
     taken = {os.path.realpath(path): path for path in (*inputs, *others)}
     for path in targets:
         if os.path.realpath(path) in taken:
@@ -74,6 +74,6 @@ def _names_in(folder: Path, inputs: Sequence[Path]) -> list[Path]:
     targets = [folder / f'{path.name if stems[path.stem] > 1 else path.stem}.png' for path in inputs]
     twice = [target for target, count in Counter(targets).items() if count > 1]
     if twice:  # a.png.png beside a.png and a.jpg
-        allowed = 'another name for one of the images that would become it'
+        allowed = 'different names for the images that would be written to it'
         raise OptionError('--output', str(twice[0]), allowed)
     return targets

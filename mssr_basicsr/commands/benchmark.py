@@ -13,16 +13,16 @@ EXAMPLES = ('mssr benchmark net_g.mssr --size 640x360 --threads 1',)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('file', metavar='FILE.mssr', type=Path)
-    parser.add_argument('--size', default='320x180', help='of the input, WxH; default: 320x180')
-    parser.add_argument('--threads', type=int, help="default: torch's number")
-    parser.add_argument('--rounds', type=int, default=5, help='medians of so many are printed; default: 5')
+    parser.add_argument('--size', default='320x180', help='input size, WxH; default: 320x180')
+    parser.add_argument('--threads', type=int, help="number of threads; default: torch's")
+    parser.add_argument('--rounds', type=int, default=5, help='number of runs; medians are printed; default: 5')
     parser.add_argument('--json', action='store_true', help='print JSON')
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """``mssr benchmark``: each level's time, and how many times that of torch's dense network goes into it.
+    """``mssr benchmark``: each level's time, memory and speed-up over torch's dense network.
 
-    Sparse and dense (default and channels-last layout, of which the better counts) take turns in one process.
+    Sparse and dense runs alternate in one process; dense is the faster of default and channels-last layout.
     """
     from mssr_basicsr.scalable.measuring import measure_levels
     from mssr_basicsr.sparse.library import engine_name

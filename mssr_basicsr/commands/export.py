@@ -12,10 +12,10 @@ EXAMPLES = ('mssr export net_g.mssr --onnx level4.onnx --level 4',)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('file', metavar='FILE.mssr', type=Path)
     parser.add_argument(
-        '--onnx', type=Path, required=True, help='the file to write; one that exists is overwritten', dest='output'
+        '--onnx', type=Path, required=True, help='output file; an existing one is overwritten', dest='output'
     )
-    parser.add_argument('--level', type=int, help='default: the largest that is there')
-    parser.add_argument('--opset', type=int, help="default: the current one of torch's exporter")
+    parser.add_argument('--level', type=int, help='default: the largest in the file')
+    parser.add_argument('--opset', type=int, help="default: that of torch's exporter")
 
 
 def run(arguments: argparse.Namespace) -> int:

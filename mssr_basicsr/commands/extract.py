@@ -19,14 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--output',
         type=Path,
         required=True,
-        help='ends in .pth, .safetensors or .mssr; a file that exists is overwritten',
+        help='output file: .pth, .safetensors or .mssr; an existing one is overwritten',
     )
-    parser.add_argument('--level', type=int, help='default: the largest that is there')
-    parser.add_argument('--spandrel', action='store_true', help='names of tensors that spandrel knows (for RCAN)')
+    parser.add_argument('--level', type=int, help='default: the largest in the file')
+    parser.add_argument('--spandrel', action='store_true', help='use the tensor names that spandrel expects (for RCAN)')
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """``mssr extract``: a level as a plain checkpoint, or the levels from it on down as a smaller ``.mssr``."""
+    """``mssr extract``: a level as a plain checkpoint, or that level and all smaller ones as a smaller ``.mssr``."""
     from mssr_basicsr import extract
 
     done = extract(arguments.file, arguments.output, arguments.level, arguments.spandrel)

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-HELP = 'what the file says of itself, and the table of levels: parameters, bytes, PSNR'
+HELP = 'metadata and the table of levels: parameters, bytes, PSNR'
 EXAMPLES = ('mssr info net_g.mssr',)
 
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """``mssr info``: the table of levels."""
+    """``mssr info``: metadata and the table of levels: parameters, bytes, PSNR."""
     from mssr_basicsr import ScalableFile
     from mssr_basicsr.scalable.description import level_table
     from mssr_basicsr.sparse.library import engine_name

@@ -1,4 +1,4 @@
-"""The command mssr: one file that holds every size, made, looked at, taken apart and used."""
+"""Make, inspect, convert and use .mssr files, each of which holds every level of one scalable SR model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
                 metavar='MODULE',
                 action='append',
                 default=[],
-                help="a module that registers the backbone's architecture, such as hat.archs; may be given again",
+                help="a module that registers the backbone's architecture, such as hat.archs; can be repeated",
             )
         command.set_defaults(run=module.run)
     return parser

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mssr_basicsr.commands import info
 
-HELP = 'make a .mssr file of a checkpoint'
+HELP = 'turn a checkpoint into a .mssr file'
 EXAMPLES = ('mssr pack net_g_latest.pth --opt backward.yml -o net_g.mssr --dtype int8 --gt Set5/',)
 
 _DTYPES = {'fp32': 'F32', 'fp16': 'F16', 'bf16': 'BF16', 'int8': 'I8'}
@@ -21,13 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '-o',
         '--output',
         type=Path,
-        help='default: beside the checkpoint, as .mssr; a file that exists is overwritten',
+        help='default: beside the checkpoint, as .mssr; an existing one is overwritten',
     )
     parser.add_argument(
         '--dtype',
         choices=_DTYPES,
         default='fp32',
-        help='of the prunable weights (fp32: lossless; int8: with a scale per output channel)',
+        help='of the stored prunable weights (fp32: lossless; int8: one scale per output channel)',
     )
     parser.add_argument(
         '--metadata',
@@ -36,12 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar='KEY=TEXT',
         help='a line about the model, such as license=..., author=..., training_data=..., description=..., date=...; '
-        'may be given several times',
+        'can be repeated',
     )
     parser.add_argument(
-        '--gt', type=Path, help='folder of ground-truth images: measure each level, keep it in the file'
+        '--gt', type=Path, help='folder of ground-truth images: measure each level, and store the results'
     )
-    parser.add_argument('--lq', type=Path, help='folder of their LR images; default: made from them by bicubic')
+    parser.add_argument(
+        '--lq', type=Path, help='folder of the LR images; default: the ground truth, downscaled by bicubic'
+    )
     parser.add_argument('--json', action='store_true', help='print JSON')
 
 
@@ -56,11 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     metadata = dict(arguments.metadata)
     if len(metadata) < len(arguments.metadata):
-        raise OptionError('--metadata', [key for key, _ in arguments.metadata], 'each key once')
+        raise OptionError('--metadata', [key for key, _ in arguments.metadata], 'each key only once')
     output = arguments.output or arguments.checkpoint.with_suffix('.mssr')
     require_output(output, arguments.checkpoint, arguments.opt)
     if arguments.lq is not None and arguments.gt is None:
-        raise OptionError('--lq', str(arguments.lq), 'with --gt, the folder of the ground truth')
+        raise OptionError('--lq', str(arguments.lq), 'only with --gt, the folder of the ground truth')
     network, scale, metrics = load_checkpoint(arguments.checkpoint, arguments.opt)
     dtype = _DTYPES[arguments.dtype]
     if dtype != 'F32':
@@ -76,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         for level, values in measured.items():
             cost = values['psnr'] - before[level]['psnr']
             line = f'level {level}: PSNR {values["psnr"]:.4f} dB on {name}'
-            print(line + ('' if dtype == 'F32' else f' as {dtype}, {cost:+.4f} dB to F32'))
+            print(line + ('' if dtype == 'F32' else f' as {dtype}, {cost:+.4f} dB compared with F32'))
     write_whole(output, data)
     return info.run(argparse.Namespace(file=output, json=arguments.json))
 

@@ -46,17 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '-o',
         '--output',
         required=True,
-        help='an image, a folder to write PNGs into, or - for a PNG to standard output; files that exist are '
+        help='an image, a folder to write PNGs into, or - for a PNG to standard output; existing files are '
         'overwritten, but never an input',
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument('--level', type=int, help='default: the largest that is there')
-    size.add_argument('--budget', type=parse_size, help='the most bytes of the file to read, such as 200KB')
+    size.add_argument('--level', type=int, help='default: the largest in the file')
+    size.add_argument('--budget', type=parse_size, help='how many bytes of the file to read at most, such as 200KB')
     parser.add_argument(
-        '--tile', type=int, help='side of tiles in input pixels, 0 for none; default: so that they fit the cache'
+        '--tile', type=int, help='tile size in input pixels, 0 for no tiles; default: what fits the cache'
     )
-    parser.add_argument('--gt', type=Path, help='folder of ground-truth images of the same names: PSNR and SSIM')
-    parser.add_argument('--device', help='such as cpu or cuda:1; default: cuda if there is one')
+    parser.add_argument('--gt', type=Path, help='folder of ground-truth images with the same names, for PSNR and SSIM')
+    parser.add_argument('--device', help='such as cpu or cuda:1; default: cuda if available')
     parser.add_argument(
         '--engine', choices=ENGINES, default='auto', help='auto: on a CPU, convolutions skip zeros where that is faster'
     )
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """``mssr upscale``: an image, or every image of a folder, at the level or within the bytes asked for."""
+    """``mssr upscale``: an image, or every image in a folder, at the given level or within the given budget."""
     from mssr_basicsr.commands.batch import is_folder
 
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +114,7 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
     jobs, passed_over = plan_batch(source, output, others)
     if passed_over:
         some = ', '.join(path.name for path in passed_over[:3]) + (', ...' if len(passed_over) > 3 else '')
-        print(f'mssr: passed over in {source}, no images by their names: {some}', file=sys.stderr)
+        print(f'mssr: skipped in {source}, not images by their names: {some}', file=sys.stderr)
     device = _device(arguments.device)
     engine = arguments.engine if device.startswith('cpu') else 'torch'
     with ScalableModel(arguments.file, arguments.level, max_bytes=arguments.budget, engine=engine) as model:
@@ -196,7 +196,7 @@ def _device(name: str | None) -> str:
         torch.zeros(1, device=name).cpu()
     except Exception as error:  # torch raises RuntimeError, AssertionError and what its backends do
         here = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
-        raise OptionError('--device', name, f'{", ".join(here)}, or another that torch has here') from error
+        raise OptionError('--device', name, f'{", ".join(here)}, or another device that torch has here') from error
     return name
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-HELP = 'check every byte that is there'
+HELP = 'check every byte of the file'
 EXAMPLES = ('mssr verify net_g.mssr',)
 
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """``mssr verify``: every section that is there is read, decoded and held against its checksum."""
+    """``mssr verify``: read and decode every section that is present, and check it against its checksum."""
     from mssr_basicsr import ScalableFileError, verify
 
     found = verify(arguments.file)
@@ -29,7 +29,5 @@ def run(arguments: argparse.Namespace) -> int:
         print(f'{found["file"]}: OK, levels {largest} to {smallest}, {size:,} bytes ({what})')
     if found['unusable_bytes']:
         what = 'the file' if found['whole'] else f'level {largest}'
-        raise ScalableFileError(
-            f'{found["file"]}: {found["unusable_bytes"]:,} bytes after the end of {what} are of no use'
-        )
+        raise ScalableFileError(f'{found["file"]}: {found["unusable_bytes"]:,} unusable bytes after the end of {what}')
     return 0

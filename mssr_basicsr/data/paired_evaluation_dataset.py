@@ -25,7 +25,7 @@ class PairedEvaluationDataset(PairedImageDataset):
 
     def __init__(self, opt: dict[str, Any]) -> None:
         if opt['phase'] == 'train':
-            allowed = 'a dataset to train on, such as PairedImageDataset (this one is for validation and testing)'
+            allowed = 'a training dataset, such as PairedImageDataset (this one is for validation and testing)'
             raise OptionError('datasets.train.type', opt['type'], allowed)
         super().__init__(opt)
 

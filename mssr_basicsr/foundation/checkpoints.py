@@ -27,11 +27,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError('there is no such file') from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f'torch cannot read it, it may be cut short ({first_line(error)})') from error
+        raise CheckpointError(f'torch cannot read it; it may be truncated ({first_line(error)})') from error
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f'it is no checkpoint, or one with more than tensors ({first_line(error)})') from error
+        raise CheckpointError(f'it is not a checkpoint, or holds more than tensors ({first_line(error)})') from error
     if not isinstance(loaded, dict):
-        raise CheckpointError(f'it holds a {type(loaded).__name__} where a checkpoint holds a dict')
+        raise CheckpointError(f'it holds a {type(loaded).__name__}, not a dict as a checkpoint does')
     return loaded
 
 
@@ -62,8 +62,8 @@ def require_same_entries(state: Mapping[str, Tensor], expected: Mapping[str, Ten
         faults.append(f'{len(unknown)} are unknown, such as {unknown[0]}')
     if reshaped:
         name = reshaped[0]
-        shapes = f'{tuple(state[name].shape)} and not {tuple(expected[name].shape)}'
-        faults.append(f'{len(reshaped)} have another shape, such as {name} {shapes}')
+        shapes = f'{tuple(state[name].shape)} instead of {tuple(expected[name].shape)}'
+        faults.append(f'{len(reshaped)} have a different shape, such as {name} {shapes}')
     if faults:
         raise CheckpointError(f'it is of another network: {"; ".join(faults)}')
 

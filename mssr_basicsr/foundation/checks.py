@@ -13,7 +13,7 @@ Options = TypeVar('Options')
 
 
 class OptionError(ValueError):
-    """A wrong value in the YAML. The text is ``<option>: found <value>; allowed: <what is>.``"""
+    """A wrong value in the YAML. The text is ``<option>: found <value>; allowed: <what is allowed>.``"""
 
     def __init__(self, option: str, found: object, allowed: str) -> None:
         found = dict(found) if isinstance(found, Mapping) else found
@@ -86,7 +86,7 @@ def require_iterations(option: str, found: Any, num_levels: int) -> list[int]:
     if not isinstance(found, (list, tuple)):
         return [require_int(option, found, 1, note=f', or a list of {num_levels}')] * num_levels
     if len(found) != num_levels:
-        raise OptionError(option, found, f'a whole number, or a list of {num_levels} (the levels that are trained)')
+        raise OptionError(option, found, f'a whole number, or a list of {num_levels} (one per trained level)')
     return [require_int(f'{option}[{i}]', num_iter, 1) for i, num_iter in enumerate(found)]
 
 

@@ -49,7 +49,7 @@ def written_whole(folder: Path) -> list[Path]:
     for file in files:
         # torch.save writes a zip archive, whose directory comes last: where it is there, all is.
         if file.suffix in ('.pth', '.state') and not zipfile.is_zipfile(file):
-            raise OSError(f'{file.name} was cut short')
+            raise OSError(f'{file.name} is truncated')
     return files
 
 
@@ -79,7 +79,7 @@ def require_other_file(
     for path in inputs:
         linked = os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path)
         if linked or os.path.realpath(output) == os.path.realpath(path):
-            raise OptionError(option, str(output), f'another file than the input {path}')
+            raise OptionError(option, str(output), f'a file other than the input {path}')
 
 
 def require_output(output: str | os.PathLike[str], *inputs: str | os.PathLike[str], option: str = '--output') -> None:
@@ -87,7 +87,7 @@ def require_output(output: str | os.PathLike[str], *inputs: str | os.PathLike[st
     if os.path.isdir(output):
         raise OptionError(option, str(output), 'a file; this is a folder')
     if not Path(output).parent.is_dir():
-        raise OptionError(option, str(output), f'a file in a folder that is there; {Path(output).parent} is not')
+        raise OptionError(option, str(output), f'a file in an existing folder; {Path(output).parent} does not exist')
     require_other_file(output, *inputs, option=option)
 
 

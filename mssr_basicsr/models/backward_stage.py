@@ -47,7 +47,7 @@ class BackwardStage(LevelwiseTraining):
         network = self.network
         delta_sizes = [count(delta_of(network.get_level_map(), k)) for k in range(network.smallest_level + 1)]
         if sum(delta_sizes[:-1]) == 0:
-            allowed = "the forward stage's last checkpoint (in this one nothing is pruned)"
+            allowed = "the forward stage's last checkpoint (nothing is pruned in this one)"
             raise OptionError('path.pretrain_network_g', self.opt['path']['pretrain_network_g'], allowed)
         for level in range(1, network.smallest_level + 1):  # raises unless the checkpoint's level map has them all
             network.level = level
@@ -112,7 +112,7 @@ class BackwardStage(LevelwiseTraining):
 
     def end_level(self, training: LevelTraining) -> None:
         super().end_level(training)
-        get_root_logger().info(f'Levels {sorted(self._digests)} are bit-identical to before level {training.level}.')
+        get_root_logger().info(f'Level {training.level} left levels {sorted(self._digests)} bit-identical.')
 
     def write_result(self) -> None:
         """Write ``net_g.mssr``, every level in one file. Rank 0 does."""
@@ -143,7 +143,7 @@ class BackwardStage(LevelwiseTraining):
             ticket = state_dict_of(read_checkpoint(path), 'params')
             require_same_entries(ticket, self.ticket.state_dict())
         except CheckpointError as error:
-            allowed = f"what the forward stage wrote as level {level}'s ticket, beside its last checkpoint ({error})"
+            allowed = f"level {level}'s ticket as the forward stage wrote it, beside its last checkpoint ({error})"
             raise OptionError('train.ticket_opt', str(path), allowed) from error
         self.ticket.load_state_dict(ticket)
 

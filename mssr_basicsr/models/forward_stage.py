@@ -61,7 +61,7 @@ class ForwardStage(LevelwiseTraining):
         if loss is None:
             return None
         if not isinstance(loss, SSDLoss):
-            raise OptionError('train.ssd_opt.type', self.options.ssd_opt['type'], 'SSDLoss, or one of its kind')
+            raise OptionError('train.ssd_opt.type', self.options.ssd_opt['type'], 'SSDLoss or a class derived from it')
         loss.check_depths(taps)
         return SelfDistillation(loss, self.teacher, taps)
 

@@ -203,10 +203,10 @@ class LevelwiseTraining(NestedLevels):
         self._warn_of_unprunable()
         if self.options.precision == 'bf16' and lacks_bf16(self.device):
             get_root_logger().warning(
-                'train.precision: bf16; this processor has no bf16 arithmetic, training will be slower than in fp32.'
+                'train.precision: bf16: this processor has no bf16 arithmetic, so training will be slower than in fp32.'
             )
         try:
-            self.pack()  # what the file cannot hold is refused now, and not after days of training
+            self.pack()  # refuse what the file cannot hold now, not after days of training
         except ScalableFileError as error:
             allowed = f'one that a .mssr file can hold ({error})'
             raise OptionError('network_g.backbone', self.network.backbone_options, allowed) from error
@@ -327,7 +327,8 @@ class LevelwiseTraining(NestedLevels):
     def _resume_extra_networks(self, checkpoint: dict[str, Any]) -> None:
         for key, network in self.extra_networks().items():
             if key not in checkpoint:
-                raise OptionError('path.resume_state', self.opt['path']['resume_state'], f'one with a {key} beside it')
+                allowed = f'a state whose network file has an entry {key}'
+                raise OptionError('path.resume_state', self.opt['path']['resume_state'], allowed)
             network.load_state_dict(checkpoint[key])
 
     def decisive_options(self) -> dict[str, Any]:

@@ -68,11 +68,11 @@ def find_base_model(name: Any) -> type:
     allowed = ', '.join(sorted(key for key, model in MODEL_REGISTRY if _can_be_extended(model)))
     registered = [key for key in (name, f'{name}_basicsr') if key in MODEL_REGISTRY]
     if not registered:
-        allowed += '; the package that registers another is to be imported first, as its own train.py does'
+        allowed += '; to use another, import the package that registers it first, as its own train.py does'
         raise OptionError('base_model_type', name, allowed)
     model_class = MODEL_REGISTRY.get(registered[0])
     if not _can_be_extended(model_class):
-        reason = 'it is a model of MSSR itself' if inspect.isfunction(model_class) else 'it is no SRModel'
+        reason = 'it is one of the MSSR models' if inspect.isfunction(model_class) else 'it is not an SRModel'
         raise OptionError('base_model_type', name, f'{allowed} ({name} cannot be extended: {reason})')
     return model_class  # type: ignore[no-any-return]
 

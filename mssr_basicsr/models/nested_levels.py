@@ -44,11 +44,11 @@ class NestedLevels(Base):
         if opt['network_g'].get('type') != 'MSSR':
             raise OptionError('network_g.type', opt['network_g'].get('type'), f'MSSR, with {opt["model_type"]}')
         if 'level' in opt['network_g']:
-            allowed = f'nothing, {opt["model_type"]} sets the level (other model classes take a fixed one)'
+            allowed = f'nothing, since {opt["model_type"]} sets the level (a fixed one is for other model classes)'
             raise OptionError('network_g.level', opt['network_g']['level'], allowed)
         if opt['num_gpu'] > 1 and not opt['dist']:
             logger = get_root_logger()
-            logger.warning(f'{opt["num_gpu"]} GPUs but no launcher: one is used; to use all, start with torchrun.')
+            logger.warning(f'{opt["num_gpu"]} GPUs but no launcher: using only one; to use all, start with torchrun.')
             opt['num_gpu'] = 1
         val_opt = opt.get('val') or {}
         self._val_precision = check_precision('val.precision', val_opt.get('precision', 'fp32'))

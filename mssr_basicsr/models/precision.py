@@ -53,7 +53,7 @@ def _forward_computing(network: nn.Module, device: torch.device, precision: str,
                 output = original(*inputs, **others)
         except RuntimeError as error:
             if channels_last and 'view size is not compatible' in str(error):
-                allowed = f'false, with this network (a tensor.view() in the code of {_type(network)} needs it)'
+                allowed = f'false for this network (a tensor.view() in the code of {_type(network)} requires it)'
                 raise OptionError('train.channels_last', True, allowed) from error
             raise
         return _as_float32(output)
@@ -64,7 +64,7 @@ def _forward_computing(network: nn.Module, device: torch.device, precision: str,
 def _in_channels_last(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     images = [isinstance(x, Tensor) and x.ndim == 4 for x in inputs]
     if not any(images):
-        raise OptionError('train.channels_last', True, f'false, since {_type(network)} takes no (N, C, H, W)')
+        raise OptionError('train.channels_last', True, f'false, since {_type(network)} takes no (N, C, H, W) input')
     return tuple(x.contiguous(memory_format=torch.channels_last) if four else x for x, four in zip(inputs, images))
 
 

@@ -124,13 +124,13 @@ def images_of(network: nn.Module, options: Mapping[str, Any]) -> Images:
                 if scale is not None:
                     return Images(channels, multiple, scale)
                 is_image = isinstance(given, Tensor) and given.ndim == 4
-                refused = f'it gives {tuple(given.shape) if is_image else type(given).__name__} for {shape}'
+                refused = f'it returns {tuple(given.shape) if is_image else type(given).__name__} for {shape}'
                 if not is_image:
                     break
     tried = f'{" or ".join(map(str, all_channels))} channels and sizes that are multiples of up to {multiples[-1]}'
     raise ValueError(
-        f'{options["type"]}: found a network that upscales no image of {tried} ({refused}); allowed: one that does; '
-        'what else it takes is told by register_architecture'
+        f'{options["type"]}: found a network that upscales no image of {tried} ({refused}); allowed: one that does, or '
+        'one whose input is described with register_architecture'
     )
 
 
@@ -146,7 +146,7 @@ def check_scale(network: nn.Module, options: Mapping[str, Any], scale: int | Non
             raise
         return scale
     if scale is not None and scale != found:
-        raise OptionError('scale', scale, f'{found}, by which the network upscales')
+        raise OptionError('scale', scale, f'{found}, the factor by which the network upscales')
     return found
 
 
@@ -188,7 +188,7 @@ def for_spandrel(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dic
     rename = known_of(options['type']).spandrel
     if rename is None:
         allowed = ', '.join(sorted(name for name, known in _KNOWN.items() if known.spandrel is not None))
-        raise ScalableFileError(f'--spandrel: found {options["type"]}; allowed: {allowed}, which spandrel opens')
+        raise ScalableFileError(f'--spandrel: found {options["type"]}; allowed: {allowed}, which spandrel supports')
     return rename(state, options)
 
 

@@ -39,7 +39,7 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
     name = arguments.pop('type')
     registered = [key for key in (name, f'{name}_basicsr') if key in ARCH_REGISTRY]
     if not registered:
-        message = f'backbone: {name} is not registered with BasicSR; import the package that has it first'
+        message = f'backbone: {name} is not registered with BasicSR; first import the package that registers it'
         raise ScalableFileError(f'{message} (mssr ... --import MODULE)')
     with torch.random.fork_rng(devices=[]), torch.device('cpu'):
         try:
@@ -91,14 +91,14 @@ def tensors_of(header: Header, size: int) -> nn.Module:
     try:
         return buffer_tree({name: nn.Parameter(tensor, requires_grad=False) for name, tensor in zeros.items()})
     except KeyError as error:
-        raise ScalableFileError(f'weights, others: no network has such names ({error})') from error
+        raise ScalableFileError(f'weights, others: no network can have such names ({error})') from error
 
 
 def _believed_elements(header: Header, size: int) -> int:
     elements = sum(tensor.numel for tensor in header.weights + header.others)
     # A whole file has every weight. What precedes the larger levels of a file may be small, but not arbitrarily.
     if elements > 256 * size:
-        raise ScalableFileError(f'a network of {elements:,} weights in a file of {size:,} bytes is not believed')
+        raise ScalableFileError(f'a network of {elements:,} weights is implausible in a file of {size:,} bytes')
     return elements
 
 
@@ -110,14 +110,14 @@ def check_network(header: Header, network: nn.Module) -> None:
     listed.update({name: found.get(name, ()) for name in header.computed})
     if found != listed:
         differing = sorted(set(found.items()) ^ set(listed.items()))[:3]
-        raise ScalableFileError(f'the network is not the one that the header lists; it differs in {differing}')
+        raise ScalableFileError(f'the network does not match the header; it differs in {differing}')
     for other in header.others:
         if DTYPE_NAMES.get(state[other.name].dtype) != other.dtype:
             raise ScalableFileError(
                 f'{other.name}: {state[other.name].dtype} in the network; the header says {other.dtype}'
             )
     if header.computed and computed_checksum(network, header.computed) != header.computed_checksum:
-        raise ScalableFileError(f'this {type(network).__name__} computes other buffers than the one that was packed')
+        raise ScalableFileError(f'this {type(network).__name__} computes other buffers than the packed one')
 
 
 def computed_checksum(network: nn.Module, names: tuple[str, ...]) -> str:

@@ -233,7 +233,7 @@ class ScalableFile:
         start = section.start - section.padding
         if self._position != start:
             if not self._seekable:
-                raise ScalableFileError(f'{self.name}: level {level} is not next in a stream that cannot seek')
+                raise ScalableFileError(f'{self.name}: level {level} is not the next one, and the stream cannot seek')
             self._stream.seek(self._origin + start)
         padding = read_exactly(self._stream, section.padding)
         frame = read_exactly(self._stream, section.size)
@@ -249,7 +249,7 @@ class ScalableFile:
     def read_prefix(self, level: int) -> bytes:
         """The file up to the end of ``level``'s section, as it is: a file of the levels from ``level`` to K."""
         if not self._seekable:
-            raise ScalableFileError(f'{self.name}: a prefix of a stream that cannot seek')
+            raise ScalableFileError(f'{self.name}: cannot read a prefix of a stream that cannot seek')
         section = self.header.section(level)
         self._stream.seek(self._origin)
         data = read_exactly(self._stream, section.end)
@@ -262,7 +262,7 @@ class ScalableFile:
     def cut_short(self, level: int) -> ScalableFileError:
         """The error that says how much of the file ``level`` needs."""
         end = self.header.section(level).end
-        return ScalableFileError(f'{self.name}: level {level} needs the first {end:,} bytes, there are {self.size:,}')
+        return ScalableFileError(f'{self.name}: level {level} needs the first {end:,} bytes; there are {self.size:,}')
 
 
 def read_exactly(stream: BinaryIO, size: int) -> bytes:
@@ -286,7 +286,7 @@ def read_header(stream: BinaryIO, name: str, size: int | None = None) -> tuple[H
     if start[:8] != MAGIC[: len(start)] or not start:
         raise ScalableFileError(f'{name}: not a scalable model file (it starts with {start[:8]!r})')
     if len(start) < _PREAMBLE.size:
-        raise ScalableFileError(f'{name}: cut short in its first {_PREAMBLE.size} bytes')
+        raise ScalableFileError(f'{name}: truncated within its first {_PREAMBLE.size} bytes')
     _, major, minor, length, checksum = _PREAMBLE.unpack(start)
     if major != MAJOR:
         remedy = 'pack the model again' if major < MAJOR else 'update mssr-basicsr'
@@ -315,7 +315,7 @@ class _Contradiction(Exception):
 
 
 def _refuse(constant: str) -> float:
-    raise ValueError(f'{constant} is no number')
+    raise ValueError(f'{constant} is not a number')
 
 
 def _parse(fields: Any, start: int) -> Header:

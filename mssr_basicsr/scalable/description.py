@@ -10,7 +10,7 @@ from mssr_basicsr.foundation.tables import table_with_metrics
 
 def level_table(levels: Sequence[Mapping[str, Any]]) -> str:
     """The ``levels`` of :meth:`ScalableFile.describe` as text, with a column for each metric of each validation set."""
-    head = ['level', 'sparsity of prunable', 'parameters', 'bytes', 'cumulative']
+    head = ['level', 'sparsity (prunable)', 'parameters', 'bytes', 'cumulative']
     cells = [
         [
             f'{row["level"]}{"" if row["present"] else " (not there)"}',

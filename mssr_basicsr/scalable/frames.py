@@ -50,4 +50,4 @@ def decompress(frame: bytes, longest: int) -> bytes:
             raise ScalableFileError(f'a frame: found {found}; allowed: {longest:,}, {MAX_WINDOW:,}')
         return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise ScalableFileError(f'no Zstandard frame ({error})') from error
+        raise ScalableFileError(f'not a Zstandard frame ({error})') from error

@@ -106,7 +106,7 @@ def list_images(source: Path) -> tuple[list[Path], list[Path]]:
     files = sorted(path for path in source.iterdir() if not path.is_dir() and not path.name.startswith('.'))
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not images:
-        found = f'{len(files)} files there, none of which is an image by its name' if files else 'nothing'
+        found = f'{len(files)} files, none of which is an image by its name' if files else 'nothing'
         raise ValueError(f'{source}: found {found}; allowed: images ({", ".join(SUFFIXES)})')
     return images, [path for path in files if path not in images]
 
@@ -149,7 +149,7 @@ def read_eight_bits(path: str | Path) -> Image:
     """
     pixels = read_image(path).pixels
     if pixels.dtype != np.uint8:
-        raise ValueError(f'{path}: found {pixels.dtype} pixels; allowed: 8 bits a channel')
+        raise ValueError(f'{path}: found {pixels.dtype} pixels; allowed: 8 bits per channel')
     return without_alpha(pixels)
 
 
@@ -161,7 +161,7 @@ def _read(data: bytes) -> Picture:
         raise _Refused(f'found more pixels than is safe to decode; allowed: {_most_pixels():,}') from None
     with opened:
         if opened.format == 'PPM' and (opened.mode not in ('1', 'L', 'RGB') or opened.tile[0][0] == 'ppm'):
-            raise _Refused('found a PNM of other than 8 bits a channel; allowed: samples up to 255')
+            raise _Refused('found a PNM with other than 8 bits per channel; allowed: samples up to 255')
         opened.load()  # raises if the file is cut short, of which OpenCV would return the upper part
         frames = getattr(opened, 'n_frames', 1)
         lost = [f'all but the first of {frames} frames or pages'] if frames > 1 else []
@@ -173,14 +173,14 @@ def _read(data: bytes) -> Picture:
             if data[25] in (0, 4) and pixels.ndim == 3:  # OpenCV makes colours of grey with alpha
                 pixels = pixels[..., ::3]
             if pixels.ndim == 2 and 'transparency' in opened.info:
-                lost.append('the grey that stands for transparent')
+                lost.append('the grey value that means transparent')
         elif opened.mode == 'CMYK':
             pixels, icc = _decoded(_from_cmyk(opened, icc, lost)), None
         else:
             pixels = _decoded(opened)
     if icc and icc[16:20] != _profile_space(pixels):
         icc = None
-        lost.append('the ICC profile, which is for other channels than the image has')
+        lost.append('the ICC profile, which is for different channels')
     return Picture(_turned(pixels, orientation), icc, lost)
 
 
@@ -189,7 +189,7 @@ def _orientation(image: PIL.Image.Image, lost: list[str]) -> int:
     try:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # as in read_image
-        lost.append('the damaged EXIF data, with the orientation if there was one')
+        lost.append('the damaged EXIF data, including any orientation')
         return 1
 
 
@@ -201,7 +201,7 @@ def _most_pixels() -> int:
 def _decoded(image: PIL.Image.Image) -> Image:
     """The 8-bit pixels of an image that Pillow has opened, in the order of :class:`Picture`."""
     if image.mode not in ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'RGBX', 'YCbCr'):
-        raise _Refused(f'found pixels of the kind {image.mode}; allowed: grey, colour, palette or CMYK of 8 bits')
+        raise _Refused(f'found pixels of mode {image.mode}; allowed: 8-bit grey, colour, palette or CMYK')
     transparent = image.has_transparency_data
     if image.mode in ('1', 'L', 'LA'):
         return np.array(image.convert('LA' if transparent else 'L'))
@@ -218,9 +218,9 @@ def _from_cmyk(image: PIL.Image.Image, icc: bytes | None, lost: list[str]) -> PI
         except (ImageCms.PyCMSError, OSError):
             pass
         else:
-            lost.append('CMYK (now sRGB, by its profile)')
+            lost.append('CMYK (converted to sRGB by its profile)')
             return converted
-    lost.append('CMYK (now RGB, without a profile)')
+    lost.append('CMYK (converted to RGB without a profile)')
     return image.convert('RGB')
 
 
@@ -229,13 +229,13 @@ def _png_losses(data: bytes, image: PIL.Image.Image) -> Iterator[str]:
     if image.format == 'PNG':
         chunks = _png_chunks(data)
         if chunks.get(b'cICP', _SRGB_CODES)[:2] != _SRGB_CODES:
-            yield 'the coding of its colours (cICP, such as for HDR)'
+            yield 'the colour coding (cICP, such as for HDR)'
         elif (
             b'gAMA' in chunks
             and not {b'cICP', b'iCCP', b'sRGB'} & chunks.keys()
             and abs(image.info['gamma'] - 1 / 2.2) > 0.01
         ):
-            yield f'the gamma of its values, {image.info["gamma"]:.3f}'
+            yield f'the gamma, {image.info["gamma"]:.3f}'
 
 
 def _png_chunks(data: bytes) -> dict[bytes, bytes]:
@@ -254,9 +254,9 @@ def _avif_losses(data: bytes) -> Iterator[str]:
     if data[4:8] == b'ftyp':
         configuration, colours = data.find(b'av1C', 0, 4096), data.find(b'colrnclx', 0, 4096)
         if configuration > 0 and data[configuration + 6] & 0x40:
-            yield 'more than 8 bits a channel'
+            yield 'more than 8 bits per channel'
         if colours > 0 and data[colours + 11] in (16, 18):  # PQ and HLG
-            yield 'the coding of its colours for HDR'
+            yield 'the HDR colour coding'
 
 
 def _read_tiff(data: bytes) -> Picture:
@@ -269,10 +269,10 @@ def _read_tiff(data: bytes) -> Picture:
         page: Any = tiff.pages.first
         samples, extra = page.samplesperpixel, tuple(int(sample) for sample in page.extrasamples)
         if page.subfiletype & 1:
-            raise _Refused('found a small preview in the place of the image, as in the raw files of cameras')
+            raise _Refused('found a small preview instead of the image, as in raw camera files')
         if page.bitspersample <= 8 and page.sampleformat != 2:
             picture = _read(data)
-            picture.lost += ['a channel that the file does not say the meaning of'] * (0 in extra)
+            picture.lost += ['a channel of unspecified meaning'] * (0 in extra)
             return picture
         known = {(1, 1, ()): 1, (2, 3, ()): 3, (2, 4, (2,)): 4}  # photometric, samples a pixel, extra samples
         channels = known.get((page.photometric, samples, extra))
@@ -361,7 +361,7 @@ def write_image(path: str | Path, image: Image, icc: bytes | None = None) -> lis
             lost.append('alpha')
         image = without_alpha(image)
     if image.dtype.itemsize > np.dtype(form.deepest).itemsize:
-        lost.append(f'{image.dtype} (now {form.deepest})')
+        lost.append(f'{image.dtype} (converted to {form.deepest})')
         image = to_depth(image, form.deepest)
     if form.name in ('WEBP', 'AVIF') or (form.name, image.dtype.name, image.shape[2:]) == ('PNG', 'uint16', (2,)):
         image = as_colours(image)  # they, or their encoder, have no such greys
@@ -428,6 +428,6 @@ def validation_pairs(gt: Path, lq: Path | None, scale: int) -> Iterator[tuple[Im
             yield resize_bicubic(truth, 1 / scale), truth
             continue
         if not (lq / file.name).is_file():
-            raise ValueError(f'{lq / file.name}: the LR image of {file} is not there')
+            raise ValueError(f'{lq / file.name}: the LR image of {file} is missing')
         small = read_eight_bits(lq / file.name)
         yield small if small.ndim == truth.ndim else small[..., 0], truth

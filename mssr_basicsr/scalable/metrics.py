@@ -28,11 +28,11 @@ def published_metrics(image: Image, truth: Image, border: int, round_y: bool = F
         ValueError: the two are not of one size, too small, or the truth is coloured and the image is not.
     """
     if image.shape[:2] != truth.shape[:2]:
-        raise ValueError(f'the ground truth: found {_size(truth)} pixels; allowed: {_size(image)}, as the image has')
+        raise ValueError(f'the ground truth: found {_size(truth)} pixels; allowed: {_size(image)}, like the image')
     if truth.ndim == 3 and image.ndim == 2:
-        raise ValueError('the ground truth: found a coloured image; allowed: a grey one, as the upscaled image is')
+        raise ValueError('the ground truth: found a colour image; allowed: a grey one, like the upscaled image')
     if min(truth.shape[:2]) < 2 * border + 11:  # SSIM's window
-        raise ValueError(f'the ground truth: found {_size(truth)} pixels; allowed: at least {2 * border + 11} a side')
+        raise ValueError(f'the ground truth: found {_size(truth)} pixels; allowed: at least {2 * border + 11} per side')
     planes = [_plane(picture, as_grey=truth.ndim == 2) for picture in (image, truth)]
     if round_y:
         planes = [plane.round() for plane in planes]
@@ -54,7 +54,7 @@ def metrics(image: Image, truth: Image, scale: int) -> dict[str, float]:
     image, truth = without_alpha(image), without_alpha(truth)
     (height, width), (true_height, true_width) = image.shape[:2], truth.shape[:2]
     if not (0 <= true_height - height < scale and 0 <= true_width - width < scale):
-        allowed = f'{_size(image)}, which the upscaled image has, or up to {scale - 1} more a side'
+        allowed = f'{_size(image)}, like the upscaled image, or up to {scale - 1} more per side'
         raise ValueError(f'the ground truth: found {_size(truth)} pixels; allowed: {allowed}')
     check_values(truth)
     one, other = (picture * (255 / white(picture.dtype)) for picture in (image, truth[:height, :width]))

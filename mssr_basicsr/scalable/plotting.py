@@ -63,13 +63,13 @@ def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
     """
     require_output(output, *files)
     figure, axis = new_figure(figsize=(7, 4.5))
-    sizes = 'ms for 320 x 180 pixels on this CPU' if time else 'KB of the file that are read, up to each level'
+    sizes = 'ms for 320 x 180 pixels on this CPU' if time else 'KB read from the file, up to each level'
     for path in files:
         with ScalableFile(path) as file:
             levels = [row for row in file.describe()['levels'] if row['present'] or not time]
         names = sorted({name for row in levels for name, values in row['metrics'].items() if 'psnr' in values})
         if not names:
-            raise ValueError(f'{path}: found no PSNR in it; allowed: a file that was packed with --gt')
+            raise ValueError(f'{path}: found no PSNR; allowed: a file packed with --gt')
         kilobytes = {row['level']: row['cumulative_bytes'] / 1000 for row in levels}
         places = _milliseconds(path) if time else kilobytes
         for name in names:

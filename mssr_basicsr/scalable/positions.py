@@ -102,7 +102,7 @@ def decode_positions(
         else:
             bits, used = np.unpackbits(part).view(np.bool_), len(part)
             if len(bits) < n or bits[n:].any() or np.count_nonzero(bits) != count:
-                raise ScalableFileError(f'positions: a layer does not have the {count} of {n} that the header says')
+                raise ScalableFileError(f'positions: a layer does not have {count} of {n}, as the header says')
             choices.append(bits[:n])
         start += used
     return choices, start
@@ -128,7 +128,7 @@ def _read_distances(written: npt.NDArray[np.uint8], stated: int) -> tuple[Indice
     if used > stated:
         positions = positions[is_stop]
     if len(positions) != stated or not (steps[1:].all() or (np.diff(positions) > 0).all()):
-        raise ScalableFileError(f'positions: {len(positions)} where the header says {stated}, or they do not ascend')
+        raise ScalableFileError(f'positions: found {len(positions)}; the header says {stated}, in ascending order')
     return positions, used
 
 

@@ -54,7 +54,7 @@ class Upscaler:
         """What images the network takes; ValueError if it takes none, or upscales them by another factor."""
         images = images_of(self.network, self._options)
         if images.scale != self.scale:
-            raise OptionError('scale', self.scale, f'{images.scale}, by which the network upscales')
+            raise OptionError('scale', self.scale, f'{images.scale}, the factor by which the network upscales')
         return images
 
     @property
@@ -129,7 +129,7 @@ class Upscaler:
             y = (0.299 * red + 0.587 * green + 0.114 * blue)[None]
         found: Image = y.numpy()
         if not np.isfinite(found).all():
-            raise ValueError(f'{type(self.network).__name__}: gives values that are no numbers (NaN or infinite)')
+            raise ValueError(f'{type(self.network).__name__}: outputs values that are not finite (NaN or infinity)')
         found = found.clip(0, 1) * np.float32(white_value)
         if part.dtype != np.float32:
             np.rint(found, out=found)

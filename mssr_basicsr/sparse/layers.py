@@ -151,7 +151,7 @@ def _offsets(block: int, kernel: int, rows: int, vectors: int) -> Array:
 def _kept_here(shape: tuple[int, ...], values: Array, levels: Array) -> Kept:
     using = kernel()
     if using is None:
-        raise ValueError('a network in the sparse form was saved, and here the sparse runtime was not built')
+        raise ValueError('the network was saved in sparse form, but the sparse runtime was not built here')
     return Kept(shape, values, levels, using)
 
 

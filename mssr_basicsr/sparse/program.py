@@ -175,7 +175,7 @@ class Program:
         """
         for place, sign, name in self._shifts:
             if shifts[name].shape[-3:] != (len(place), 1, 1):
-                raise ValueError(f'{name}: no number for each channel')
+                raise ValueError(f'{name}: not one number per channel')
             place[:] = sign * shifts[name].detach().numpy().ravel()
         inputs = [x.contiguous() for x in inputs]
         outputs = [torch.empty(self.shapes[name]) for name in self.segment.outputs]
@@ -190,7 +190,7 @@ class Program:
             ctypes.addressof(self._array), len(self._array), self._steps.ctypes.data, len(self._steps), threads
         )
         if status:
-            raise MemoryError('the sparse runtime found no memory')
+            raise MemoryError('the sparse runtime ran out of memory')
         return outputs
 
 
