@@ -1,7 +1,7 @@
 """MSSR for BasicSR: one super-resolution network that holds many smaller ones, nested inside each other.
 
-``from mssr_basicsr import ScalableModel`` (or one of the other names below) imports what it needs at that moment:
-which module comes first decides nothing, and ``import mssr_basicsr`` alone costs nothing.
+``from mssr_basicsr import ScalableModel`` (or one of the other names below) imports what it needs at that moment: the
+order of imports does not matter, and ``import mssr_basicsr`` alone costs nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``python -m mssr_basicsr.test -opt options.yml``: BasicSR's own test_pipeline, writing under the current folder.
 
-It takes the same options as ``basicsr/test.py``. That script writes beside the folder that it lies in, and for an
-installed BasicSR this is site-packages.
+It takes the same options as ``basicsr/test.py``, which writes next to the package, that is, into site-packages for an
+installed BasicSR.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``python -m mssr_basicsr.train -opt options.yml``: BasicSR's own train_pipeline, writing under the current folder.
 
-It takes the same options as ``basicsr/train.py``. That script writes beside the folder that it lies in, and for an
-installed BasicSR this is site-packages.
+It takes the same options as ``basicsr/train.py``, which writes next to the package, that is, into site-packages for an
+installed BasicSR.
 """
 
 from __future__ import annotations

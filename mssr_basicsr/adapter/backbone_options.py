@@ -1,4 +1,4 @@
-"""Base model classes read ``opt['network_g']``: they find there what they would find without MSSR around it."""
+"""Base model classes that read ``opt['network_g']`` find there what they would find without MSSR around it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class BackboneOptions(OrderedDict):  # type: ignore[type-arg]
-    """``network_g``, in which a key that MSSR does not have is looked for among the backbone's options.
+    """``network_g``, where a key that MSSR does not have is looked up in the backbone's options.
 
-    ``opt['network_g']['window_size']``, as BasicSR's SwinIRModel reads it, is thus the backbone's. The keys that the
-    mapping lists, and so the arguments that the architecture gets, are its own alone.
+    ``opt['network_g']['window_size']``, as BasicSR's SwinIRModel reads it, is thus the backbone's. Iterating over the
+    mapping, and so the arguments that the architecture gets, includes only its own keys.
     """
 
     def __missing__(self, key: str) -> Any:
@@ -26,7 +26,7 @@ class BackboneOptions(OrderedDict):  # type: ignore[type-arg]
 
 
 def show_backbone_options(opt: MutableMapping[str, Any]) -> None:
-    """Let ``opt['network_g']``, if it is of type MSSR, show the backbone's options as well. Safe to call again."""
+    """Let ``opt['network_g']``, if it is of type MSSR, show the backbone's options as well. Safe to call repeatedly."""
     network_opt = opt.get('network_g')
     if isinstance(network_opt, dict) and network_opt.get('type') == 'MSSR':
         opt['network_g'] = BackboneOptions(network_opt)

@@ -1,7 +1,7 @@
 """BasicSR on current software: one function per defect, each of which acts only where the defect is present.
 
-:func:`before_import` and :func:`after_import` apply them all; :mod:`mssr_basicsr.adapter.discovery` calls both around
-the import of BasicSR. What it needs without CUDA is in :mod:`mssr_basicsr.adapter.cpu`.
+:func:`before_import` and :func:`after_import` apply them all; :mod:`mssr_basicsr.adapter.discovery` calls them before
+and after the import of BasicSR. The fixes for machines without CUDA are in :mod:`mssr_basicsr.adapter.cpu`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _FUNCTIONAL_TENSOR = 'torchvision.transforms.functional_tensor'
 
 
 def before_import() -> None:
-    """Apply what ``import basicsr`` itself needs. Safe to call again."""
+    """Apply what ``import basicsr`` itself needs. Safe to call repeatedly."""
     provide_functional_tensor()
 
 
 def after_import() -> None:
-    """Apply, in place, what BasicSR needs once it has been imported. Safe to call again."""
+    """Apply, in place, what BasicSR needs once it has been imported. Safe to call repeatedly."""
     import basicsr.archs.basicvsrpp_arch
     import basicsr.data.prefetch_dataloader
     import basicsr.models.base_model
@@ -69,18 +69,18 @@ def after_import() -> None:
 
 
 def provide_functional_tensor() -> None:
-    """Where torchvision (>= 0.17) lacks ``transforms.functional_tensor``, which BasicSR 1.4.2 imports: the successor.
+    """Where torchvision (>= 0.17) lacks ``transforms.functional_tensor``, which BasicSR 1.4.2 imports: provide it.
 
-    An import of that name finds what torchvision has renamed it to, when nothing else finds it.
+    If nothing else finds that name, importing it gives the module to which torchvision has renamed it.
     """
     if not any(isinstance(finder, _FunctionalTensorFinder) for finder in sys.meta_path):
         sys.meta_path.append(_FunctionalTensorFinder())
 
 
 def name_wrong_yaml(parse_options: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Wraps ``parse_options``: a YAML that is empty, a list, or none at all, is an error that names the file.
+    """Wraps ``parse_options``: a YAML that is empty, a list or invalid is an error that names the file.
 
-    BasicSR takes what is in it for a mapping.
+    BasicSR assumes that it contains a mapping.
     """
     try:
         return parse_options(*args, **kwargs)
@@ -92,9 +92,9 @@ def name_wrong_yaml(parse_options: Callable[..., Any], *args: Any, **kwargs: Any
 
 
 def accept_local_rank(parse_options: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Wraps ``parse_options``: ``--local-rank``, as ``torch.distributed.launch`` writes it since torch 2, is accepted.
+    """Wraps ``parse_options``: ``--local-rank``, as ``torch.distributed.launch`` passes it since torch 2, is accepted.
 
-    BasicSR's parser knows ``--local_rank`` only. ``sys.argv`` is as before afterwards.
+    BasicSR's parser only knows ``--local_rank``. ``sys.argv`` is restored afterwards.
     """
     if '--local-rank' in inspect.unwrap(parse_options).__code__.co_consts:
         return parse_options(*args, **kwargs)
@@ -106,8 +106,8 @@ def accept_local_rank(parse_options: Callable[..., Any], *args: Any, **kwargs: A
 def prepare_resuming(parse_options: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Wraps ``parse_options``: the training script that calls it gets a ``load_resume_state`` with the fixes below.
 
-    ``basicsr/train.py`` mostly runs as ``__main__``, where no import hook sees that function. But it parses its options
-    before it looks for a state to resume from.
+    ``basicsr/train.py`` usually runs as ``__main__``, where no import hook can replace that function. But it parses its
+    options before it looks for a state to resume from.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and 'load_resume_state' not in frame.f_globals:
@@ -120,7 +120,7 @@ def prepare_resuming(parse_options: Callable[..., Any], *args: Any, **kwargs: An
 
 
 def name_unreadable_state(load_resume_state: Callable[..., Any], opt: dict[str, Any]) -> Any:
-    """Wraps ``load_resume_state``: the error about a state that torch cannot read names it. torch's own does not."""
+    """Wraps ``load_resume_state``: the error about a state that torch cannot read names the file."""
     try:
         return load_resume_state(opt)
     except Exception as error:
@@ -129,7 +129,7 @@ def name_unreadable_state(load_resume_state: Callable[..., Any], opt: dict[str, 
 
 
 def provide_color_conversions() -> None:
-    """Where ``basicsr.utils.matlab_functions`` lacks the colour conversions that BasicSR 1.3 had there: today's.
+    """Give ``basicsr.utils.matlab_functions`` the colour conversions that it had in BasicSR 1.3.
 
     HAT imports them from there. BasicSR has moved them to ``basicsr.utils.color_util``.
     """

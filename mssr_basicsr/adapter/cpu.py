@@ -1,6 +1,6 @@
 """BasicSR without CUDA: one function per defect, each of which acts only where there is none.
 
-:func:`mssr_basicsr.adapter.compat.after_import` applies them. Wherever CUDA is in use, BasicSR does what it did.
+:func:`mssr_basicsr.adapter.compat.after_import` applies them. Wherever CUDA is in use, BasicSR behaves as before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mssr_basicsr.adapter.patching import patch, replaced
 
 
 def load_resume_state_on_cpu(load_resume_state: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Wraps ``load_resume_state``: without CUDA the state is loaded to the CPU. BasicSR asks for a CUDA device."""
+    """Wraps ``load_resume_state``: without CUDA the state is loaded to the CPU. BasicSR requires a CUDA device."""
     if torch.cuda.is_available():
         return load_resume_state(*args, **kwargs)
     load = torch.load
@@ -46,7 +46,7 @@ def launch_on_cpu(init_dist: Callable[..., Any], backend: str, *args: Any, **kwa
 
 
 def leave_process_group() -> None:
-    """End gloo's threads before Python ends: one that outlives it aborts the process now and then.
+    """End gloo's threads before Python exits: one that outlives it occasionally aborts the process.
 
     BasicSR never leaves its process group.
     """
@@ -75,9 +75,9 @@ def prefetch_on_cpu(init: Callable[..., Any], prefetcher: Any, loader: Any, opt:
 
 
 def filter_on_cpu(filter2d: Callable[..., torch.Tensor], img: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-    """Wraps ``filter2D``: an image on the CPU may have any strides, as ``DiffJPEG`` gives them.
+    """Wraps ``filter2D``: an image on the CPU may have any strides, as ``DiffJPEG``'s output does.
 
-    BasicSR views the padded image, which CUDA always makes contiguous.
+    BasicSR calls ``view`` on the padded image, which is always contiguous with CUDA.
     """
     return filter2d(img.contiguous() if img.device.type == 'cpu' else img, kernel)
 
@@ -85,17 +85,17 @@ def filter_on_cpu(filter2d: Callable[..., torch.Tensor], img: torch.Tensor, kern
 def align_on_cpu(init: Callable[..., Any], network: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
     """Wraps ``BasicVSRPlusPlus.__init__``: without CUDA it aligns its features too, by the same convolutions.
 
-    BasicSR leaves them out there, which makes another network. torchvision's run on a CPU.
+    BasicSR leaves them out there, which gives a different network. torchvision's run on a CPU.
     """
     with replaced(torch.cuda, 'is_available', lambda: True):
         init(network, *args, **kwargs)
 
 
 def classes_on_cpu(get: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Wraps a registry's ``get``: methods of the class that call CUDA by name use the CPU where it is what computes.
+    """Wraps a registry's ``get``: methods of the class that name CUDA use the CPU when running on it.
 
-    Real-ESRGAN's models, the validation of video and BasicVSR++ on long clips do so, in BasicSR and in the copies that
-    others have of them. The methods are patched where they are defined, so whoever extends the class has them too.
+    Real-ESRGAN's models, video validation and BasicVSR++ on long clips do so, in BasicSR and in other projects' copies.
+    The methods are patched where they are defined, so subclasses get them too.
     """
     from basicsr.models.base_model import BaseModel
 

@@ -1,4 +1,4 @@
-"""Data that cannot be trained on is named: BasicSR's own errors name neither folder nor file."""
+"""Errors that name data which cannot be trained on: BasicSR's own name neither the folder nor the file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mssr_basicsr.foundation.checks import OptionError
 def datasets_name_files(get: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Wraps a registry's ``get``: a dataset without images, or with one that cannot be read, is an error that names it.
 
-    BasicSR divides by the number of images, and takes what OpenCV could not decode for an image.
+    BasicSR divides by the number of images, and does not check whether OpenCV could decode one.
     """
     dataset = get(*args, **kwargs)
     for name, wrapper in (('__init__', refuse_empty_dataset), ('__getitem__', name_unreadable_image)):

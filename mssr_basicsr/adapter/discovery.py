@@ -1,9 +1,9 @@
 """How BasicSR finds this plugin: ``import basicsr`` also registers it.
 
-BasicSR imports nothing of a third party, and its stock ``basicsr/train.py`` is the script that users run. So
+BasicSR imports no third-party packages by itself, and its stock ``basicsr/train.py`` is the script that users run. So
 ``mssr_basicsr.pth`` in site-packages puts a hook in front of ``sys.meta_path`` at every start of Python. Only when
-something imports ``basicsr`` does the hook import this module, and hand over to :func:`find_basicsr`. The hook is spelt
-out in the ``.pth``, because to import it from here would cost every start of Python ten times as much.
+something imports ``basicsr`` does the hook import this module and call :func:`find_basicsr`. The hook's code is in the
+``.pth`` itself, because importing it from here would slow down every start of Python ten times as much.
 
 ``MSSR_BASICSR_DISCOVERY=0`` in the environment switches the hook off. Importing any package of the plugin, such as
 ``mssr_basicsr.archs``, registers it either way, by :func:`load_basicsr`.
@@ -36,7 +36,7 @@ def load_basicsr() -> None:
     """Import BasicSR, made to work on current software, with the whole plugin registered.
 
     It makes no difference whether BasicSR has been imported before, or is being imported right now. Raises what
-    ``import basicsr`` raises; a fault of the plugin's own is a warning.
+    ``import basicsr`` raises; an error in the plugin itself becomes a warning.
     """
     _attempt(_prepare)
     import basicsr
@@ -49,7 +49,7 @@ def load_basicsr() -> None:
 def find_basicsr(hook: Any, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
     """The spec of ``basicsr`` that Python would have found without ``hook``, or None.
 
-    To import it also registers the plugin, and then takes ``hook`` out of ``sys.meta_path``.
+    Importing it also registers the plugin, and then removes ``hook`` from ``sys.meta_path``.
     """
     finders = [finder for finder in sys.meta_path if finder is not hook and hasattr(finder, 'find_spec')]
     specs = (finder.find_spec('basicsr', path, target) for finder in finders)
@@ -100,7 +100,7 @@ def _import_plugin() -> None:
 
 
 def _attempt(step: Callable[[], None]) -> None:
-    """Whatever is wrong with the plugin, BasicSR goes on without it, and the user is told why."""
+    """If anything is wrong with the plugin, BasicSR continues without it, and the user is told why."""
     try:
         step()
     except Exception as error:

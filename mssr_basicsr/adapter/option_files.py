@@ -1,4 +1,4 @@
-"""Reading a YAML of options."""
+"""Reading a YAML file of options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mssr_basicsr.foundation.checkpoints import first_line
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The options in a YAML, as BasicSR reads them; ValueError, which names the file, if it has none."""
+    """The options in a YAML file, as BasicSR reads them; if there are none, a ValueError that names the file."""
     from basicsr.utils.options import ordered_yaml
 
     try:

@@ -1,4 +1,4 @@
-"""Changing a function of BasicSR in place: once, or for a while."""
+"""Replacing a function of BasicSR in place, permanently or temporarily."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Callable
 
 
 def patch(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Let ``owner.name(...)`` call ``wrapper(<what it was>, ...)``, once however often this is called."""
+    """Make ``owner.name(...)`` call ``wrapper(<original>, ...)``; repeated calls have no further effect."""
     original = getattr(owner, name)
     applied: tuple[Callable[..., Any], ...] = getattr(original, 'mssr_basicsr_wrappers', ())
     if wrapper in applied:

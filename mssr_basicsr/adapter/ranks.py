@@ -1,4 +1,4 @@
-"""Agreement between the ranks of a distributed run: rank 0 decides, and all check that they hold the same."""
+"""Agreement between the ranks of a distributed run: rank 0 decides, and all ranks check that they agree."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def broadcast_from_rank_0(tensors: Mapping[str, Tensor]) -> None:
-    """Overwrite the tensors, in place, by rank 0's. Does nothing in a run of one process."""
+    """Overwrite the tensors in place with rank 0's. Does nothing in a single-process run."""
     if get_dist_info()[1] > 1:
         for tensor in tensors.values():
             dist.broadcast(tensor, 0)
 
 
 def gather(item: Any) -> list[Any]:
-    """The ``item`` of every rank, in the ranks' order, on every rank."""
+    """The ``item`` of every rank, in order of rank, on every rank."""
     _, world_size = get_dist_info()
     if world_size == 1:
         return [item]
@@ -39,7 +39,7 @@ def gather(item: Any) -> list[Any]:
 
 
 def wait_for_all() -> None:
-    """Go on when every rank has come here. Does nothing in a run of one process."""
+    """Wait until every rank has arrived here. Does nothing in a single-process run."""
     if get_dist_info()[1] > 1:
         dist.barrier()
 

@@ -1,4 +1,4 @@
-"""What the levels are and how good: records that machines read, and a table of them that people read."""
+"""Sizes and metrics of the levels: machine-readable records, and a readable table of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LevelRecord(TypedDict, total=False):
 
 
 def describe_level(level_map: LevelMap, num_parameters: int, level: int) -> LevelRecord:
-    """The sizes of one level of a backbone with ``num_parameters`` parameters in all."""
+    """The sizes of one level of a backbone with ``num_parameters`` parameters in total."""
     masks = mask_of(level_map, level)
     kept, total = count(masks), sum(mask.numel() for mask in masks.values())
     return {
@@ -39,7 +39,7 @@ def describe_level(level_map: LevelMap, num_parameters: int, level: int) -> Leve
 
 
 def level_table(records: Iterable[LevelRecord]) -> str:
-    """The records as a table, a level a row: sizes, then a column for each validation set's metrics."""
+    """The records as a table with one row per level: sizes, then a column for each metric of each validation set."""
     rows = sorted(records, key=lambda record: record['level'])
     head = ['level', 'sparsity (prunable)', 'prunable', 'parameters', 'iterations']
     cells = [

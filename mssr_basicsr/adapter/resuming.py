@@ -1,4 +1,4 @@
-"""Exact resume: a resumed run sees the data and draws the random numbers that the uninterrupted run would have."""
+"""Exact resume: a resumed run sees the same data and draws the same random numbers as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what :func:`random_state` gave."""
+    """Restore what :func:`random_state` returned."""
     version, key, gauss = state['python']
     random.setstate((version, tuple(key), gauss))
     np.random.set_state(tuple(state['numpy']))
@@ -36,12 +36,13 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def resume_within_epoch(epoch: int, current_iter: int, state: dict[str, Any]) -> None:
-    """Let the epoch that a run resumes in go on after its ``current_iter``'s batch, with the random ``state`` of then.
+    """Continue the interrupted epoch after the batch of ``current_iter``, with the random ``state`` of that moment.
 
-    BasicSR begins that epoch anew. Its prefetchers are reset when an epoch begins: the next reset, this once, takes the
-    batches that the epoch has had and drops them, at the speed at which data is loaded. This holds for any dataset and
-    number of workers, since their generators are seeded anew in each epoch; not for ``persistent_workers``, nor for
-    ``prefetch_mode: cpu`` without workers, whose thread runs ahead of the training by a chance number of batches.
+    BasicSR starts that epoch over. Its prefetchers are reset at the start of an epoch; the next reset, and only that
+    one, also loads and drops the batches that were already used, at the speed of data loading. This works for any
+    dataset and number of workers, since their generators are reseeded in each epoch; but not for
+    ``persistent_workers``, nor for ``prefetch_mode: cpu`` without workers, whose thread runs ahead of the training by a
+    varying number of batches.
     """
     prefetchers: tuple[Any, ...] = (CPUPrefetcher, CUDAPrefetcher)
     original_resets = [prefetcher.reset for prefetcher in prefetchers]

@@ -1,4 +1,4 @@
-"""What a resumed run needs beside BasicSR's ``.state``: what it holds, and whether it is of the run that goes on."""
+"""What a resumed run needs besides BasicSR's own ``.state``, and whether a state belongs to the run that resumes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def kept_between_iterations(model: Any) -> dict[str, Any]:
 
 
 def put_back_kept(model: Any, kept: Mapping[str, Any]) -> None:
-    """Give ``model`` what :func:`kept_between_iterations` took from it, on its device."""
+    """Give ``model`` back what :func:`kept_between_iterations` returned, on its device."""
     for name, value in kept.items():
         setattr(model, name, value.to(model.device) if hasattr(value, 'to') else value)
 
@@ -50,17 +50,17 @@ def put_back_kept(model: Any, kept: Mapping[str, Any]) -> None:
 def read_run_state(
     resume_state: Mapping[str, Any], path: str, model_type: str, begun: Sequence[LevelTraining], options: dict[str, Any]
 ) -> RunState:
-    """Our entry in a ``.state``; options that have changed since are a warning that names them.
+    """MSSR's entry in a ``.state``; a warning names the options that have changed since it was saved.
 
     Args:
-        resume_state: what BasicSR has loaded.
-        path: where from, for errors.
-        model_type: the model that goes on.
-        begun: what the plan of this run has trained, or begun to train, by then.
-        options: of this run, as :attr:`RunState.options`.
+        resume_state: as loaded by BasicSR.
+        path: its file, for errors.
+        model_type: the model that resumes.
+        begun: the levels that, by this run's plan, have been trained or begun by then.
+        options: this run's, as in :attr:`RunState.options`.
 
     Raises:
-        OptionError: it is not of this kind of model, of another version, or of a run that began with another plan.
+        OptionError: it is from another kind of model, another version, or a run that began with another plan.
     """
     entry = resume_state.get('mssr')
     if entry is None:

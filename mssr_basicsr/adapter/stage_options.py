@@ -1,6 +1,6 @@
 """The options that the two stages read under ``train``, each declared once: with default, bounds and meaning.
 
-BasicSR's own options, and those of the base model class, stay as they are beside these.
+BasicSR's own options and those of the base model class are unaffected.
 """
 
 from __future__ import annotations

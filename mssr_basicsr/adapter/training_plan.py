@@ -1,4 +1,4 @@
-"""The plan of a stage: at which levels it trains, for how many iterations each, and where an iteration lies in it."""
+"""The plan of a stage: the levels that it trains, the iterations of each, and where in the plan an iteration is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mssr_basicsr.method.schedules import LevelTraining
 
 
 class TrainingPlan:
-    """The levels that a stage trains, one after the other.
+    """The levels that a stage trains, one by one.
 
     Args:
         trainings: in order.
@@ -33,7 +33,7 @@ class TrainingPlan:
         return self.trainings[index - 1] if index > 0 else None
 
     def locate(self, current_iter: int) -> tuple[LevelTraining, int]:
-        """What iteration ``current_iter`` of the run (from 1) belongs to, and the iteration within that (from 1)."""
+        """The training of the run's iteration ``current_iter`` (from 1), and the iteration within it (from 1)."""
         step = current_iter
         for training in self.trainings:
             if step <= training.num_iter:
@@ -42,7 +42,7 @@ class TrainingPlan:
         return self.last, self.last.num_iter
 
     def begun(self, current_iter: int) -> list[LevelTraining]:
-        """The trainings that have begun, or are done, after ``current_iter`` iterations."""
+        """The trainings that have begun or are finished after ``current_iter`` iterations."""
         return self.trainings[: self.trainings.index(self.locate(current_iter)[0]) + 1]
 
     def check(self, opt: Mapping[str, Any]) -> None:

@@ -1,8 +1,7 @@
-"""Nothing in the YAML is ignored in silence: misspelt options, and options that the model class never reads.
+"""Nothing in the YAML is silently ignored: neither misspelt options nor options that the model class never reads.
 
-Which options are read is told by the code that reads them. BasicSR's model classes take options by name where they need
-them, some only in a later phase of training; but every name stands in their code as a string. What stands nowhere in it
-is read by nobody.
+The code tells which options it reads. BasicSR's model classes look up options by name where they need them, some only
+in a later phase of training; but every name occurs in their code as a string. A name that occurs nowhere is not read.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def refuse_numbers_as_strings(options: Any, path: str = '') -> None:
 
 
 def report_unread_options(opt: Mapping[str, Any], model_type: str, base: type) -> None:
-    """Name every option at the top of the YAML and under ``train`` that nobody reads.
+    """Report every option at the top level of the YAML and under ``train`` that nothing reads.
 
     Args:
         opt: the whole YAML.
@@ -55,8 +54,8 @@ def report_unread_options(opt: Mapping[str, Any], model_type: str, base: type) -
         base: the model class that this one extends.
 
     Raises:
-        OptionError: an unread option is one of MSSR's own: nearly an option of this stage, or one of the other stage.
-            All others together are one warning.
+        OptionError: an unread option is one of MSSR's own: almost an option of this stage, or one of the other stage.
+                All others together give one warning.
     """
     own, read = STAGE_OPTIONS.get(model_type, set()), set(_strings_in_code(base))
     unread = []

@@ -1,4 +1,4 @@
-"""Reading the checkpoint that a ``.mssr`` file is made of."""
+"""Reading the checkpoint from which a ``.mssr`` file is made."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
     """The network in a checkpoint of the backward stage, its upscaling factor, and its levels' metrics where known.
 
     Args:
-        checkpoint: as BasicSR saved it; of its EMA if there is one. ``levels.json`` beside it has the metrics.
+        checkpoint: as saved by BasicSR; the EMA's weights are used if present. Metrics: ``levels.json`` beside it.
         options: the YAML that it was trained or tested with: ``network_g`` and ``scale`` are read.
-            Running the network on a small image decides its factor; a ``scale`` that differs is refused.
+            The factor is found by running the network on a small image; a different ``scale`` is an error.
 
     Raises:
         ValueError: a wrong option, or not a checkpoint of this network's backward stage; the text says which.
@@ -59,7 +59,7 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
 
 
 def _metrics_beside(checkpoint: Path) -> dict[str, Any]:
-    """What ``levels.json`` beside a checkpoint says of its levels, nothing if there is none."""
+    """The metrics in the ``levels.json`` beside a checkpoint; empty if there is none."""
     records = checkpoint.with_name('levels.json')
     if not records.is_file():
         return {}

@@ -1,7 +1,7 @@
-"""Feature taps: the depths of a network at which self-distillation hands features over.
+"""Feature taps: the depths of a network at which self-distillation passes features to the larger network.
 
-A tap is a module whose output is the trunk's feature map at one depth. Of two networks of one architecture, the
-features that the first has at a tap can go into the second, which finishes the image from there.
+A tap is a module whose output is the trunk's feature map at one depth. If two networks have the same architecture, the
+features of the first at a tap can be fed into the second, which finishes the image from there.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def find_feature_taps(network: nn.Module, patterns: Sequence[str] | None = None,
     Args:
         network: the backbone.
         patterns: shell-style patterns of module names (option ``network_g.feature_taps``).
-        trunk: without patterns, the name of the container that is the trunk, where it is known
-            (:func:`mssr_basicsr.register_architecture`). Else it is looked for among the network's own containers
-            (``nn.Sequential``, ``nn.ModuleList``); of several, the longest is taken. A trunk is a row of blocks of one
-            class, each block a tap, or a row of convolutions and activations, each activation a tap.
+        trunk: if there are no patterns: the name of the container that is the trunk, where known
+            (:func:`mssr_basicsr.register_architecture`). Otherwise the trunk is the longest suitable one of the
+            network's own containers (``nn.Sequential``, ``nn.ModuleList``): a series of blocks of the same class,
+            each block being a tap, or a series of convolutions and activations, each activation being a tap.
 
     Returns:
         The names; an empty list when no patterns are given and no trunk is found.
@@ -53,7 +53,7 @@ def _is_activation(layer: nn.Module) -> bool:
 
 @contextmanager
 def record_features(network: nn.Module, taps: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """While the context is open, keep what the ``taps`` give in the network's last forward, by tap name.
+    """While the context is open, keep the outputs of the ``taps`` in the network's last forward pass, by tap name.
 
     The tensors are part of the autograd graph: a loss on them reaches the weights before the tap.
     """
@@ -83,9 +83,9 @@ def _hooked(network: nn.Module, taps: Sequence[str], keep: Callable[[str, Any], 
 
 @torch.no_grad()
 def check_feature_taps(network: nn.Module, taps: Sequence[str], x: Tensor) -> None:
-    """Raise OptionError unless each of the ``taps`` runs once in ``network(x)`` and gives one tensor.
+    """Raise OptionError unless each of the ``taps`` runs once in ``network(x)`` and returns one tensor.
 
-    A recurrent network runs its modules once for each frame: of it, no tap gives the features of the whole input.
+    A recurrent network runs its modules once per frame, so none of its taps has the features of the whole input.
     """
     outputs: dict[str, list[object]] = {tap: [] for tap in taps}
     with _hooked(network, taps, lambda name, output: outputs[name].append(output)):
@@ -99,7 +99,7 @@ def check_feature_taps(network: nn.Module, taps: Sequence[str], x: Tensor) -> No
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While the context is open, ``module`` computes ``forward`` in place of its own."""
+    """While the context is open, ``module`` computes ``forward`` instead of its own."""
     before = vars(module).get('forward')
     module.forward = forward
     try:
@@ -114,14 +114,14 @@ class ImageFinisher:
     """Finishes images from another network's features: the larger network's part in self-distillation.
 
     Args:
-        network: the frozen larger network, in eval mode, its weights without gradient: then a finished image costs
-            gradient memory for activations after the tap alone.
+        network: the frozen larger network, in eval mode and with weights that require no gradient, so that a finished
+            image only costs gradient memory for the activations after the tap.
         taps: its taps, shallowest first.
 
-    What the handed-over features replace is not computed where the trunk's structure allows it: where the taps lie
-    in one row of modules and the image depends on the row's earlier modules only through the tap. Images from several
-    taps are then one batch from each tap on. Both are tried out (the network's own features must give the network's
-    own image), not assumed.
+    What the passed features replace is not computed if the trunk's structure allows it, that is, if the taps lie in
+    one series of modules and the image depends on the earlier modules of the series only through the tap. Images from
+    several taps then form one batch from each tap on. Both are tested (the network's own features must give the
+    network's own image), not assumed.
     """
 
     def __init__(self, network: nn.Module, taps: Sequence[str]) -> None:
@@ -131,7 +131,7 @@ class ImageFinisher:
         self._one_batch = False
 
     def finish(self, x: Tensor, features: Mapping[str, Tensor]) -> list[Tensor]:
-        """The image, (N, C, H, W), that the network makes of ``x`` for each of ``features``, its tap giving these.
+        """For each of ``features``, the image, (N, C, H, W), that the network makes of ``x`` if its tap returns these.
 
         Gradients flow to ``features``, which are in the order of the taps.
         """
@@ -153,7 +153,7 @@ class ImageFinisher:
 
     @torch.no_grad()
     def try_out(self, x: Tensor) -> None:
-        """Find out, once, what need not run because the features at a tap are given; with ``x``'s first image."""
+        """Find out once, with the first image of ``x``, what need not run because the features at a tap are given."""
         if self._replaced is not None:
             return
         x = x[:1]

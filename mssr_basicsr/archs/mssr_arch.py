@@ -25,7 +25,7 @@ from mssr_basicsr.scalable.building import without_weight_files
 
 
 def check_sparsity(sparsity: Any) -> list[float]:
-    """``network_g.sparsity`` as floats: 0 for the dense level, then rising, all below 1; else OptionError."""
+    """``network_g.sparsity`` as floats; OptionError unless it is 0 for the dense level, then rising, and below 1."""
     if not isinstance(sparsity, (list, tuple)) or len(sparsity) < 2:
         raise OptionError('network_g.sparsity', sparsity, 'a list of two or more, such as [0, 0.5, 0.75]')
     if len(sparsity) > MAX_LEVELS:
@@ -42,7 +42,7 @@ def find_prunable(backbone: nn.Module, prunable: Sequence[str], unprunable: Sequ
     """The names of the weights that pruning may remove.
 
     These are the weights of convolutions and linear layers (never biases, norms or attention tables: our choice, as
-    they are under 1 % of the parameters) that match a pattern of ``prunable`` and none of ``unprunable``.
+    these are under 1 % of the parameters) that match a pattern of ``prunable`` and none of ``unprunable``.
     """
     layers = [(name, layer) for name, layer in backbone.named_modules() if isinstance(layer, (_ConvNd, nn.Linear))]
     names = [f'{name}.weight' for name, _ in layers]
@@ -58,12 +58,12 @@ def find_prunable(backbone: nn.Module, prunable: Sequence[str], unprunable: Sequ
 
 
 def is_plain(state_dict: Mapping[str, Any]) -> bool:
-    """Whether a state dict is one of a backbone by itself, as stock BasicSR saves it."""
+    """Whether a state dict is that of a plain backbone, as stock BasicSR saves it."""
     return not any(key.startswith('level_map.') for key in state_dict)
 
 
 def refuse_unknown(unknown: Mapping[str, Any], backbone: Any) -> None:
-    """Raise OptionError for options that :class:`MSSR` does not have, which are misspelt or the backbone's."""
+    """Raise OptionError for options that :class:`MSSR` does not have: misspelt ones, or the backbone's."""
     for key, found in unknown.items():
         known = [name for name in inspect.signature(MSSR).parameters if name != 'unknown']
         if isinstance(backbone, Mapping) and key in backbone:
@@ -87,9 +87,9 @@ def running_statistics(network: nn.Module) -> dict[str, Tensor]:
 class MSSR(nn.Module):
     """An SR network that holds nested sub-networks of itself, its levels (Lin et al., CVPR 2023).
 
-    At each level it is the backbone with the weights outside the level's mask at zero. The backbone's code and its
-    parameters' names stay as they are; a masked weight keeps its value and gets a gradient of exactly zero. In
-    eval mode without gradients masking is done once, at the first forward, and again only after the weights, the
+    At each level it is the backbone with the weights outside the level's mask set to zero. The backbone's code and its
+    parameters' names stay as they are; a masked weight keeps its value and gets a gradient of exactly zero. In eval
+    mode without gradients, masking is done once, in the first forward pass, and again only after the weights, the
     level map or the level have changed.
 
     Args:
@@ -104,8 +104,8 @@ class MSSR(nn.Module):
             network. Default: the trunk's blocks, found by :func:`find_feature_taps`.
 
     The state dict has the backbone's entries under ``backbone.`` and the level map's, uint8, under ``level_map.``.
-    ``load_state_dict`` also takes a plain state dict of the backbone: all of it is then in every level, as before
-    the first pruning.
+    ``load_state_dict`` also accepts a plain state dict of the backbone: all of its weights are then in every level, as
+    before the first pruning.
     """
 
     _version = 1  # of the state dict's format; torch keeps it in every state dict, and so in every checkpoint
@@ -162,7 +162,7 @@ class MSSR(nn.Module):
 
     @property
     def level(self) -> int:
-        """The level that the network is at: 0 is dense. Setting it takes effect with the next forward."""
+        """The level that the network is at: 0 is dense. Setting it takes effect in the next forward pass."""
         return self._level
 
     @level.setter
@@ -175,21 +175,21 @@ class MSSR(nn.Module):
         return dict(zip(self.prunable_names, self._weights()))
 
     def get_level_map(self) -> dict[str, Tensor]:
-        """The level map by weight name: uint8, each of its weight's shape; the buffers themselves."""
+        """The level map by weight name: uint8 tensors with the weights' shapes; the buffers themselves."""
         return dict(self.level_map.named_buffers())
 
     def set_level_map(self, level_map: LevelMap) -> None:
-        """Copy ``level_map`` (a tensor for each prunable weight) into the network's."""
+        """Copy ``level_map`` (one tensor per prunable weight) into the network's."""
         for name, levels in self.get_level_map().items():
             levels.copy_(level_map[name])
         self._mask_is_current = False
 
     @torch.no_grad()
     def prune(self, level: int, criterion: Criterion, generator: torch.Generator) -> None:
-        """Make sub-network ``level`` out of ``level - 1``: the weights of the lowest scores go, as many as it asks for.
+        """Make sub-network ``level`` from ``level - 1`` by pruning the weights with the lowest scores to its sparsity.
 
         Args:
-            level: all weights of ``level - 1`` carry a number of at least ``level``, as after making that one.
+            level: the level to make; level ``level - 1`` must have been made and be the smallest so far.
             criterion: gives the scores; see :mod:`mssr_basicsr.method.criteria`.
             generator: for criteria that draw random numbers.
         """
@@ -232,10 +232,10 @@ class MSSR(nn.Module):
         return self._masked_weights
 
     def update_mask(self) -> None:
-        """Bring the mask to the current level; the forward does this too.
+        """Set the mask to that of the current level; the forward pass does this too.
 
         Raises:
-            OptionError: the level map does not have this level, which would silently be a larger network.
+            OptionError: the level map does not have this level; the network would silently be larger.
         """
         if self._mask_is_current:
             return
@@ -256,7 +256,7 @@ class MSSR(nn.Module):
         self._mask_is_current = True
 
     def train(self, mode: bool = True) -> MSSR:
-        """As of ``nn.Module``; also forgets the masked weights that are kept for eval mode.
+        """As for ``nn.Module``; also drops the masked weights that are cached for eval mode.
 
         With :attr:`keep_statistics` normalisation layers stay in eval mode.
         """
@@ -269,11 +269,11 @@ class MSSR(nn.Module):
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of ``nn.Module``, for a state dict of this class or a plain one of the backbone.
+        """As for ``nn.Module``, for a state dict of this class or a plain one of the backbone.
 
         Raises:
             OptionError: ``level`` is above 0 and the loaded level map does not have that level.
-            CheckpointError: the state dict's format is newer than this class.
+            CheckpointError: the state dict's format is newer than this class supports.
         """
         version = getattr(state_dict, '_metadata', {}).get('', {}).get('version', 1)
         if is_plain(state_dict):

@@ -1,4 +1,4 @@
-"""Which image is upscaled into which file."""
+"""Which output file each image is upscaled to."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from mssr_basicsr.scalable.images import WRITABLE_SUFFIXES, list_images
 
 
 class Batch(NamedTuple):
-    """What one command upscales."""
+    """What one run of the command upscales."""
 
     jobs: list[tuple[Path, Path]]  #: input and output of each image
     passed_over: list[Path]  #: files in the folder that are no images by their names
 
 
 def plan_batch(source: Path, output: str, others: Sequence[Path] = ()) -> Batch:
-    """A file for a file if ``output`` is called like an image; else PNGs of the same names in the folder ``output``.
+    """One output file if ``output`` is named like an image, otherwise PNGs of the same names in the folder ``output``.
 
-    Images whose names differ in the extension alone keep it: ``a.jpg`` and ``a.png`` become ``a.jpg.png`` and
+    Images whose names differ only in the extension keep it: ``a.jpg`` and ``a.png`` become ``a.jpg.png`` and
     ``a.png.png``.
 
     Args:
         source: an image, or a folder of images.
-        output: what is to be written; it is a folder if it is one already, ends in a separator or has no extension.
-        others: files beside the images that the command reads; none of them is written over.
+        output: what to write: a folder if it is an existing folder, ends in a separator or has no extension.
+        others: other files that the command reads; they are never overwritten either.
 
     Raises:
-        ValueError: an output that is one of the inputs, no image or folder, or no images.
+        ValueError: the output is one of the inputs, or neither an image nor a folder, or there are no images.
         OSError: the source is not there.
     """
     inputs, passed_over = list_images(source)
@@ -64,7 +64,7 @@ def plan_batch(source: Path, output: str, others: Sequence[Path] = ()) -> Batch:
 
 
 def is_folder(output: str) -> bool:
-    """Whether an output of this name is a folder, there or not."""
+    """Whether an output of this name is a folder, existing or not."""
     separators = (os.sep, os.altsep or os.sep)
     return output.endswith(separators) or Path(output).is_dir() or not Path(output).suffix
 

@@ -1,4 +1,4 @@
-"""What went wrong, in one line."""
+"""Errors as one line of text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _LONGEST = 300  # characters of a text that is not ours; some of torch's are pag
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line; of one that is not ours also its type."""
+    """An error's message in one line; for errors that are not ours, with the type."""
     text = ' '.join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f'{os.fsdecode(error.filename)}: {error.strerror}'  # as other commands say it

@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=module.HELP,
-            description=textwrap.fill(description),
+            description=textwrap.fill(' '.join(description.split())),
             epilog=examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import what registers architectures with BasicSR, also from the current folder, as a Python script there would.
+    """Import modules that register architectures with BasicSR, also from the current folder, as a script there would.
 
     Raises:
         ValueError: a module cannot be imported; the text says why.
@@ -73,8 +73,7 @@ def import_modules(names: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
-    Exit status: 0 done, 1 it could not be done (one line says why), 2 wrong usage, 130 interrupted (a line says what
-    had been done).
+    Exit status: 0 success, 1 failure (one line says why), 2 wrong usage, 130 interrupted (a line says what was done).
     """
     words = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -160,7 +160,7 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
 def _each(
     jobs: Sequence[tuple[Path, Path]], work: Callable[[Path, Path], dict[str, Any]], arguments: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """What ``work`` gives for each image, and a line for each that it fails for: the others are done."""
+    """The result of ``work`` for each image, and a line for each that fails, which does not stop the others."""
     from tqdm import tqdm
 
     records, failures = [], []
@@ -187,7 +187,7 @@ def _named(source: Path, error: Exception) -> str:
 
 
 def _device(name: str | None) -> str:
-    """The device asked for, or the best there is; OptionError if it is not here."""
+    """The requested device, or the best available one; OptionError if it is not available."""
     import torch
 
     if name is None:
@@ -201,7 +201,7 @@ def _device(name: str | None) -> str:
 
 
 def _truths(folder: Path | None) -> dict[str, Path]:
-    """The ground truths by their names without extensions; of two of one name, none."""
+    """The ground-truth files by name without extension, leaving out ambiguous names."""
     if folder is None:
         return {}
     if not folder.is_dir():

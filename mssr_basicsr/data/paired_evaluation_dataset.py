@@ -1,4 +1,4 @@
-"""A validation set whose grey files stay grey, as the published protocol has them."""
+"""A validation set whose grey files stay grey, as in published results."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mssr_basicsr.foundation.checks import OptionError
 class PairedEvaluationDataset(PairedImageDataset):
     """BasicSR's PairedImageDataset, in which the ground truth of a grey file has one channel.
 
-    The network gets its LR image as three equal channels, as ever. ``calculate_psnr_published`` and
-    ``calculate_ssim_published`` compare the result with what is in the file; BasicSR's own metrics refuse it. Options
-    are those of PairedImageDataset.
+    The network still gets its LR image as three equal channels. ``calculate_psnr_published`` and
+    ``calculate_ssim_published`` compare the result with the file's own values; BasicSR's own metrics reject it. The
+    options are those of PairedImageDataset.
 
     Raises:
-        OptionError: it is to be trained on.
+        OptionError: it is used as a training set.
     """
 
     def __init__(self, opt: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Reading checkpoints: each way in which a file can be the wrong one is one error that says so."""
+"""Reading checkpoints: whatever is wrong with a file, one error says so."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """What ``torch.save`` wrote to ``path``, on the CPU; nothing in it is executed (``weights_only``).
 
     Raises:
-        CheckpointError: no such file, cut short or damaged, no checkpoint at all, or one with code in it.
+        CheckpointError: the file is missing, truncated, damaged, not a checkpoint, or contains code.
     """
     try:
         loaded = torch.load(path, map_location='cpu', weights_only=True)

@@ -21,13 +21,13 @@ class OptionError(ValueError):
 
 
 def option(help: str, check: Callable[[str, Any], Any] | None = None, default: Any = None) -> Any:
-    """A field of a dataclass of options, the one place where an option of the YAML is declared.
+    """A field of an options dataclass: the one place where an option of the YAML is declared.
 
     Args:
         help: what the option does, for people.
         check: ``check(name, found)`` returns the option's value, or raises :class:`OptionError`. It also sees the
             default. Without a check, whoever uses the option checks it.
-        default: the value without the option in the YAML.
+        default: the value if the YAML does not have the option.
     """
     return dataclasses.field(default=default, metadata={'help': help, 'check': check})
 
@@ -36,7 +36,7 @@ def read_options(declared: type[Options], section: str, found: Mapping[str, Any]
     """The options that the dataclass ``declared`` declares, taken out of ``found``, a section of the YAML.
 
     Raises:
-        OptionError: a check does not allow what was found.
+        OptionError: a check rejects a value.
     """
     values = {}
     for field in dataclasses.fields(declared):  # type: ignore[arg-type]
@@ -46,7 +46,7 @@ def read_options(declared: type[Options], section: str, found: Mapping[str, Any]
 
 
 def closest(name: str, names: Iterable[str]) -> str | None:
-    """The one of ``names`` that ``name`` is most likely a misspelling of, None if none is near."""
+    """The one of ``names`` that ``name`` most likely misspells, None if none is close."""
     return next(iter(difflib.get_close_matches(name, list(names), 1, 0.75)), None)
 
 
@@ -82,7 +82,7 @@ def require_int(option: str, found: Any, low: int, high: float = float('inf'), n
 
 
 def require_iterations(option: str, found: Any, num_levels: int) -> list[int]:
-    """The iterations of each of ``num_levels`` levels: ``found`` is one whole number for all, or a list of as many."""
+    """The iterations of each of ``num_levels`` levels: ``found`` is one whole number for all, or a list."""
     if not isinstance(found, (list, tuple)):
         return [require_int(option, found, 1, note=f', or a list of {num_levels}')] * num_levels
     if len(found) != num_levels:
@@ -92,7 +92,7 @@ def require_iterations(option: str, found: Any, num_levels: int) -> list[int]:
 
 @contextmanager
 def arguments_checked(option: str, found: Mapping[str, Any], what: str) -> Iterator[None]:
-    """Turn the TypeError of building ``what`` from ``found``, an argument unknown or lacking, into an OptionError."""
+    """Turn the TypeError of building ``what`` from ``found``, for unknown or missing arguments, into an OptionError."""
     try:
         yield
     except TypeError as error:
@@ -103,7 +103,7 @@ def match_names(option: str, patterns: Sequence[str], names: Sequence[str]) -> l
     """The ``names`` (in their order) that match one of the shell-style ``patterns``.
 
     Raises:
-        OptionError: ``patterns`` is no list of strings, or one of them matches nothing; the text lists the names.
+        OptionError: ``patterns`` is not a list of strings, or one of them matches nothing; the text lists the names.
     """
     if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
         raise OptionError(option, patterns, 'a list of patterns such as ["body.*"]')

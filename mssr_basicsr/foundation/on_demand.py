@@ -1,4 +1,4 @@
-"""Packages that are needed for one thing only: imported when it is asked for, and one clear error without them."""
+"""Packages that only some functions need: imported on demand, with one clear error if they are missing."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class MissingPackageError(ValueError):
 
 
 def load_basicsr(purpose: str) -> None:
-    """Import BasicSR, with the plugin in it: the one door through which floors that do without it reach for it.
+    """Import BasicSR with the plugin registered: the only way for lower floors, which do without BasicSR, to reach it.
 
     Args:
-        purpose: what it is needed for, for the error: ``to build EDSR``.
+        purpose: what it is needed for, as in the error message: ``to build EDSR``.
 
     Raises:
         MissingPackageError: it cannot be imported.

@@ -1,4 +1,4 @@
-"""Registries: functions and classes that users add to by a decorator and name in their options."""
+"""Registries: users add functions and classes with a decorator and select them by name in their options."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class Registry:
-    """Named functions or classes of one kind. It is used as BasicSR's registries are, but needs no BasicSR.
+    """Named functions or classes of one kind. It is used like BasicSR's registries, but does not need BasicSR.
 
     Args:
-        kind: what is registered, for the texts of errors: ``criterion``.
+        kind: what is registered, for error messages: ``criterion``.
     """
 
     def __init__(self, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""Saved is whole or absent: files are written under another name, flushed, and then renamed."""
+"""Saved files are complete or absent: they are written under another name, flushed, and then renamed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PREFIX = '.saving-'  # of the names that files have before they are whole
 
 @contextmanager
 def saved_whole(path_options: MutableMapping[str, Any], key: str) -> Iterator[Path]:
-    """While the context is open, ``path_options[key]`` is a temporary folder; what was put there is moved at the end.
+    """While the context is open, ``path_options[key]`` is a temporary folder, whose contents are moved at the end.
 
     This makes BasicSR's own save methods safe: a run killed at any moment leaves the old file or the new one, and a
-    failed save, which BasicSR passes over after three tries, is an error. The context's value is the temporary folder.
+    failed save, which BasicSR ignores after three tries, is an error. The context's value is the temporary folder.
 
     Raises:
-        OSError: nothing was written, or a file was cut short (a full disk); the text says where, why and what is free.
+        OSError: nothing was written, or a file is truncated (full disk); the text says where, why, and what is free.
     """
     folder = Path(path_options[key])
     with _failure_explained(folder), tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder) as temporary:
@@ -42,7 +42,7 @@ def saved_whole(path_options: MutableMapping[str, Any], key: str) -> Iterator[Pa
 
 
 def written_whole(folder: Path) -> list[Path]:
-    """The files in ``folder``; OSError if there is none or a checkpoint was cut short."""
+    """The files in ``folder``; OSError if there is none or a checkpoint is truncated."""
     files = list(folder.iterdir())
     if not files:
         raise OSError('nothing could be written')
@@ -54,7 +54,7 @@ def written_whole(folder: Path) -> list[Path]:
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file that is there whole or not at all, and flushed to the disk; OSError if it cannot be."""
+    """Write a file, complete or not at all, and flush it to the disk; OSError if this fails."""
     path = Path(path)
     temporary = path.with_name(f'{PREFIX}{secrets.token_hex(6)}')  # a name of our own may be longer than names can be
     with _failure_explained(path):
@@ -72,9 +72,9 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
 def require_other_file(
     output: str | os.PathLike[str], *inputs: str | os.PathLike[str], option: str = '--output'
 ) -> None:
-    """Raise OptionError if ``output`` is one of the ``inputs``, also by another spelling or a link.
+    """Raise OptionError if ``output`` is one of the ``inputs``, even under another spelling or through a link.
 
-    Any other file that exists is overwritten, as by ``cp`` and ``convert``.
+    Any other existing file is overwritten, as by ``cp`` and ``convert``.
     """
     for path in inputs:
         linked = os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path)
@@ -83,7 +83,7 @@ def require_other_file(
 
 
 def require_output(output: str | os.PathLike[str], *inputs: str | os.PathLike[str], option: str = '--output') -> None:
-    """Raise OptionError unless ``output`` can be a new file, or another than the ``inputs``: before work starts."""
+    """Raise OptionError unless ``output`` can be written and is none of the ``inputs``; called before work starts."""
     if os.path.isdir(output):
         raise OptionError(option, str(output), 'a file; this is a folder')
     if not Path(output).parent.is_dir():
@@ -92,7 +92,7 @@ def require_output(output: str | os.PathLike[str], *inputs: str | os.PathLike[st
 
 
 def remove_leftovers(*folders: str) -> None:
-    """Remove what a killed process had not yet moved to its place in these folders."""
+    """Remove what a killed process left behind in these folders before moving it into place."""
     for folder in folders:
         for leftover in Path(folder).glob(f'{PREFIX}*'):
             if leftover.is_dir():
@@ -102,7 +102,7 @@ def remove_leftovers(*folders: str) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Let a rename outlast a power failure. Where folders cannot be opened (Windows) there is no such call."""
+    """Make a rename survive a power failure. This is not possible where folders cannot be opened (Windows)."""
     if hasattr(os, 'O_DIRECTORY'):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -113,7 +113,7 @@ def _flush_folder(folder: Path) -> None:
 
 @contextmanager
 def _failure_explained(path: Path) -> Iterator[None]:
-    """What fails while the context is open is an OSError that says what could not be saved, what is free, and why."""
+    """Turn failures within the context into an OSError that says what could not be saved, why, and what is free."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save raises either

@@ -1,4 +1,4 @@
-"""Records of levels as a table that people read."""
+"""Records of levels as a readable table."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 def table_with_metrics(
     head: Sequence[str], cells: Sequence[Sequence[str]], records: Sequence[Mapping[str, Any]]
 ) -> str:
-    """``head`` over ``cells``, a row for each record, aligned; then a column for each metric in the records.
+    """An aligned table: ``head``, a row of ``cells`` per record, and a further column for each metric in the records.
 
-    A record's ``metrics``, if it has them, are by validation set and metric.
+    A record's ``metrics``, if it has any, are by validation set and metric.
     """
     known = [record.get('metrics', {}) for record in records]
     metrics = {(name, key): None for sets in known for name, values in sets.items() for key in values}

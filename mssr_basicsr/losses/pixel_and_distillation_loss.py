@@ -1,4 +1,4 @@
-"""A distillation term beside the pixel loss, in the one place where any BasicSR model class takes a loss from."""
+"""A distillation term added to the pixel loss, in the one place from which every BasicSR model class takes a loss."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class PixelAndDistillationLoss(nn.Module):
-    """The sum of the pixel loss and one distillation term; it stands in a model's ``cri_pix``.
+    """The sum of the pixel loss and one distillation term; it takes the place of a model's ``cri_pix``.
 
-    BasicSR's model classes compute their losses within one method, each class its own. What they have in common is
-    that they call ``cri_pix(output, gt)``: whatever is added there trains with all the losses that the class has.
+    Each of BasicSR's model classes computes its losses within one method of its own. What they have in common is that
+    they call ``cri_pix(output, gt)``: whatever is added there trains together with all other losses of the class.
 
     Args:
         pixel_loss: the loss that the YAML names, or None.
@@ -32,8 +32,8 @@ class PixelAndDistillationLoss(nn.Module):
         """The sum, a scalar.
 
         Args:
-            output: the network's images.
-            gt: what the model class compares them with, of the same shape.
+            output: the network's output images.
+            gt: what the model class compares it with, of the same shape.
         """
         pixel = None if self.pixel_loss is None else self.pixel_loss(output, gt)
         distilled = self.term(output, gt)
@@ -44,10 +44,10 @@ class PixelAndDistillationLoss(nn.Module):
         return self._total
 
     def split(self, loss_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The losses of an iteration with this one's parts apart: the pixel loss under the name that the class gives.
+        """The losses of an iteration, with this one split into its parts: the pixel loss keeps the class's name for it.
 
         Args:
-            loss_dict: by name, what the model class logs; our sum is among it if it was computed in this iteration.
+            loss_dict: what the model class logs, by name, including this sum if it was computed in this iteration.
         """
         split = {}
         for name, value in loss_dict.items():

@@ -1,4 +1,4 @@
-"""Stochastic self-distillation in one iteration: the small network's features, judged by the larger network."""
+"""Stochastic self-distillation in one iteration: the larger network judges the small network's features."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mssr_basicsr.losses.ssd_loss import SSDLoss
 
 
 class SelfDistillation:
-    """Feeds the small network's features at random depths to its teacher and compares the images that come out.
+    """Feeds the small network's features at random depths to its teacher and compares the resulting images.
 
     Args:
-        loss: which depths, and how the images are compared.
+        loss: decides on the depths and on how the images are compared.
         teacher: the larger network, frozen and in eval mode.
-        taps: names of the modules at which features are handed over, shallowest first.
+        taps: names of the modules whose output features can be passed, shallowest first.
     """
 
     def __init__(self, loss: SSDLoss, teacher: nn.Module, taps: Sequence[str]) -> None:
@@ -30,12 +30,12 @@ class SelfDistillation:
 
     @contextmanager
     def watching(self, student: nn.Module, x: Tensor, seed: str) -> Iterator[None]:
-        """While the context is open, ``student(x)`` leaves its features at depths, and of images, that ``seed`` draws.
+        """While the context is open, keep features of ``student(x)``, at depths and of images drawn by ``seed``.
 
         Args:
             student: the small network.
             x: its input, (N, C, H, W).
-            seed: the same one draws the same depths, and the same places in the batch, on every rank.
+            seed: the same seed draws the same depths and the same positions in the batch on every rank.
         """
         self._finisher.try_out(x)
         self._drawn, self._images = self.loss.sample_taps(self.taps, seed), self.loss.sample_images(len(x), seed)
@@ -47,10 +47,10 @@ class SelfDistillation:
             self._features, self._x = {}, None
 
     def term(self, output: Tensor, gt: Tensor) -> Tensor | None:
-        """The self-distillation loss of the iteration that is being watched, None if none is.
+        """The self-distillation loss of the iteration being watched, None if there is none.
 
         Args:
-            output: the small network's images, of which nothing is needed.
+            output: the small network's images; not used.
             gt: the ground truth, (N, C, H, W).
         """
         x = self._x

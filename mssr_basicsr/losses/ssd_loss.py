@@ -1,4 +1,4 @@
-"""Stochastic self-distillation (SSD): the larger network says how good the small one's features are."""
+"""Stochastic self-distillation (SSD): the larger network gives feedback on the small one's features."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mssr_basicsr.foundation.checks import OptionError, require_int, require_one
 
 @LOSS_REGISTRY.register()
 class SSDLoss(nn.Module):
-    """How far the images are off that the larger network finishes from the small network's features.
+    """The loss of the images that the larger network finishes from the small network's features.
 
-    In each iteration a few depths are drawn at random; the small network's features at each of them go into the
-    larger network, which finishes the image from there (:class:`ImageFinisher`). This is the loss of these images.
+    In each iteration a few depths are drawn at random. The small network's features at each of them are fed into the
+    larger network, which finishes the image from there (:class:`ImageFinisher`).
 
     Args:
         num_depths: how many different depths each iteration samples, or ``'all'``.
@@ -66,9 +66,9 @@ class SSDLoss(nn.Module):
         return [taps[i] for i in sorted(random.Random(seed).sample(range(len(taps)), int(self.num_depths)))]
 
     def sample_images(self, batch_size: int, seed: str) -> slice:
-        """Which images of a batch one iteration distils: neighbours, since what a batch has next to what is random.
+        """Which images of a batch one iteration distils: consecutive ones, since the order within a batch is random.
 
-        The same seed gives the same places on every rank, each of which has other images.
+        The same seed gives the same positions on every rank; each rank has different images.
         """
         count = max(1, round(self.batch_share * batch_size))
         start = random.Random(f'{seed}, images').randrange(batch_size - count + 1)
@@ -80,7 +80,7 @@ class SSDLoss(nn.Module):
         Args:
             images: the finished images, one for each depth, each (N, C, H, W).
             gt: the ground truth, (N, C, H, W).
-            teacher: gives the larger network's own image, (N, C, H, W); called only where ``target`` needs it.
+            teacher: returns the larger network's own output, (N, C, H, W); only called if ``target`` needs it.
         """
         targets = [] if self.target == 'teacher' else [gt]
         if self.target != 'gt':

@@ -1,9 +1,9 @@
 """Pruning criteria: how much each weight is worth keeping.
 
 A criterion is a function ``criterion(weights, masks, generator)`` that gives each weight a score; the weights with
-the highest scores of the whole network survive. ``weights`` and ``masks`` (bool: still in the network) are mappings
-by weight name; what a weight outside its mask scores is ignored. ``generator`` is a seeded ``torch.Generator`` on
-the CPU. Users add theirs with ``@CRITERION_REGISTRY.register()`` and name it in ``train.criterion``.
+the highest scores in the whole network survive. ``weights`` and ``masks`` (bool: still in the network) are mappings
+by weight name; scores of weights outside their mask are ignored. ``generator`` is a seeded ``torch.Generator`` on
+the CPU. Users add their own with ``@CRITERION_REGISTRY.register()`` and select it with ``train.criterion``.
 """
 
 from __future__ import annotations
@@ -65,5 +65,5 @@ def lamp(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], generator: 
 
 @CRITERION_REGISTRY.register()
 def random(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """A random score: the control that a criterion has to beat."""
+    """A random score: the baseline that a criterion has to beat."""
     return {name: torch.rand(w.shape, generator=generator).to(w.device) for name, w in weights.items()}

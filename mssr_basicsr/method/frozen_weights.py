@@ -1,4 +1,4 @@
-"""Frozen weights: what an optimizer, its momentum, weight decay or an EMA did to them is undone, bit for bit."""
+"""Frozen weights: undoes, bit for bit, what an optimizer, its momentum, weight decay or an EMA did to them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 
 
 class FrozenWeights:
-    """Remembers which of a network's parameters do not train now, and their values.
+    """Remembers which of a network's parameters are currently frozen, and their values.
 
     Args:
         network: the backbone whose parameters to remember.
-        trainable: for each prunable weight a bool tensor, True for the elements that train.
+        trainable: a bool tensor for each prunable weight, True for the elements that train.
         others_train: whether all other parameters (biases, norms, ...) train.
     """
 
@@ -35,7 +35,7 @@ class FrozenWeights:
 
     @torch.no_grad()
     def put_back(self, network: nn.Module) -> None:
-        """Give the frozen parameters of ``network`` (the one remembered, or its EMA) the remembered values."""
+        """Give the frozen parameters of ``network`` (the original, or its EMA) the remembered values."""
         for name, values in self._values.items():
             network.get_parameter(name).copy_(values)
         for name, frozen in self._frozen.items():  # by bits, which takes a quarter of the time of torch.where

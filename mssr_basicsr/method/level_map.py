@@ -1,7 +1,7 @@
 """The level map: which nested sub-network each prunable weight belongs to.
 
 A level map gives every prunable weight one small integer, the highest level that still contains it. Level k's
-mask is ``level_map >= k``, so the masks are nested by construction: no level map can say otherwise.
+mask is ``level_map >= k``, so the masks are nested by construction: no level map can violate this.
 
 In this package a level map is a mapping from a weight's name to a uint8 tensor of the weight's shape.
 """
@@ -20,16 +20,16 @@ MAX_LEVELS = 255
 
 
 class BufferTree(nn.Module):
-    """The root of a :func:`buffer_tree`, which says in a line what would be a long list of empty modules."""
+    """The root of a :func:`buffer_tree`; its repr is one line instead of a long list of empty modules."""
 
     def __repr__(self) -> str:
         return f'BufferTree of {sum(buffer.numel() for buffer in self.buffers()):,} elements'
 
 
 def buffer_tree(tensors: Mapping[str, Tensor], persistent: bool = True) -> BufferTree:
-    """A module whose buffers are ``tensors`` (parameters, those that are), under the dotted names they have as keys.
+    """A module whose buffers (or parameters) are the values of ``tensors``, with its keys as their dotted names.
 
-    This is how tensors that belong to weights travel with a network: to a device, into a state dict
+    This lets tensors that belong to weights move with a network: to a device, into a state dict
     (``level_map.body.0.conv1.weight``) and back.
     """
     root = BufferTree()
@@ -72,10 +72,10 @@ def prune(level_map: LevelMap, scores: Mapping[str, Tensor], level: int, keep: i
     """Make sub-network ``level`` out of ``level - 1``: the iterative pruning step of the forward stage.
 
     Args:
-        level_map: where levels up to ``level - 1`` are decided, and all their weights carry a number >= ``level``.
-        scores: a float tensor for each weight, the higher the more worth keeping.
+        level_map: with the levels up to ``level - 1`` made; all weights of the last have a number >= ``level``.
+        scores: a float tensor for each weight; higher scores are more worth keeping.
         level: the level to make.
-        keep: how many weights of all layers together it keeps, exactly; ties go to the weight that comes first.
+        keep: exactly how many weights it keeps over all layers; of equal scores, the first weight wins.
 
     Returns:
         The new level map. Weights that were in level ``level - 1`` and did not survive get the number ``level - 1``;

@@ -1,4 +1,4 @@
-"""Recovery: what pruned weights start from when the backward stage takes them in again."""
+"""Recovery: the values from which pruned weights start in the backward stage."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ RECOVERY_STARTS = ('ticket', 'rewind', 'zero')
 def recover_weights(
     weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor], start: str, rewind_point: Mapping[str, Tensor]
 ) -> None:
-    """Give the weights that the forward stage pruned the values they start the backward stage from, in place.
+    """Set pruned weights, in place, to the values from which they start the backward stage.
 
     Args:
         weights: the prunable weights by name; a pruned one still has the value it was pruned with.
-        pruned: bool tensors by name, True for the weights that are not in the smallest level.
+        pruned: bool tensors by name, True for weights that are not in the smallest level.
         start: ``ticket`` for the value the weight was pruned with, ``rewind`` for its value at the rewind point,
             ``zero``.
         rewind_point: the weights at the rewind point by name; needed for ``rewind`` only.

@@ -1,8 +1,8 @@
-"""Expansion schedules: at which levels, and for how long at each, the backward stage trains to grow the network back.
+"""Expansion schedules: at which levels the backward stage trains to grow the network back, and how long at each.
 
 A schedule is a class that is built from the options under ``train.expansion`` and whose ``plan(delta_sizes)`` lists
-what to train. Users add theirs with ``@EXPANSION_REGISTRY.register()``, for example one that jumps over levels or one
-whose iterations follow the size of each delta::
+what to train. Users add their own with ``@EXPANSION_REGISTRY.register()``, for example one that skips levels, or one
+whose iterations are proportional to the size of each delta::
 
     @EXPANSION_REGISTRY.register()
     class ProportionalExpansion:
@@ -35,12 +35,12 @@ class LevelTraining(NamedTuple):
 
 
 class ExpansionSchedule(Protocol):
-    """What a schedule must offer."""
+    """The interface of a schedule."""
 
     def plan(self, delta_sizes: Sequence[int]) -> list[LevelTraining]:
-        """At which levels to train, in order: they fall from below K down to 0.
+        """The levels to train at, in order, decreasing from below K to 0.
 
-        Each recovers and trains what its level has and the level before lacks.
+        Each training recovers and trains the weights that its level has and the previous one lacks.
 
         Args:
             delta_sizes: for each level from 0 to K, how many weights it has that the next smaller one lacks; the last
@@ -50,7 +50,7 @@ class ExpansionSchedule(Protocol):
 
 @EXPANSION_REGISTRY.register()
 class SequentialExpansion:
-    """The paper's: one level after the other, from K - 1 to 0.
+    """The paper's schedule: level by level, from K - 1 to 0.
 
     Args:
         level_iter: iterations of each level: one number for all, or a list in the order in which levels are trained.
@@ -69,7 +69,7 @@ def build_expansion(options: Any, delta_sizes: Sequence[int]) -> list[LevelTrain
     """The plan of the schedule that ``options`` (``train.expansion``) name.
 
     Raises:
-        OptionError: no such schedule, wrong arguments, or a plan whose levels do not fall from below K to 0.
+        OptionError: no such schedule, wrong arguments, or a plan whose levels do not decrease from below K to 0.
     """
     allowed = 'the options of a schedule, such as {type: SequentialExpansion}'
     require_type('train.expansion', options, EXPANSION_REGISTRY, allowed)

@@ -1,4 +1,4 @@
-"""The published protocol as metrics of BasicSR, for a validation set of type PairedEvaluationDataset."""
+"""The protocol of published results as BasicSR metrics, for validation sets of type PairedEvaluationDataset."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Image = npt.NDArray[Any]
 
 @METRIC_REGISTRY.register()
 def calculate_psnr_published(img: Image, img2: Image, crop_border: int, round_y: bool = False, **_: Any) -> float:
-    """PSNR in dB as :func:`published_metrics` has it.
+    """PSNR in dB as computed by :func:`published_metrics`.
 
     Args:
         img: the upscaled image, (H, W) or (H, W, 3) BGR, from 0 to 255.
-        img2: the ground truth; (H, W) where it is a grey file.
-        crop_border: pixels of each edge that do not count.
+        img2: the ground truth; (H, W) if it is a grey file.
+        crop_border: how many pixels to ignore at each edge.
         round_y: whether Y is rounded to 8 bits.
     """
     return published_metrics(img, img2, crop_border, round_y)['psnr']
@@ -27,5 +27,5 @@ def calculate_psnr_published(img: Image, img2: Image, crop_border: int, round_y:
 
 @METRIC_REGISTRY.register()
 def calculate_ssim_published(img: Image, img2: Image, crop_border: int, round_y: bool = False, **_: Any) -> float:
-    """SSIM as :func:`published_metrics` has it; the arguments are those of :func:`calculate_psnr_published`."""
+    """SSIM as computed by :func:`published_metrics`; same arguments as :func:`calculate_psnr_published`."""
     return published_metrics(img, img2, crop_border, round_y)['ssim']

@@ -1,4 +1,4 @@
-"""The backward stage: recovering and fine-tuning just the pruned weights, from the smallest level to the dense one."""
+"""The backward stage: recovers and fine-tunes only the pruned weights, from the smallest level to the dense one."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from mssr_basicsr.models.levelwise_training import LevelwiseTraining, frozen_cop
 
 
 class BackwardStage(LevelwiseTraining):
-    """Grows the smallest level back: recovers the weights that the last pruning step took, trains those alone; again.
+    """Grows the smallest level back: recovers the last pruned weights, trains only those; repeats.
 
     It starts from the forward stage's last checkpoint (``path.pretrain_network_g``, read from ``params_ema`` if there
-    is one). All that a smaller level has, biases, norms and running statistics included, stays bit-identical, so that
-    the one set of weights in the result is every level. That is checked when a level has begun and when it ends.
+    is one). Everything that a smaller level has, including biases, norms and running statistics, stays bit-identical,
+    so that the resulting one set of weights is every level. This is checked at the start and the end of each level.
 
     The options are :class:`BackwardOptions`. Beside the models it writes ``net_g.mssr``, every level in one file, and,
     with ``ticket_opt``, ``ticket_level{k}.pth``, copies of the tickets, which a resumed run needs.
@@ -72,7 +72,7 @@ class BackwardStage(LevelwiseTraining):
     # ------------------------------ from level to level ------------------------------ #
 
     def begin_run(self) -> None:
-        """Recover the pruned weights, from which each level's training then takes its own."""
+        """Recover all pruned weights; each level's training then uses its own."""
         self._recover()
         self.export_level(self.network.smallest_level)
         self._copy_tickets()
@@ -102,7 +102,7 @@ class BackwardStage(LevelwiseTraining):
             self._load_ticket(training.level)
 
     def check_result(self, training: LevelTraining) -> None:
-        """Raise RuntimeError unless every smaller level is, bit for bit, what it was before this level's training."""
+        """Raise RuntimeError unless every smaller level is bit-identical to before this level's training."""
         changed = [level for level, before in self._digests.items() if self._digest(level) != before]
         if changed:
             raise RuntimeError(f'Training level {training.level} has changed the smaller levels {changed}')
@@ -115,7 +115,7 @@ class BackwardStage(LevelwiseTraining):
         get_root_logger().info(f'Level {training.level} left levels {sorted(self._digests)} bit-identical.')
 
     def write_result(self) -> None:
-        """Write ``net_g.mssr``, every level in one file. Rank 0 does."""
+        """Write ``net_g.mssr``, every level in one file. Only rank 0 does this."""
         if self.opt['rank'] == 0:
             path = Path(self.opt['path']['models'], 'net_g.mssr')
             data = self.pack()
@@ -132,7 +132,7 @@ class BackwardStage(LevelwiseTraining):
         return loss
 
     def _ticket_file(self, level: int) -> Path:
-        """The ticket of ``level``: as the forward stage wrote it or, once this stage has begun, its own copy."""
+        """The file with the ticket of ``level``: the forward stage's or, once this stage has begun, its own copy."""
         copy = Path(self.opt['path']['models'], f'ticket_level{level}.pth')
         begun = bool(self.opt['path'].get('resume_state')) or copy.is_file()
         return copy if begun else Path(self.opt['path']['pretrain_network_g']).with_name(f'net_g_level{level}.pth')

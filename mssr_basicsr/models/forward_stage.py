@@ -26,11 +26,11 @@ from mssr_basicsr.models.levelwise_training import LevelwiseTraining, frozen_cop
 
 
 class ForwardStage(LevelwiseTraining):
-    """Trains the dense network, prunes its smallest weights, rewinds the survivors, trains again; level by level.
+    """Trains the dense network, then for each level prunes the smallest weights, rewinds the rest and trains again.
 
-    The options are :class:`ForwardOptions`. The checkpoint holds, beside BasicSR's ``params`` and ``params_ema``, the
-    rewind point (``rewind``) and, with self-distillation, the ``teacher``, both plain state dicts of the backbone. A
-    pruned weight in it has the value it was pruned with.
+    The options are :class:`ForwardOptions`. Besides BasicSR's ``params`` and ``params_ema``, the checkpoint holds the
+    rewind point (``rewind``) and, with self-distillation, the ``teacher``, both as plain state dicts of the backbone. A
+    pruned weight in it has the value that it was pruned with.
     """
 
     options_class = ForwardOptions
@@ -71,7 +71,7 @@ class ForwardStage(LevelwiseTraining):
     # ------------------------------ from level to level ------------------------------ #
 
     def begin_run(self) -> None:
-        """Everything that the network starts with is in its level 0, also what is scalable already."""
+        """Put all weights into every level, even if the network that the run starts with is already scalable."""
         network = self.network
         whole = {name: torch.full_like(m, network.smallest_level) for name, m in network.get_level_map().items()}
         network.set_level_map(whole)
@@ -80,7 +80,7 @@ class ForwardStage(LevelwiseTraining):
             self.validate_now(0)  # no training of level 0 is there to be validated
 
     def prepare_weights(self, training: LevelTraining) -> None:
-        """Prune, then rewind: the larger network, as it is now, becomes the teacher."""
+        """Make the current, larger network the teacher; then prune and rewind."""
         level = training.level
         if level == 0:
             return
@@ -106,7 +106,7 @@ class ForwardStage(LevelwiseTraining):
         self.rewind_point.load_state_dict(self.network.backbone.state_dict())
 
     def freeze_weights(self, training: LevelTraining) -> FrozenWeights:
-        """Pruned weights stay what they were when they were pruned, whatever the weight decay."""
+        """Pruned weights keep the values that they were pruned with, whatever the weight decay."""
         masks = mask_of(self.network.get_level_map(), training.level)
         return FrozenWeights(self.network.backbone, masks, others_train=True)
 
@@ -128,7 +128,7 @@ class ForwardStage(LevelwiseTraining):
 
     @contextmanager
     def distilling(self, current_iter: int) -> Iterator[None]:
-        """Below level 0, the network's features at random depths go into the larger network."""
+        """At smaller levels than 0, feed the network's features at random depths into the larger network."""
         if self.self_distillation is None:
             yield
         elif self.network.level == 0:

@@ -1,4 +1,4 @@
-"""Training level by level, which both stages do: how a level begins, trains and ends, is saved and resumed."""
+"""Training level by level, as both stages do: how a level begins, trains, ends, is saved and is resumed."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from mssr_basicsr.scalable.packing import level_metrics, pack
 
 
 class LevelwiseTraining(NestedLevels):
-    """A mixin for any of BasicSR's model classes: it trains the levels of a plan, one after the other.
+    """A mixin for any of BasicSR's model classes: it trains the levels of a plan one by one.
 
-    Each level is trained as the YAML trains a network: optimizers, EMA and learning-rate schedule start anew, and so
-    do the phases that a model class counts in iterations (``tsa_iter``, ``net_d_init_iters``), since it is told the
-    iteration within the level. What is not a part of ``net_g``, a discriminator above all, goes on from level to level.
-    What a level ended with, the EMA's weights if there is one, is its result.
+    Each level is trained as the YAML trains a network: optimizers, EMA and the learning-rate schedule restart, and so
+    do the phases that a model class counts in iterations (``tsa_iter``, ``net_d_init_iters``), since it is given the
+    iteration within the level. Whatever is not part of ``net_g``, such as a discriminator, continues from level to
+    level. The result of a level is what it ends with, the EMA's weights if there is one.
     """
 
     options_class: ClassVar[type[StageOptions]] = StageOptions
@@ -56,37 +56,37 @@ class LevelwiseTraining(NestedLevels):
     # ------------------------------ what a stage says ------------------------------ #
 
     def make_plan(self) -> list[LevelTraining]:
-        """At which levels to train, in order; OptionError if an option of the stage is wrong."""
+        """The levels to train at, in order; OptionError if an option of the stage is wrong."""
         raise NotImplementedError
 
     def begin_run(self) -> None:
-        """What comes before the first level, once in a run."""
+        """Called once in a run, before the first level."""
 
     def prepare_weights(self, training: LevelTraining) -> None:
-        """Make the weights ready for ``training``."""
+        """Prepare the weights for ``training``."""
 
     def freeze_weights(self, training: LevelTraining) -> FrozenWeights:
         """The weights that do not train in ``training``."""
         raise NotImplementedError
 
     def check_result(self, training: LevelTraining) -> None:
-        """Raise unless the weights are what ``training`` promises."""
+        """Raise unless the weights are as ``training`` must leave them."""
 
     def write_result(self) -> None:
-        """After the last save: write what the stage is for, if it is not a checkpoint."""
+        """After the last save: write the stage's product, if it is not a checkpoint."""
 
     def networks_to_learn_from(self) -> list[nn.Module]:
-        """Frozen networks whose images or features the training distils."""
+        """Frozen networks from which the training distils images or features."""
         return []
 
     def extra_networks(self) -> dict[str, nn.Module]:
-        """Networks without which a resumed run could not go on, by the key they have in a checkpoint."""
+        """Networks that a resumed run needs, by their key in a checkpoint."""
         return {}
 
     # ------------------------------ a level's life ------------------------------ #
 
     def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
-        """As in BasicSR, within the level. BasicSR calls it first in each iteration: here a level begins."""
+        """As in BasicSR, within the level. As BasicSR calls it first in each iteration, levels begin here."""
         training, self.step = self.plan.locate(current_iter)
         if self.step == 1:
             before = self.plan.before(training)
@@ -98,7 +98,7 @@ class LevelwiseTraining(NestedLevels):
         super().update_learning_rate(self.step, warmup_iter)
 
     def begin_level(self, training: LevelTraining) -> None:
-        """Prepare the weights, then start optimizers, learning-rate schedule and EMA anew."""
+        """Prepare the weights, then restart optimizers, learning-rate schedule and EMA."""
         self._require_finite(f'Start of level {training.level}')
         self.prepare_weights(training)
         get_root_logger().info(f'Level {training.level}: {training.num_iter} iterations begin.')
@@ -109,11 +109,11 @@ class LevelwiseTraining(NestedLevels):
         self._require_agreement(f'Start of level {training.level}')
 
     def end_level(self, training: LevelTraining) -> None:
-        """Take the level's result over into the network, export it as a plain checkpoint and record it.
+        """Copy the level's result into the network, export it as a plain checkpoint and record it.
 
         Raises:
-            FloatingPointError: on every rank, if a parameter of one is not finite; the text names it.
-            RuntimeError: on every rank, if they differ; or the result is not what the stage promises.
+            FloatingPointError: on every rank, if a parameter of any is not finite; the text names it.
+            RuntimeError: on every rank, if ranks differ or the result is not what the stage guarantees.
         """
         if self.ema_decay > 0:
             self.network.load_state_dict(self.net_g_ema.state_dict())
@@ -140,7 +140,7 @@ class LevelwiseTraining(NestedLevels):
     # ------------------------------ one iteration ------------------------------ #
 
     def optimize_parameters(self, current_iter: int) -> None:  # type: ignore[override]  # as SRModel's
-        """The model class's iteration, after which the frozen weights have their values again."""
+        """The model class's iteration, after which the frozen weights are restored."""
         with self.distilling(current_iter), self._computing_in_training():
             super().optimize_parameters(self.step)
         self.frozen.put_back(self.network.backbone)
@@ -153,8 +153,8 @@ class LevelwiseTraining(NestedLevels):
     def _computing_in_training(self) -> Iterator[None]:
         """While the context is open, the networks have ``train.precision`` and ``train.channels_last``.
 
-        What the class trains beside ``net_g``, discriminators, has only the former: BasicSR's flatten their features by
-        ``view``, which takes no other layout.
+        Other networks that the class trains, such as discriminators, only have the former: BasicSR's flatten their
+        features with ``view``, which does not work with another layout.
         """
         others = [net for name, net in vars(self).items() if name.startswith('net_') and not name.endswith('_ema')]
         bare = [self.get_bare_model(net) for net in others if isinstance(net, nn.Module) and net is not self.net_g]
@@ -166,21 +166,21 @@ class LevelwiseTraining(NestedLevels):
 
     @contextmanager
     def distilling(self, current_iter: int) -> Iterator[None]:
-        """While the context is open, iteration ``current_iter`` runs and leaves what a distillation needs of it.
+        """The context in which iteration ``current_iter`` runs; it keeps what distillation needs from it.
 
-        It is entered before the networks take ``train.precision`` on: what is tried out there is in fp32.
+        It is entered before ``train.precision`` applies to the networks, so what is tested there is in fp32.
         """
         yield
 
     def model_ema(self, decay: float = 0.999) -> None:
-        """As in BasicSR, and running statistics, which it leaves at those of before the training, are the network's."""
+        """As in BasicSR, but running statistics, which BasicSR leaves as before the training, are the network's."""
         super().model_ema(decay)
         ema = running_statistics(self.net_g_ema)
         for name, buffer in running_statistics(self.network).items():
             ema[name].copy_(buffer)
 
     def reduce_loss_dict(self, loss_dict: dict[str, Tensor]) -> dict[str, float]:
-        """As in BasicSR, with the distillation term apart from the pixel loss."""
+        """As in BasicSR, with the distillation term separate from the pixel loss."""
         if isinstance(getattr(self, 'cri_pix', None), PixelAndDistillationLoss):
             loss_dict = self.cri_pix.split(loss_dict)
         reduced: dict[str, float] = super().reduce_loss_dict(loss_dict)
@@ -212,7 +212,7 @@ class LevelwiseTraining(NestedLevels):
             raise OptionError('network_g.backbone', self.network.backbone_options, allowed) from error
 
     def build_distillation_loss(self, key: str, found: Any) -> Any:
-        """The loss that ``train.<key>`` names, None without one. Its weight is by default that of the pixel loss."""
+        """The loss that ``train.<key>`` names, or None. Its default weight is that of the pixel loss."""
         if not found:
             return None
         require_type(f'train.{key}', found, LOSS_REGISTRY.keys(), 'the options of a loss, with its type')
@@ -246,7 +246,7 @@ class LevelwiseTraining(NestedLevels):
         require_finite(dict(self.network.backbone.named_parameters()), when)
 
     def _require_agreement(self, when: str) -> None:
-        """Raise unless all ranks have the same weights, level map and seed, from which masks and depths follow."""
+        """Raise unless all ranks have the same weights, level map and seed, which determines masks and depths."""
         seed = torch.tensor(self.seed, device=self.device)
         require_agreement({**self.network.state_dict(), 'manual_seed': seed}, when)
 
@@ -263,7 +263,7 @@ class LevelwiseTraining(NestedLevels):
             wait_for_all()  # torchrun may stop rank 0 when the process of another rank ends
 
     def save_network(self, net: Any, net_label: str, current_iter: int, param_key: str | list[str] = 'params') -> None:
-        """As in BasicSR, with :meth:`extra_networks` beside ``net_g``; whole or absent, and never passed over."""
+        """As in BasicSR, with :meth:`extra_networks` beside ``net_g``; complete or absent, and failures are errors."""
         if self.opt['rank'] != 0:
             return
         extra = self.extra_networks() if net_label == 'net_g' else {}
@@ -273,7 +273,7 @@ class LevelwiseTraining(NestedLevels):
             super().save_network(nets, net_label, current_iter, keys)
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
-        """As in BasicSR, with a :class:`RunState` in it; whole or absent, and never passed over."""
+        """As in BasicSR, with a :class:`RunState` in it; complete or absent, and failures are errors."""
         if current_iter == -1:
             return
         exact = self.options.exact_resume
@@ -295,7 +295,7 @@ class LevelwiseTraining(NestedLevels):
                 torch.save(state, file)
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
-        """Go on where ``resume_state`` was saved: level, frozen weights, optimizers, records, random numbers, data."""
+        """Continue from ``resume_state``: level, frozen weights, optimizers, records, random numbers, data."""
         current_iter, paths = resume_state['iter'], self.opt['path']
         training, step = self.plan.locate(current_iter)
         state = read_run_state(
@@ -332,11 +332,11 @@ class LevelwiseTraining(NestedLevels):
             network.load_state_dict(checkpoint[key])
 
     def decisive_options(self) -> dict[str, Any]:
-        """As in :class:`NestedLevels`, with the stage's own: what had better not change in a run."""
+        """As in :class:`NestedLevels`, with the stage's own, which should not change within a run."""
         own = {f'train.{name}': value for name, value in vars(self.options).items()}
         return deepcopy({**super().decisive_options(), **own})
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:
-    """A copy that does not train, in eval mode: what another network is to learn from."""
+    """A copy that does not train, in eval mode, for another network to learn from."""
     return deepcopy(network).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The models that a YAML names: each stage, and testing, extends whichever model class the setup had before."""
+"""The models that a YAML names: each stage, and testing, extends whatever model class the setup used before."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def build_extended(stage: type[NestedLevels], name: str, opt: dict[str, Any]) ->
 
     Args:
         stage: the mixin.
-        name: the name of the class that comes out, as ``model_type`` has it.
-        opt: the whole YAML, as BasicSR has parsed it.
+        name: the name of the resulting class, as in ``model_type``.
+        opt: the whole YAML, as parsed by BasicSR.
 
     Raises:
         OptionError: a class that cannot be extended, or an option that is wrong.
@@ -63,7 +63,7 @@ def find_base_model(name: Any) -> type:
     """The model class that ``base_model_type`` names.
 
     Raises:
-        OptionError: none of that name is registered, or it is not of BasicSR's SRModel's kind.
+        OptionError: none is registered under that name, or it does not derive from BasicSR's SRModel.
     """
     allowed = ', '.join(sorted(key for key, model in MODEL_REGISTRY if _can_be_extended(model)))
     registered = [key for key in (name, f'{name}_basicsr') if key in MODEL_REGISTRY]

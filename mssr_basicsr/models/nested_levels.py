@@ -1,4 +1,4 @@
-"""What every MSSR model does with levels: it validates, exports and records them. By itself: testing."""
+"""What every MSSR model does with levels: validate, export and record them. On its own, it is for testing."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ else:
 class NestedLevels(Base):
     """A mixin for any of BasicSR's model classes whose ``net_g`` is an :class:`MSSR` network.
 
-    Whatever the model class does with data, padding, tiles and metrics goes on: a validation is one of its own for each
-    level. Beside the models this writes ``net_g_level{k}.pth``, each level as a plain checkpoint of the unmodified
+    The model class keeps handling data, padding, tiles and metrics: a validation is one of its own per level.
+    Beside the models this writes ``net_g_level{k}.pth``, each level as a plain checkpoint of the unmodified
     backbone, and ``levels.json``, a list of :class:`LevelRecord`; in a test, ``levels.json`` among the results.
     """
 
@@ -65,7 +65,7 @@ class NestedLevels(Base):
 
     @property
     def result(self) -> MSSR:
-        """The network whose weights count, are validated and exported: the EMA if there is one."""
+        """The network whose weights are validated and exported: the EMA if there is one."""
         return getattr(self, 'net_g_ema', self.network)
 
     def set_level(self, level: int) -> None:
@@ -73,16 +73,16 @@ class NestedLevels(Base):
         self.network.level = self.result.level = level
 
     def levels_to_validate(self) -> Sequence[int]:
-        """The levels that exist, which one validation goes through."""
+        """The levels that exist, all of which a validation covers."""
         return range(self.network.smallest_level + 1)
 
     # ------------------------------ validation ------------------------------ #
 
     def validation(self, dataloader: Any, current_iter: int | str, tb_logger: Any, save_img: bool = False) -> None:
-        """The model class's validation for each of :meth:`levels_to_validate`, then one row for each in a table.
+        """The model class's validation for each of :meth:`levels_to_validate`, then a table with one row for each.
 
-        In fp32, as networks are mostly used, unless ``val.precision`` is bf16. The training is left as it was (level,
-        modes, random generators). No rank goes on before all are done.
+        In fp32, as networks are mostly used, unless ``val.precision`` is bf16. The training state (level, modes, random
+        generators) is unaffected. No rank continues before all are done.
         """
         name, levels = dataloader.dataset.opt['name'], self.levels_to_validate()
         self._pictures = {}
@@ -105,7 +105,7 @@ class NestedLevels(Base):
 
     @contextmanager
     def _training_left_as_it_was(self) -> Iterator[None]:
-        """While the context is open, ``net_g`` has no DDP wrapper, in which one rank would wait for the others."""
+        """While the context is open, ``net_g`` has no DDP wrapper, with which one rank would wait for the others."""
         state, level, wrapped = random_state(), self.network.level, self.net_g
         training = wrapped.training
         self.net_g = self.network
@@ -119,7 +119,7 @@ class NestedLevels(Base):
 
     @contextmanager
     def _reported_apart(self, dataset_opt: dict[str, Any], level: int, apart: bool) -> Iterator[None]:
-        """While the context is open, log lines, images and best results of a validation carry the level."""
+        """While the context is open, a validation's log lines, images and best results are labelled with the level."""
         name, folder = dataset_opt['name'], self.opt['path']['visualization']
         self._measured = {}
         self.__dict__.pop('metric_results', None)  # video classes keep those of the first set that they validated
@@ -150,11 +150,11 @@ class NestedLevels(Base):
             record['metrics'][name] = dict(self._measured)
 
     def decisive_options(self) -> dict[str, Any]:
-        """The options that decide about levels, by their names in the YAML."""
+        """The options that affect levels, by their names in the YAML."""
         return {'network_g.sparsity': self.network.sparsity}
 
     def validate_now(self, current_iter: int) -> None:
-        """Validate out of turn on every validation set, where there is one."""
+        """Validate now, outside the schedule, on every validation set, if there is any."""
         for phase, dataset_opt in self.opt['datasets'].items():
             if phase.split('_')[0] == 'val' and self.opt.get('val') is not None:
                 self.validation(build_dataloader(build_dataset(dataset_opt), dataset_opt), current_iter, None, False)
@@ -168,18 +168,18 @@ class NestedLevels(Base):
         return describe_level(network.get_level_map(), num_parameters, level)
 
     def record(self, level: int) -> LevelRecord:
-        """The record of ``level``, begun here if there is none."""
+        """The record of ``level``, created if there is none."""
         return self.records.setdefault(level, {'level': level, 'metrics': {}})
 
     def write_records(self) -> None:
-        """Write ``levels.json`` beside the models, in a test among the results. Rank 0 does."""
+        """Write ``levels.json`` beside the models, or in a test beside the results. Only rank 0 does this."""
         if self.opt['rank'] == 0:
             records = [self.records[level] for level in sorted(self.records)]
             folder = self.opt['path']['models' if self.opt['is_train'] else 'results_root']
             write_whole(Path(folder, 'levels.json'), json.dumps(records, indent=2).encode())
 
     def export_level(self, level: int) -> None:
-        """Write ``net_g_level{level}.pth``, ``{'params': ...}`` of the plain backbone. Rank 0 does."""
+        """Write ``net_g_level{level}.pth``, ``{'params': ...}`` of the plain backbone. Only rank 0 does this."""
         if self.opt['rank'] == 0:
             with saved_whole(self.opt['path'], 'models'):
                 state: dict[str, Tensor] = self.network.export(level)
@@ -209,6 +209,6 @@ class NestedLevels(Base):
         super()._print_different_keys_loading(self._as_saved(crt_net, load_net), load_net, strict)
 
     def _as_saved(self, net: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-        """What of ``net`` has a checkpoint's entries: of an MSSR network and a plain checkpoint, the backbone."""
+        """The module of ``net`` that matches a checkpoint: for an MSSR network and a plain checkpoint, the backbone."""
         bare: nn.Module = self.get_bare_model(net)
         return bare.backbone if isinstance(bare, MSSR) and is_plain(state) else bare

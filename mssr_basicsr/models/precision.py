@@ -1,8 +1,8 @@
-"""How networks compute while they train: in bf16 as far as torch's autocast does so, and with channels-last features.
+"""How networks compute in training: in bf16 as far as torch's autocast does so, and with channels-last features.
 
-Parameters, and with them gradients, optimizer states, EMA and files, stay float32 and contiguous: what changes is what
-the network's operations are given. A convolution takes the layout of its input, whatever its weight's is, so that one
-conversion of the input turns the layout of a whole network.
+Parameters, and so gradients, optimizer states, EMA and files, stay float32 and contiguous: only the inputs of the
+network's operations change. A convolution adopts the layout of its input, whatever that of its weight, so converting
+the input converts the whole network.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from mssr_basicsr.foundation.checks import OptionError
 def computing(
     networks: Iterable[nn.Module], device: torch.device, precision: str, channels_last: bool = False
 ) -> Iterator[None]:
-    """While the context is open, each of ``networks`` takes what it took and computes as follows.
+    """While the context is open, each of ``networks`` takes the same inputs as before but computes as follows.
 
     Args:
-        networks: bare ones, each called by its own caller. What they give is float32 and contiguous, as without this.
+        networks: without wrappers. Their outputs are float32 and contiguous, as without this.
         device: where they are.
-        precision: ``bf16`` runs their forward under ``torch.autocast``; ``fp32`` leaves it alone.
-        channels_last: whether four-dimensional inputs are given in the ``channels_last`` memory format.
+        precision: ``bf16`` runs them under ``torch.autocast``; ``fp32`` changes nothing.
+        channels_last: whether four-dimensional inputs are converted to the ``channels_last`` memory format.
 
     Raises:
-        OptionError: when a network runs that cannot take ``channels_last``.
+        OptionError: when a network runs that does not support ``channels_last``.
     """
     with ExitStack() as stack:
         if precision != 'fp32' or channels_last:
@@ -85,7 +85,7 @@ def _as_float32(output: Any) -> Any:
 def lacks_bf16(device: torch.device) -> bool:
     """Whether ``device`` is known to have no bf16 arithmetic, so that bf16 is slower there than fp32.
 
-    Of a processor, only Linux tells: elsewhere nothing is known of it.
+    For CPUs, this is only known on Linux.
     """
     if device.type == 'cuda':
         return torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)

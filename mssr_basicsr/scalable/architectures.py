@@ -1,6 +1,6 @@
-"""What is known of an architecture: what it takes, where its trunk is and what other tools call its tensors.
+"""What is known about an architecture: its input, its trunk, and other tools' names for its tensors.
 
-This is the one place where it stands. A package that brings an architecture of its own adds what it knows::
+This is the only place for it. A package with its own architecture adds what it knows::
 
     from mssr_basicsr import register_architecture
 
@@ -11,8 +11,8 @@ This is the one place where it stands. A package that brings an architecture of 
         trunk='layers',
     )
 
-All of it is optional: channels and multiple are otherwise found by running the network on small images, and the trunk
-by looking for a row of blocks of one class. What cannot be found is refused by name.
+All of it is optional: otherwise channels and multiple are found by running the network on small images, and the trunk
+by looking for a series of blocks of the same class. If something cannot be found, an error names it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MULTIPLES = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64)  # that are tried
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is known of one architecture; what is None is found out or refused."""
+    """What is known about one architecture; None means that it is detected, or an error."""
 
     #: How many channels its images have, from its options.
     channels: FromOptions | None = None
@@ -62,10 +62,10 @@ def register_architecture(
     trunk: str | None = None,
     spandrel: Rename | None = None,
 ) -> None:
-    """Say what is known of the architecture that is registered with BasicSR as ``name``; see :class:`Architecture`.
+    """Register facts about the architecture registered with BasicSR as ``name``; see :class:`Architecture`.
 
     Raises:
-        KeyError: something is known of it already.
+        KeyError: facts about it are already registered.
     """
     if name in _KNOWN:
         raise KeyError(f'an architecture called {name} is already registered')
@@ -73,12 +73,12 @@ def register_architecture(
 
 
 def a_parameter(network: nn.Module) -> Tensor:
-    """A tensor of the type, and on the device, that the network computes with; it may have no parameter to show."""
+    """A tensor of the dtype and on the device that the network computes with, even if it has no parameters."""
     return next(network.parameters(), torch.empty(0))
 
 
 def known_of(name: str) -> Architecture:
-    """What is known of the architecture ``name``, which may be nothing."""
+    """What is known about the architecture ``name``, possibly nothing."""
     return _KNOWN.get(name, Architecture())
 
 
@@ -86,7 +86,7 @@ def known_of(name: str) -> Architecture:
 
 
 class Images(NamedTuple):
-    """What images a network takes, and by how much it makes them larger."""
+    """What images a network takes, and its upscaling factor."""
 
     channels: int
     multiple: int  #: of which height and width must be multiples
@@ -94,15 +94,15 @@ class Images(NamedTuple):
 
 
 def images_of(network: nn.Module, options: Mapping[str, Any]) -> Images:
-    """What images ``network`` takes and gives, decided by running it on a small one.
+    """What images ``network`` takes and returns, found by running it on a small one.
 
     Args:
-        network: the backbone, on any device. Its modes, buffers and the random state are left as they are.
+        network: the backbone, on any device. Its modes, buffers and the random state are not changed.
         options: its options, with its type.
 
     Raises:
-        ValueError: it does not run on (1, C, H, W) of the channels and sizes that were tried, or what it gives is no
-            image of C channels and a whole multiple of the size; the text names the architecture.
+        ValueError: it does not run on (1, C, H, W) with any of the channels and sizes tried, or its output is not an
+            image with C channels and an integer multiple of the size; the text names the architecture.
     """
     known = known_of(options['type'])
     all_channels = _CHANNELS if known.channels is None else (known.channels(options),)
@@ -135,9 +135,9 @@ def images_of(network: nn.Module, options: Mapping[str, Any]) -> Images:
 
 
 def check_scale(network: nn.Module, options: Mapping[str, Any], scale: int | None) -> int:
-    """The factor by which ``network`` upscales; OptionError if ``scale``, what it is said to be, is another.
+    """The upscaling factor of ``network``; OptionError if the stated ``scale`` differs.
 
-    A network that takes no single images, such as one for video, is taken at its word, if there is one.
+    For a network that takes no single images, such as one for video, a stated ``scale`` is trusted.
     """
     try:
         found = images_of(network, options).scale
@@ -156,7 +156,7 @@ def _small_image(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
 
 
 def _scale(shape: tuple[int, ...], given: Any) -> int | None:
-    """The whole factor between the sizes of two images of as many channels, None if there is none."""
+    """The integer factor between the sizes of two images with the same channels, None if there is none."""
     if not isinstance(given, Tensor) or given.ndim != 4 or given.shape[:2] != shape[:2]:
         return None
     scale: int = given.shape[2] // shape[2]
@@ -165,7 +165,7 @@ def _scale(shape: tuple[int, ...], given: Any) -> int | None:
 
 @contextmanager
 def _undisturbed(network: nn.Module) -> Iterator[None]:
-    """While the context is open, ``network`` is in eval mode; what runs in it leaves no trace."""
+    """While the context is open, ``network`` is in eval mode; running it has no lasting effect."""
     training = {module: module.training for module in network.modules()}
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -180,10 +180,10 @@ def _undisturbed(network: nn.Module) -> Iterator[None]:
 
 
 def for_spandrel(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A state dict of the backbone that ``options`` name, as spandrel (the loader of chaiNNer) opens it.
+    """A state dict of the backbone that ``options`` name, in the form that spandrel (chaiNNer's loader) opens.
 
     Raises:
-        ScalableFileError: a backbone or an option of which it is not known that spandrel opens it.
+        ScalableFileError: a backbone or an option that spandrel is not known to support.
     """
     rename = known_of(options['type']).spandrel
     if rename is None:
@@ -213,7 +213,7 @@ _RCAN_FIXED = {'img_range': 255.0, 'res_scale': 1}
 
 
 def _rcan_names(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Tensor]:
-    """RCAN's tensors by its authors' names; its mean colour becomes the two fixed convolutions that it is there."""
+    """RCAN's tensors by its authors' names; its mean colour becomes two fixed convolutions, as it is there."""
     for option, value in _RCAN_FIXED.items():
         if options.get(option, value) != value:
             raise ScalableFileError(f'--spandrel: found {option} = {options[option]}; allowed: {value}')

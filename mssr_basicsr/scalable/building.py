@@ -25,10 +25,10 @@ _WORD = re.compile(r'[\w+-]{0,64}')
 
 
 def build_backbone(options: Mapping[str, Any]) -> nn.Module:
-    """The architecture that ``options`` name, on the CPU, in eval mode; torch's random state stays as it is.
+    """The architecture that ``options`` name, on the CPU, in eval mode; torch's random state is not changed.
 
     Raises:
-        ScalableFileError: there is no such architecture, or it does not take these options.
+        ScalableFileError: there is no such architecture, or it does not accept these options.
         MissingPackageError: BasicSR, which has the architectures, is not installed.
     """
     load_basicsr(f'to build {options["type"]} (or give a network that you have built)')
@@ -52,19 +52,19 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
 
 
 def without_weight_files(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of an architecture but for files that it would take first weights from, such as ``spynet_path``.
+    """An architecture's options without the files from which it would load initial weights, such as ``spynet_path``.
 
-    They are those that end in ``_path``. A network whose weights are all at hand is built without them.
+    These are the options that end in ``_path``. They are not needed when all weights of the network are available.
     """
     return {key: value for key, value in options.items() if not key.endswith('_path')}
 
 
 def build_for(header: Header, size: int) -> nn.Module:
-    """The backbone of a file whose first ``size`` bytes are there.
+    """The backbone of a file of which the first ``size`` bytes are present.
 
     Raises:
-        ScalableFileError: as :func:`build_backbone`; or the network that the header describes is out of all proportion
-            to the file, or is not the one that the options make.
+        ScalableFileError: as :func:`build_backbone`; or the network that the header describes is implausibly large for
+            the file, or is not the one that the options give.
     """
     elements = _believed_elements(header, size)
     largest = max(tensor.numel for tensor in header.weights + header.others)
@@ -76,14 +76,14 @@ def build_for(header: Header, size: int) -> nn.Module:
 
 
 def tensors_of(header: Header, size: int) -> nn.Module:
-    """No backbone, but a module that has its weights and others, all zero: what reading a level needs, without BasicSR.
+    """Not a backbone, but a module with its weights and others, all zero: enough to read a level without BasicSR.
 
     Args:
-        header: of a file whose first ``size`` bytes are there.
+        header: of a file of which the first ``size`` bytes are present.
         size: in bytes.
 
     Raises:
-        ScalableFileError: out of all proportion to the file, or names that no network has.
+        ScalableFileError: implausibly large for the file, or with names that no network can have.
     """
     _believed_elements(header, size)
     zeros = {info.name: torch.zeros(info.shape) for info in header.weights}
@@ -144,11 +144,11 @@ def _refuse_paths(value: Any) -> None:
 
 
 class _TooLarge(Exception):
-    """An architecture asked for more memory than the header accounts for."""
+    """An architecture needs more memory than the header accounts for."""
 
 
 class AllocationLimit(TorchDispatchMode):
-    """While the context is open, no new tensor takes over ``single`` bytes, nor all of them together over ``total``."""
+    """While the context is open, no new tensor may exceed ``single`` bytes, nor all together ``total`` bytes."""
 
     def __init__(self, single: int, total: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The bytes of a ``.mssr`` file: a header that says what is there, then a section per level, the smallest first.
+"""The bytes of a ``.mssr`` file: a header that describes the contents, then one section per level, smallest first.
 
-docs/format.md is the specification. Nothing here knows of networks, and nothing that a file says is believed before it
-has been held against the file's own checksums and length.
+docs/format.md is the specification. Nothing here knows about networks, and nothing in a file is trusted before it
+has been checked against the file's own checksums and length.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself; :func:`read_header` and :func:`write_file` promise that it is consistent.
+    """A file's header; :func:`read_header` and :func:`write_file` guarantee that it is consistent.
 
     The sections go from level K to 0, and their counts add up to every weight.
     """
@@ -100,7 +100,7 @@ class Header:
         return [sum(counts) for counts in zip(*larger)]  # the counts of all levels add up to all elements
 
     def num_parameters(self, level: int) -> int:
-        """The parameters that ``level`` has, those that are never pruned included."""
+        """The parameters that ``level`` has, including those that are never pruned."""
         return self.num_other_parameters + sum(sum(s.counts) for s in self.sections if s.level >= level)
 
 
@@ -108,10 +108,10 @@ class Header:
 
 
 def write_file(fields: Mapping[str, Any], counts: Sequence[Sequence[int]], sections: Sequence[bytes]) -> bytes:
-    """The file's bytes: the same for the same arguments.
+    """The file's bytes, always the same for the same arguments.
 
     Args:
-        fields: the JSON values of the header, all but ``sections``.
+        fields: the JSON values of the header, except ``sections``.
         counts: for each level from K to 0, how many elements of each weight it adds.
         sections: for each level from K to 0, its frame.
     """
@@ -137,16 +137,16 @@ def join_file(header: bytes, sections: Sequence[bytes]) -> bytes:
 
 
 class ScalableFile:
-    """A ``.mssr`` file or binary stream, whole or cut short after any of its sections.
+    """A ``.mssr`` file or binary stream, complete or cut after any of its sections.
 
     Sections are read one at a time and in any order; from a stream that cannot seek, in the file's order.
 
     Args:
-        source: a path, or a binary stream that is at the file's first byte. A path is opened, and closed by
-            :meth:`close` or a ``with`` statement; a stream stays the caller's.
+        source: a path, or a binary stream positioned at the file's first byte. A path is opened, and closed by
+            :meth:`close` or a ``with`` statement; closing a stream is up to the caller.
 
     Raises:
-        ScalableFileError: it is not such a file, or its header is corrupted.
+        ScalableFileError: it is not a ``.mssr`` file, or its header is corrupted.
         OSError: it cannot be opened.
     """
 
@@ -184,9 +184,10 @@ class ScalableFile:
     def describe(self) -> dict[str, Any]:
         """What the file holds, as JSON values; ``levels`` has a record for each level, largest first.
 
-        Of a level's record, ``sparsity`` is the removed share of the prunable weights, ``parameters`` are all kinds
-        that the level has, ``bytes`` its own section's (the smallest level's include the header), ``cumulative_bytes``
-        what is read for it, ``metrics`` what has been measured, by validation set.
+        In a level's record, ``sparsity`` is the removed share of the prunable weights, ``parameters`` counts all
+        parameters of the level, prunable or not, ``bytes`` is the size of its own section (for the smallest level
+        including the header), ``cumulative_bytes`` all that is read for it, and ``metrics`` what has been measured, by
+        validation set.
         """
         header, present = self.header, set(self.available())
         prunable = sum(weight.numel for weight in header.weights)
@@ -214,7 +215,7 @@ class ScalableFile:
         }
 
     def available(self) -> list[int]:
-        """The levels whose sections are there in full, smallest (K) first; all of them if the stream cannot say."""
+        """The levels whose sections are complete, smallest (K) first; all levels if the stream cannot tell."""
         sections = self.header.sections
         return [section.level for section in sections if self.size is None or section.end <= self.size]
 
@@ -247,7 +248,7 @@ class ScalableFile:
         return frame
 
     def read_prefix(self, level: int) -> bytes:
-        """The file up to the end of ``level``'s section, as it is: a file of the levels from ``level`` to K."""
+        """The file's bytes up to the end of ``level``'s section: a file of the levels from ``level`` to K."""
         if not self._seekable:
             raise ScalableFileError(f'{self.name}: cannot read a prefix of a stream that cannot seek')
         section = self.header.section(level)
@@ -280,7 +281,7 @@ def read_header(stream: BinaryIO, name: str, size: int | None = None) -> tuple[H
     """The header, checked, and the number of bytes read: where the sections start.
 
     Raises:
-        ScalableFileError: no such file, a newer version, or a header that is corrupted or contradicts itself.
+        ScalableFileError: not a ``.mssr`` file, another version, or a header that is corrupted or inconsistent.
     """
     start = read_exactly(stream, _PREAMBLE.size)
     if start[:8] != MAGIC[: len(start)] or not start:
@@ -421,7 +422,7 @@ def _metrics(levels: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_texts(value: Any) -> None:
-    """No text in a header may steer the terminal that it is printed to."""
+    """Raise unless all text in a header is safe to print to a terminal."""
     if isinstance(value, str) and not value.isprintable():
         raise _Contradiction(f'found {value[:80]!r}; allowed: printable characters')
     for item in value if isinstance(value, (dict, list)) else ():

@@ -1,4 +1,4 @@
-"""What a file of a scalable model holds, for people."""
+"""The contents of a scalable model file in readable form."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The one error of the scalable file."""
+"""The error for scalable model files."""
 
 
 class ScalableFileError(ValueError):
-    """A ``.mssr`` file is corrupted, cut short, no such file, or asked for what it does not have."""
+    """A ``.mssr`` file is corrupted or truncated, is not a ``.mssr`` file, or lacks what it was asked for."""

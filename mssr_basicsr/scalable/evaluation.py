@@ -1,4 +1,4 @@
-"""How good the levels of a file are."""
+"""Quality of a file's levels."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mssr_basicsr.scalable.model import ScalableModel
 
 
 def evaluate(source: Source, gt: Path, lq: Path | None = None) -> dict[str, dict[str, float]]:
-    """PSNR (dB) and SSIM on Y of every level that is there: by level (as a string), the means over a folder of images.
+    """PSNR (dB) and SSIM on Y of every level in the file: by level (as a string), means over a folder of images.
 
     Args:
         source: a ``.mssr`` file or stream.
         gt: the folder of ground-truth images.
-        lq: the folder of their LR images, of the same names; default: made from them by bicubic.
+        lq: the folder of their LR images, with the same names; default: made from the ground truth by bicubic.
 
     Raises:
         ValueError: a wrong file or image; the text says which.

@@ -21,7 +21,7 @@ from mssr_basicsr.scalable.model import ScalableModel
 
 @contextmanager
 def _without_log() -> Iterator[None]:
-    """While the context is open, nothing is logged: the exporter tells of each attempt."""
+    """While the context is open, nothing is logged: the exporter reports each attempt."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -49,10 +49,10 @@ def to_onnx(
 
     Args:
         source: a ``.mssr`` file.
-        output: the file to write; one that exists is overwritten. It is there whole or not at all.
-        level: default: the largest that is there.
-        opset: default: the current one of torch's exporter.
-        network: as of :class:`ScalableModel`.
+        output: the file to write, completely or not at all; an existing one is overwritten.
+        level: default: the largest in the file.
+        opset: default: that of torch's exporter.
+        network: as for :class:`ScalableModel`.
 
     Raises:
         ValueError: a wrong file, level or output, or onnx or onnxscript is not installed; the text says which.

@@ -1,4 +1,4 @@
-"""Levels taken out of a file: as a plain checkpoint, or as a smaller file. What is in the file needs no BasicSR."""
+"""Extracting levels of a file: as a plain checkpoint, or as a smaller file. This does not need BasicSR by itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMATS = ('.pth', '.safetensors', '.mssr')
 
 
 class FileTensors(ScalableModel):
-    """A :class:`ScalableModel` of the tensors in the file alone: it grows and shrinks, but is no network that runs."""
+    """A :class:`ScalableModel` of only the tensors in the file: it grows and shrinks, but cannot run."""
 
     def _prepare_network(self, network: nn.Module | None) -> nn.Module:
         return tensors_of(self.header, self.file.size or self.header.section(self._level).end)
@@ -40,8 +40,8 @@ def level_state(source: Source, level: int | None = None) -> dict[str, Tensor]:
     """The plain state dict of a level, which the unmodified backbone loads with ``strict=True``.
 
     Args:
-        source: a path, or a stream that can seek.
-        level: default: the largest that is there.
+        source: a path, or a seekable stream.
+        level: default: the largest in the file.
 
     Raises:
         ScalableFileError: the file is corrupted, or does not have this level.
@@ -61,17 +61,17 @@ def level_state(source: Source, level: int | None = None) -> dict[str, Tensor]:
 def extract(
     source: str | os.PathLike[str], output: str | os.PathLike[str], level: int | None = None, spandrel: bool = False
 ) -> Extracted:
-    """Write a level as a plain checkpoint, or the levels from it on down as a smaller ``.mssr``.
+    """Write a level as a plain checkpoint, or that level and all smaller ones as a smaller ``.mssr``.
 
     Args:
         source: a ``.mssr`` file.
-        output: ends in ``.pth`` (``{'params': state dict}``, as BasicSR's), ``.safetensors`` or ``.mssr``. A file that
-            exists is overwritten; it is there whole or not at all.
-        level: default: the largest that is there.
-        spandrel: give the tensors the names that spandrel knows.
+        output: ends in ``.pth`` (``{'params': state dict}``, as BasicSR's), ``.safetensors`` or ``.mssr``. An
+            existing file is overwritten, completely or not at all.
+        level: default: the largest in the file.
+        spandrel: use the tensor names that spandrel expects.
 
     Raises:
-        ValueError: a wrong file, level or output, or an architecture that spandrel does not open; the text says which.
+        ValueError: a wrong file, level or output, or an architecture that spandrel lacks; the text says which.
         OSError: a file cannot be read or written.
     """
     suffix = Path(output).suffix
@@ -105,14 +105,14 @@ def _checkpoint(state: dict[str, Tensor], suffix: str) -> bytes:
 
 
 def verify(source: Source) -> dict[str, Any]:
-    """Read, decode and place every section that is there, and hold it against its checksum.
+    """Read, decode and place every section that is present, and check it against its checksum.
 
     Returns:
-        JSON values: ``file``, ``levels`` that are there, whether it is ``whole``, and ``unusable_bytes``, how many come
-        after the last section that is there in full.
+        JSON values: ``file``, the ``levels`` present, whether it is ``whole``, and ``unusable_bytes``, the number of
+        bytes after the last complete section.
 
     Raises:
-        ScalableFileError: something is corrupted, or the smallest level is not there.
+        ScalableFileError: something is corrupted, or the smallest level is missing.
     """
     with FileTensors(source, engine='torch') as model:
         file, level = model.file, model.level

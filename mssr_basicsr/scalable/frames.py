@@ -1,4 +1,4 @@
-"""Zstandard frames (RFC 8878) as a ``.mssr`` file has them: they state their length, and need little memory to read."""
+"""Zstandard frames (RFC 8878) as used in ``.mssr`` files: they state their length and need little memory to read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TEXT = zstandard.ZstdCompressionParameters.from_level(19, window_log=17)
 
 
 def compress_parts(parts: Iterable[bytes]) -> bytes:
-    """One frame of all ``parts``, none of which shares a block, and so a Huffman table, with another."""
+    """One frame of all ``parts``, no two of which share a block and so a Huffman table."""
     parts = list(parts)
     coder = zstandard.ZstdCompressor(compression_params=_HUFFMAN_ALONE).compressobj(size=sum(map(len, parts)))
     blocks = [
@@ -32,16 +32,16 @@ def compress_parts(parts: Iterable[bytes]) -> bytes:
 
 
 def compress_text(text: bytes) -> bytes:
-    """One frame of a text, repetitions sought for."""
+    """One frame of a text, with a search for repetitions."""
     return zstandard.ZstdCompressor(compression_params=_TEXT).compress(text)
 
 
 def decompress(frame: bytes, longest: int) -> bytes:
-    """What ``frame``, and nothing but one frame, holds.
+    """The content of ``frame``, which must be exactly one frame.
 
     Raises:
-        ScalableFileError: it is no such frame, or holds more than ``longest`` bytes, which is found before any memory
-            is taken for them.
+        ScalableFileError: it is not such a frame, or holds more than ``longest`` bytes, which is checked before memory
+            is allocated for them.
     """
     try:
         stated = zstandard.get_frame_parameters(frame)  # if nothing of the content's length, then 2^64 - 1

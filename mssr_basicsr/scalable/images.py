@@ -1,8 +1,8 @@
-"""Image files: read as they are meant to be seen, written without losing anything in silence.
+"""Image files: read as they are meant to be seen, and written without silently losing anything.
 
-Pillow opens every file, finds its orientation, frames and colour profile, and decodes what has up to 8 bits a channel.
-It would cut deeper files to 8 bits, so OpenCV decodes these. Pillow writes 8 bits a channel, OpenCV 16-bit PNGs,
-tifffile TIFFs. Metadata such as the date, the place and the resolution are not carried over.
+Pillow opens every file, finds its orientation, frames and colour profile, and decodes up to 8 bits per channel. It
+would reduce deeper files to 8 bits, so OpenCV decodes these. Pillow writes 8 bits per channel, OpenCV 16-bit PNGs, and
+tifffile TIFFs. Metadata such as date, place and resolution are not carried over.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Picture:
 
     Attributes:
         pixels: upright, (H, W) grey, (H, W, 2) grey and alpha, (H, W, 3) BGR or (H, W, 4) BGR and alpha; uint8, uint16,
-            or float32, which 0 to 1 stands for black to white in.
-        icc: the colour profile that the pixels' values are meant in; None for sRGB.
-        lost: what is in the file and not in here, such as ``the gamma of its values``, and how it was converted.
+            or float32 from 0 (black) to 1 (white).
+        icc: the colour profile of the pixels' values; None for sRGB.
+        lost: what is in the file but not kept here, such as ``the ICC profile``, and how it was converted.
     """
 
     pixels: Image
@@ -60,7 +60,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class _Format:
-    """What a format that images are written in can hold, and how Pillow is to write 8-bit ones."""
+    """What an output format can hold, and how Pillow writes its 8-bit images."""
 
     name: str
     deepest: str = 'uint8'
@@ -88,16 +88,16 @@ WRITABLE_SUFFIXES = tuple(_FORMATS)
 
 
 class _Refused(ValueError):
-    """An image whose pixels are there, but would come out wrong."""
+    """An image that can be decoded, but would come out wrong."""
 
 
 def list_images(source: Path) -> tuple[list[Path], list[Path]]:
-    """The images of a folder, in the order of their names, and its other files; a file alone, whatever its name.
+    """The images of a folder, sorted by name, and its other files; or a single file, whatever its name.
 
-    Files that begin with a dot are hidden; on disks that a Mac has written to, such files are no images.
+    Files that begin with a dot are ignored; on disks that a Mac has written to, such files are not images.
 
     Raises:
-        ValueError: no file in the folder is an image by its name.
+        ValueError: no file in the folder has an image's extension.
         OSError: there is no such file or folder.
     """
     if not source.is_dir():
@@ -115,13 +115,13 @@ def list_images(source: Path) -> tuple[list[Path], list[Path]]:
 
 
 def read_image(path: str | Path) -> Picture:
-    """Read an image upright and in full depth.
+    """Read an image upright and at full bit depth.
 
-    The orientation of its EXIF data is applied; palettes become colours, CMYK becomes RGB (by the file's profile, if it
-    has one); of several frames or pages the first is read.
+    The EXIF orientation is applied; palettes become colours; CMYK becomes RGB (by the file's profile, if it has one);
+    only the first of several frames or pages is read.
 
     Raises:
-        ValueError: no image, a damaged one, or one whose values would be misread. The text begins with the path.
+        ValueError: not an image, damaged, or its values would be misread. The text begins with the path.
         OSError: the file cannot be read.
     """
     data = Path(path).read_bytes()
@@ -142,10 +142,10 @@ def read_image(path: str | Path) -> Picture:
 
 
 def read_eight_bits(path: str | Path) -> Image:
-    """An image as networks are trained and measured on it: (H, W) grey or (H, W, 3) BGR, uint8, without alpha.
+    """An image as used for training and evaluation: (H, W) grey or (H, W, 3) BGR, uint8, without alpha.
 
     Raises:
-        ValueError: as :func:`read_image`, or more than 8 bits a channel.
+        ValueError: as :func:`read_image`, or more than 8 bits per channel.
     """
     pixels = read_image(path).pixels
     if pixels.dtype != np.uint8:
@@ -154,7 +154,7 @@ def read_eight_bits(path: str | Path) -> Image:
 
 
 def _read(data: bytes) -> Picture:
-    """By Pillow, and a PNG of 16 bits a channel by OpenCV."""
+    """Read with Pillow, or a PNG with 16 bits per channel with OpenCV."""
     try:
         opened = PIL.Image.open(io.BytesIO(data), formats=list(_READABLE))
     except PIL.Image.DecompressionBombError:
@@ -185,7 +185,7 @@ def _read(data: bytes) -> Picture:
 
 
 def _orientation(image: PIL.Image.Image, lost: list[str]) -> int:
-    """EXIF's number of where the first row and column belong; of a TIFF Pillow has applied it and removed it."""
+    """The EXIF orientation, which says where the first row and column belong; Pillow has already applied a TIFF's."""
     try:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # as in read_image
@@ -194,7 +194,7 @@ def _orientation(image: PIL.Image.Image, lost: list[str]) -> int:
 
 
 def _most_pixels() -> int:
-    """What Pillow takes for a decompression bomb if it is exceeded; set ``PIL.Image.MAX_IMAGE_PIXELS`` to change it."""
+    """The pixels above which Pillow assumes a decompression bomb; ``PIL.Image.MAX_IMAGE_PIXELS`` changes it."""
     return 2 * (PIL.Image.MAX_IMAGE_PIXELS or 2**62)
 
 
@@ -209,7 +209,7 @@ def _decoded(image: PIL.Image.Image) -> Image:
 
 
 def _from_cmyk(image: PIL.Image.Image, icc: bytes | None, lost: list[str]) -> PIL.Image.Image:
-    """The image in sRGB, by its profile where there is a usable one; how is added to ``lost``."""
+    """The image in sRGB, by its profile if that is usable; adds to ``lost`` how it was converted."""
     if icc and features.check('littlecms2'):
         try:
             profile, srgb = ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile('sRGB')
@@ -225,7 +225,7 @@ def _from_cmyk(image: PIL.Image.Image, icc: bytes | None, lost: list[str]) -> PI
 
 
 def _png_losses(data: bytes, image: PIL.Image.Image) -> Iterator[str]:
-    """What a PNG says of how its values are to be shown, other than by an ICC profile."""
+    """What a PNG says about how its values are to be displayed, other than by an ICC profile."""
     if image.format == 'PNG':
         chunks = _png_chunks(data)
         if chunks.get(b'cICP', _SRGB_CODES)[:2] != _SRGB_CODES:
@@ -250,7 +250,7 @@ def _png_chunks(data: bytes) -> dict[bytes, bytes]:
 
 
 def _avif_losses(data: bytes) -> Iterator[str]:
-    """What Pillow does not say of an AVIF: it reads all of them as 8 bits."""
+    """What Pillow does not report about an AVIF: it reads all of them as 8 bits."""
     if data[4:8] == b'ftyp':
         configuration, colours = data.find(b'av1C', 0, 4096), data.find(b'colrnclx', 0, 4096)
         if configuration > 0 and data[configuration + 6] & 0x40:
@@ -260,7 +260,7 @@ def _avif_losses(data: bytes) -> Iterator[str]:
 
 
 def _read_tiff(data: bytes) -> Picture:
-    """By Pillow, and what has more than 8 bits a channel by OpenCV."""
+    """Read with Pillow, or with OpenCV if there are more than 8 bits per channel."""
     try:
         tiff = tifffile.TiffFile(io.BytesIO(data))
     except tifffile.TiffFileError as error:
@@ -295,7 +295,7 @@ def _read_tiff(data: bytes) -> Picture:
 
 
 def _decode_deep(data: bytes) -> Image:
-    """By OpenCV, in full depth."""
+    """Decode with OpenCV, at full bit depth."""
     pixels: Image | None = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype.itemsize == 1:
         raise _Refused('not an image that OpenCV can read in full depth')
@@ -303,19 +303,19 @@ def _decode_deep(data: bytes) -> Image:
 
 
 def _profile_space(image: Image) -> bytes:
-    """What an ICC profile for such an image says of itself."""
+    """The colour space that an ICC profile for such an image states."""
     return b'RGB ' if image.shape[2:] in ((3,), (4,)) else b'GRAY'
 
 
 def _swapped(image: Image) -> Image:
-    """RGB as BGR, RGBA as BGRA and the other way; grey as it is."""
+    """RGB as BGR and RGBA as BGRA, or the reverse; grey unchanged."""
     if image.ndim == 2 or image.shape[2] == 2:
         return image
     return np.ascontiguousarray(image[..., [2, 1, 0, 3][: image.shape[2]]])
 
 
 def _turned(image: Image, orientation: int) -> Image:
-    """Upright: orientation is EXIF's number of where the stored image's first row and column belong."""
+    """The image upright; ``orientation`` is EXIF's, which says where the stored first row and column belong."""
     if orientation in (5, 6, 7, 8):
         image = image.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -329,7 +329,7 @@ def _turned(image: Image, orientation: int) -> Image:
 
 
 def check_writable(path: str | Path, height: int, width: int) -> None:
-    """ValueError unless an image of that size can be written under that name."""
+    """ValueError unless an image of this size can be written under this name."""
     form = _FORMATS.get(Path(path).suffix.lower())
     if form is None:
         raise ValueError(f'{path}: found {Path(path).suffix!r}; allowed: a name that ends in {", ".join(_FORMATS)}')
@@ -338,20 +338,20 @@ def check_writable(path: str | Path, height: int, width: int) -> None:
 
 
 def write_image(path: str | Path, image: Image, icc: bytes | None = None) -> list[str]:
-    """Write a file whose suffix says the format; it is there whole or not at all.
+    """Write an image in the format of its suffix, completely or not at all.
 
-    PNG, TIFF, WebP and BMP are written without loss, JPEG and AVIF at quality 95 without subsampling of colours. TIFF
-    holds all depths, PNG up to 16 bits, the others 8; deeper values are rounded. JPEG and BMP have no alpha.
+    PNG, TIFF, WebP and BMP are lossless; JPEG and AVIF have quality 95 without chroma subsampling. TIFF holds all
+    depths, PNG up to 16 bits, the others 8; deeper values are rounded. JPEG and BMP have no alpha.
 
     Args:
         image: pixels as in :class:`Picture`.
-        icc: the colour profile that they are in.
+        icc: their colour profile.
 
     Returns:
-        What of the image the file does not hold; empty if it holds all.
+        What the file does not keep of the image; empty if it keeps everything.
 
     Raises:
-        ValueError: no format has this suffix, or it does not hold images of this size.
+        ValueError: no format has this suffix, or the format cannot hold images of this size.
     """
     path = Path(path)
     check_writable(path, *image.shape[:2])
@@ -407,7 +407,7 @@ def _encode_deep_png(image: Image, icc: bytes | None) -> bytes:
 
 
 def resize_bicubic(image: Image, factor: float) -> Image:
-    """A uint8 image resized by BasicSR's ``imresize`` (MATLAB's bicubic), and rounded to uint8 again."""
+    """A uint8 image resized with BasicSR's ``imresize`` (MATLAB's bicubic) and rounded to uint8."""
     load_basicsr('to resize as MATLAB does')
     from basicsr.utils.matlab_functions import imresize
 
@@ -416,9 +416,9 @@ def resize_bicubic(image: Image, factor: float) -> Image:
 
 
 def validation_pairs(gt: Path, lq: Path | None, scale: int) -> Iterator[tuple[Image, Image]]:
-    """For each image in the folder ``gt``, (LR, ground truth cut to a multiple of the scale): both grey, or both BGR.
+    """For each image in the folder ``gt``: (LR, ground truth cropped to a multiple of the scale), both grey or BGR.
 
-    The LR image is the one of the same name in ``lq``, or made by :func:`resize_bicubic`.
+    The LR image is the one with the same name in ``lq``, or made by :func:`resize_bicubic`.
     """
     for file in list_images(gt)[0]:
         truth = read_eight_bits(file)

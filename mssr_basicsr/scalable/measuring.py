@@ -1,4 +1,4 @@
-"""How long a file's levels take on this CPU, and how much memory."""
+"""Time and memory of a file's levels on this CPU."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from mssr_basicsr.sparse.layers import SparseConv2d
 
 @torch.no_grad()
 def measure_levels(path: Path, size: tuple[int, int], threads: int | None, rounds: int) -> list[dict[str, Any]]:
-    """A record for each level that is there, largest first: medians of ``rounds``, the engines taking turns.
+    """A record for each level in the file, largest first: medians over ``rounds``, alternating between engines.
 
     Args:
         path: of the ``.mssr`` file.
         size: width and height of the input, in pixels.
-        threads: how many torch and the kernel use; None: as they are.
-        rounds: how often each is run.
+        threads: how many torch and the kernel use; None: the current number.
+        rounds: how many times to run each.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
@@ -74,7 +74,7 @@ def _measure(network: nn.Module, dense: nn.Module, x: Tensor, rounds: int) -> di
 
 
 def calm_down() -> None:
-    """Let the threads of what ran before end their spinning, without sleeping, which would cool the caches."""
+    """Wait until earlier threads stop spinning, without sleeping, which would cool the caches."""
     until = time.perf_counter() + 0.03
     while time.perf_counter() < until:
         pass
@@ -88,7 +88,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def _resident() -> int:
-    """Bytes of this process in memory; 0 where the system does not say."""
+    """Resident memory of this process in bytes; 0 if the system does not say."""
     try:
         return int(Path('/proc/self/statm').read_text().split()[1]) * 4096
     except OSError:
@@ -96,7 +96,7 @@ def _resident() -> int:
 
 
 def _peak_at(path: Path, level: int, x: Tensor) -> int:
-    """The most memory beyond what the process has, weights included, from loading the level to its image."""
+    """Peak memory added, weights included, from loading the level to its output image."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # of glibc: memory that was freed goes back to the system

@@ -1,7 +1,7 @@
-"""PSNR and SSIM as published for super-resolution: on Y, without a border, and of a grey file on what is in it.
+"""PSNR and SSIM as in published super-resolution results: on Y, without the border; grey files on their own values.
 
-Set14's third image is a grey file. Published code takes such a file as Y. What turns it into colours first compares
-Y of 16 to 235 in place of 0 to 255, which adds 1.32 dB to that image and 0.094 dB to the set.
+Set14's third image is a grey file. Published code takes such a file as Y. Code that converts it to RGB first compares Y
+in 16 to 235 instead of 0 to 255, which adds 1.32 dB to that image and 0.094 dB to the set.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ def published_metrics(image: Image, truth: Image, border: int, round_y: bool = F
 
     Args:
         image: (H, W) grey or (H, W, 3) BGR, from 0 to 255, of any dtype.
-        truth: the same. If it is grey, it is Y as it stands, and a coloured ``image`` counts as its grey.
-        border: how many pixels of each edge do not count; the field takes the upscaling factor.
+        truth: the same. If it is grey, it is Y itself, and a colour ``image`` is converted to grey.
+        border: how many pixels to ignore at each edge; usually the upscaling factor.
         round_y: round Y to 8 bits, as older papers do (VDSR, FSRCNN). MATLAB's ``rgb2ycbcr`` does that to 8-bit images.
 
     Raises:
-        ValueError: the two are not of one size, too small, or the truth is coloured and the image is not.
+        ValueError: the sizes differ or are too small, or the truth is in colour and the image is not.
     """
     if image.shape[:2] != truth.shape[:2]:
         raise ValueError(f'the ground truth: found {_size(truth)} pixels; allowed: {_size(image)}, like the image')
@@ -44,12 +44,13 @@ def published_metrics(image: Image, truth: Image, border: int, round_y: bool = F
 def metrics(image: Image, truth: Image, scale: int) -> dict[str, float]:
     """PSNR (dB) and SSIM of an upscaled picture, by :func:`published_metrics` with a border of ``scale`` pixels.
 
-    Both are pixels as in :class:`Picture`, of any depth: both count from black to white in full. Alpha does not count.
-    The truth is cut to the image's size where it is larger by less than ``scale``: its own may have been no multiple.
+    Both are pixels as in :class:`Picture`, of any depth, each from black to white over its full range. Alpha is
+    ignored. The truth is cropped to the image's size if it is less than ``scale`` larger, as its size need not be a
+    multiple.
 
     Raises:
-        ValueError: the image is grey and the truth coloured, the sizes do not fit, too little is left within the
-            border, or the truth's values are none that :func:`check_values` passes.
+        ValueError: the image is grey and the truth in colour, the sizes do not fit, too little is left within the
+            border, or :func:`check_values` rejects the truth's values.
     """
     image, truth = without_alpha(image), without_alpha(truth)
     (height, width), (true_height, true_width) = image.shape[:2], truth.shape[:2]
@@ -66,7 +67,7 @@ def _size(image: Image) -> str:
 
 
 def _plane(image: Image, as_grey: bool) -> Image:
-    """The one plane, float64, on which an image is compared."""
+    """The single float64 plane on which an image is compared."""
     if image.ndim == 2:
         return image.astype(np.float64)
     plane: Image = image.astype(np.float64) @ (np.array(_GREY) if as_grey else np.array(_Y) / 255)

@@ -1,4 +1,4 @@
-"""A scalable model in use: an ordinary network that grows and shrinks in place, from one file."""
+"""Using a scalable model: an ordinary network that grows and shrinks in place, from one file."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ from mssr_basicsr.sparse.network import accelerate
 
 
 class ScalableModel:
-    """The networks of one ``.mssr`` file, of which one at a time is in memory.
+    """The networks of one ``.mssr`` file, one of which is in memory at a time.
 
-    ``model.network`` is the plain backbone, a ``torch.nn.Module`` in eval mode with the weights of ``model.level``, all
-    others being zero. Move it, convert it or use it as any module; :meth:`expand` and :meth:`shrink` go on in place.
+    ``model.network`` is the plain backbone, a ``torch.nn.Module`` in eval mode with the weights of ``model.level``; all
+    others are zero. Move it, convert it or use it like any module; :meth:`expand` and :meth:`shrink` still work in
+    place.
 
     Args:
-        source: a path, or a binary stream at the file's first byte. It is kept open to expand from; :meth:`close`, or
-            leaving a ``with`` statement, closes a path, after which the network is as usable as before.
-        level: the level to start at, 0 being the largest. Default: the largest that is there and within the budgets.
-        max_bytes: the most bytes of the file to read.
-        max_parameters: the most parameters to have, those that are never pruned included.
-        network: the backbone, if you build it yourself: then nothing of BasicSR is needed. All its weights and all its
-            other parameters are overwritten.
-        engine: ``auto``: on a CPU, outside of training, convolutions take the sparse form where that is faster: they
-            hold what the level keeps and skip its zeros (docs/runtime.md). ``state_dict()`` is as ever; moving or
+        source: a path, or a binary stream positioned at the file's first byte. It is kept open for expanding;
+            :meth:`close`, or leaving a ``with`` statement, closes a path. The network remains usable afterwards.
+        level: the level to start at, 0 being the largest. Default: the largest in the file and within the budgets.
+        max_bytes: how many bytes of the file to read at most.
+        max_parameters: how many parameters to have at most, including those that are never pruned.
+        network: the backbone, if you build it yourself; then BasicSR is not needed. All its weights and other
+            parameters are overwritten.
+        engine: ``auto``: on a CPU, outside training, convolutions take the sparse form where that is faster: they store
+            what the level keeps and skip its zeros (docs/runtime.md). ``state_dict()`` is unaffected; moving or
             training the network makes them dense again. ``torch``: all weights are dense.
 
     Raises:
         ValueError: no such engine.
-        ScalableFileError: no such file, corrupted, not there up to this level, or larger than the budget at any level.
+        ScalableFileError: not a ``.mssr`` file, corrupted, incomplete up to this level, or over the budget at any
+            level.
         MissingPackageError: BasicSR is not installed, and no ``network`` was given.
     """
 
@@ -72,7 +74,7 @@ class ScalableModel:
         self.upscaler = Upscaler(self.network, self.header.backbone, self.header.scale)
 
     def _prepare_network(self, network: nn.Module | None) -> nn.Module:
-        """The network that was given, checked, or one that BasicSR's code builds."""
+        """The given network, checked, or one built by BasicSR's code."""
         if network is None:
             return build_for(self.header, self.file.size or self.header.section(self._level).end)
         check_network(self.header, network)
@@ -80,7 +82,7 @@ class ScalableModel:
 
     @property
     def header(self) -> Header:
-        """What the file says of itself: backbone, levels, sizes, metrics; see :class:`Header`."""
+        """The file's header: backbone, levels, sizes, metrics; see :class:`Header`."""
         return self.file.header
 
     @property
@@ -89,7 +91,7 @@ class ScalableModel:
         return self._level
 
     def close(self) -> None:
-        """Close the file if it was given as a path; the network stays."""
+        """Close the file if it was given as a path; the network remains usable."""
         self.file.close()
 
     def __enter__(self) -> ScalableModel:
@@ -135,11 +137,11 @@ class ScalableModel:
     def expand(self, level: int | None = None) -> None:
         """Grow in place to a larger level (default: by one), by reading only the sections in between.
 
-        Weights that are there keep their storage and their bits. If a section cannot be read, the network stays at the
+        Weights already present keep their storage and their bits. If a section cannot be read, the network stays at the
         last level that could.
 
         Raises:
-            ScalableFileError: the file does not have this level, or it is corrupted there.
+            ScalableFileError: the file does not have this level, or its section is corrupted.
         """
         target = self._level - 1 if level is None else level
         self.header.section(target)
@@ -151,7 +153,7 @@ class ScalableModel:
 
     @torch.no_grad()
     def shrink(self, level: int | None = None) -> None:
-        """Shrink in place to a smaller level (default: by one): its weights stay, those of larger ones become zero."""
+        """Shrink in place to a smaller level (default: by one): its weights stay, all others become zero."""
         target = self._level + 1 if level is None else level
         self.header.section(target)
         if target < self._level:
@@ -161,7 +163,7 @@ class ScalableModel:
         self._level = target
 
     def _read_section(self, level: int) -> Delta:
-        """What ``level`` adds, read and checked in full, so that nothing is placed of what is damaged."""
+        """What ``level`` adds, read and checked in full, so that no part of a damaged section is placed."""
         try:
             return decode_section(self.file.read_section(level), self.header, level)
         except ScalableFileError as error:
@@ -169,10 +171,10 @@ class ScalableModel:
 
     @torch.no_grad()
     def _place(self, level: int, delta: Delta) -> None:
-        """Add what ``level`` has to the next smaller one, a weight after the other."""
+        """Add what ``level`` has to the next smaller one, weight by weight."""
         for i, choice, stored in delta.values():
             self.weights[i].add(level, choice, stored, self._scales[i] if self._scales else None)
 
     def upscale(self, image: npt.NDArray[Any], tile: int | None = None, bgr: bool = False) -> npt.NDArray[Any]:
-        """Upscale an image with the network as it is; see :meth:`Upscaler.upscale`."""
+        """Upscale an image with the network at its current level; see :meth:`Upscaler.upscale`."""
         return self.upscaler.upscale(image, tile, bgr)

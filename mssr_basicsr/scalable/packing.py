@@ -39,21 +39,21 @@ def pack(
     dtype: str = 'F32',
     metadata: Mapping[str, str] | None = None,
 ) -> bytes:
-    """All levels of ``network`` as a ``.mssr`` file: the same bytes for the same arguments.
+    """All levels of ``network`` as a ``.mssr`` file, always the same bytes for the same arguments.
 
     Args:
         network: after the backward stage.
         scale: its upscaling factor, which is checked by running it on a small image.
-        metrics: what is known of the levels: by level (as a string), then validation set, then metric. The file keeps
-            six digits of each.
+        metrics: metrics of the levels: by level (as a string), then validation set, then metric. The file keeps six
+            digits of each.
         dtype: the type of the prunable weights in the file: ``F32`` is lossless; ``F16`` and ``BF16`` round to nearest;
             ``I8`` are integers with one scale per output channel (:func:`quantise`), the same at every level. All other
             parameters and buffers keep theirs.
-        metadata: what is to be said of the model, such as its license, author and training data.
+        metadata: facts about the model, such as its license, author and training data.
 
     Raises:
-        ScalableFileError: no such dtype, a weight that it cannot hold, or a type of tensor that no file can.
-        OptionError: the network upscales by another factor.
+        ScalableFileError: no such dtype, a weight that it cannot hold, or a type of tensor that no file can hold.
+        OptionError: the network upscales by a different factor.
     """
     check_scale(network.backbone, network.backbone_options, scale)
     if dtype not in WEIGHT_DTYPES:
@@ -94,7 +94,7 @@ def pack(
 def _stored(
     state: Mapping[str, Tensor], level_map: Mapping[str, Tensor], dtype: str
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The prunable weights as they are in a file of ``dtype``, and the scales of those of I8."""
+    """The prunable weights as stored in a file of ``dtype``, and their scales for I8."""
     stored, scales = {}, []
     for name, levels in level_map.items():
         weight = state[name]
@@ -114,7 +114,7 @@ def _stored(
 
 
 def _computed(network: NestedNetwork, state: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The buffers that any newly built backbone has alike, such as SwinIR's attention masks."""
+    """The buffers that are the same in any newly built backbone, such as SwinIR's attention masks."""
     fresh = dict(build_backbone(network.backbone_options).named_buffers())
     return tuple(name for name in state if name in fresh and torch.equal(fresh[name], state[name]))
 
@@ -126,5 +126,5 @@ def _six_digits(value: Any) -> Any:
 
 
 def level_metrics(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The metrics in records of levels (``levels.json``), as the header has them."""
+    """The metrics in records of levels (``levels.json``), in the form of the header."""
     return {str(record['level']): record['metrics'] for record in records if record.get('metrics')}

@@ -1,4 +1,4 @@
-"""Values of pixels: uint8, uint16, and float32 from 0 (black) to 1 (white)."""
+"""Pixel values: uint8, uint16, and float32 from 0 (black) to 1 (white)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def white(dtype: npt.DTypeLike) -> int:
 
 
 def check_values(image: Image) -> None:
-    """ValueError unless the values are of one of the three types, and floats between 0 and 1, or nearly.
+    """ValueError unless the values have one of the three types, and floats are between 0 and 1, or nearly.
 
-    What a filter such as bicubic resizing leaves beyond 0 and 1 is passed; 0 to 255 or an HDR image's values are not.
+    Overshoot from a filter such as bicubic resizing is accepted; 0 to 255 or the values of an HDR image are not.
     """
     if image.dtype.name not in _WHITE:
         raise ValueError(f'image: found {image.dtype} values; allowed: {", ".join(_WHITE)}')
@@ -31,7 +31,7 @@ def check_values(image: Image) -> None:
 
 
 def to_depth(image: Image, dtype: npt.DTypeLike) -> Image:
-    """The image in values of another type, rounded to the nearest."""
+    """The image converted to values of another type, rounded to the nearest."""
     if image.dtype == dtype:
         return image
     scaled = image * np.float32(white(dtype) / white(image.dtype))
@@ -39,14 +39,14 @@ def to_depth(image: Image, dtype: npt.DTypeLike) -> Image:
 
 
 def without_alpha(image: Image) -> Image:
-    """The colours or greys alone, (H, W) or (H, W, 3), as they are under what is transparent, too."""
+    """Only the colours or greys, (H, W) or (H, W, 3), including those of transparent pixels."""
     if image.ndim == 3 and image.shape[2] in (2, 4):
         return image[..., 0] if image.shape[2] == 2 else image[..., :3]
     return image
 
 
 def as_colours(image: Image) -> Image:
-    """Grey as three equal channels, with the alpha that there is; colours as they are."""
+    """Grey as three equal channels, keeping any alpha; colours unchanged."""
     if image.ndim == 2:
         return np.repeat(image[..., None], 3, axis=2)
     return image[..., [0, 0, 0, 1]] if image.shape[2] == 2 else image

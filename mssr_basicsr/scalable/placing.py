@@ -1,4 +1,4 @@
-"""One prunable weight of a network in use, which levels fill and empty: dense, or in the sparse form."""
+"""One prunable weight of a network in use, which levels fill and clear, in dense or sparse form."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Values = npt.NDArray[np.float32]
 
 
 class LevelledWeight:
-    """Knows the level of each element; :meth:`add` and :meth:`remove` keep all others as they are, bit for bit.
+    """Knows the level of each element; :meth:`add` and :meth:`remove` leave all other elements bit-identical.
 
     Args:
         network: the backbone.
-        name: of the weight in its state dict. All its elements become zero.
-        sparse: whether the weight may take the sparse form, where that is faster.
+        name: the weight's name in the state dict. All its elements are set to zero.
+        sparse: whether the weight may take the sparse form where that is faster.
     """
 
     def __init__(self, network: nn.Module, name: str, sparse: bool) -> None:
@@ -37,20 +37,20 @@ class LevelledWeight:
         self._settle()
 
     def levels(self) -> npt.NDArray[np.uint8]:
-        """The level of each element of a dense weight: of one that was in the sparse form, what it has brought."""
+        """The level of each element of a dense weight; if it was in sparse form before, as that form had them."""
         brought: Any = self._module.__dict__.pop('dense_levels', None)
         if brought is not None:
             self._levels = brought
         return self._levels
 
     def add(self, level: int, choice: Choice, stored: Tensor, scales: Tensor | None) -> None:
-        """Give some of the elements that no loaded level has their values, and ``level``.
+        """Set the values and the level of some of the elements that no loaded level has.
 
         Args:
-            level: the one that is being loaded.
+            level: the level being loaded.
             choice: which of these elements, by their order in the flattened weight.
-            stored: their values, 1-D, as a file has them.
-            scales: of an I8 file, what to multiply the values with: one for each output channel.
+            stored: their values, 1-D, as stored in the file.
+            scales: for an I8 file, the factors of the values, one per output channel.
         """
         layer = self._module
         if isinstance(layer, SparseConv2d):
@@ -66,7 +66,7 @@ class LevelledWeight:
         self._settle()
 
     def remove(self, level: int) -> None:
-        """Take out what ``level`` does not have: it becomes zero."""
+        """Set what ``level`` does not have to zero."""
         layer = self._module
         if isinstance(layer, SparseConv2d):
             dense, levels = layer.kept.dense()
@@ -80,7 +80,7 @@ class LevelledWeight:
         self._settle()
 
     def _choose(self, levels: npt.NDArray[np.uint8], level: int, choice: Choice) -> Indices:
-        """Where in the flattened weight the chosen ones of the absent elements are; they get their level."""
+        """The positions in the flattened weight of the chosen absent elements; sets their level."""
         indices = choose(np.flatnonzero(levels == ABSENT), choice)
         levels[indices] = level
         return indices
@@ -92,7 +92,7 @@ class LevelledWeight:
         return values.numpy()
 
     def _wants_sparse(self, count: int) -> bool:
-        """Whether the sparse form is possible, and faster with ``count`` elements."""
+        """Whether the sparse form is possible, and faster for ``count`` elements."""
         if not self._sparse or not eligible(self._module) or self._module.training:
             return False
         assert isinstance(self._module, nn.Conv2d)
@@ -100,7 +100,7 @@ class LevelledWeight:
         return prefers_sparse(layer.in_channels, layer.out_channels, layer.kernel_size[0], count / self._numel)
 
     def _settle(self) -> None:
-        """Take the sparse form if that is faster for what a dense weight now has."""
+        """Switch a dense weight to the sparse form if that is faster for its current elements."""
         levels = self.levels()
         if self._sparse and self._wants_sparse(int(np.count_nonzero(levels != ABSENT))):
             assert isinstance(self._module, nn.Conv2d)

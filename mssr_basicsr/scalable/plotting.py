@@ -24,13 +24,13 @@ def new_figure(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
 def draw_psnr(
     axis: Any, lines: Mapping[str, Sequence[tuple[float, float]]], sizes: str, styles: Mapping[str, str] | None = None
 ) -> None:
-    """Draw PSNR over size into a matplotlib axis, whose sizes become logarithmic.
+    """Draw PSNR over size into a matplotlib axis, with a logarithmic size axis.
 
     Args:
         axis: to draw into.
-        lines: by label, the points (size, PSNR in dB).
+        lines: the points (size, PSNR in dB) by label.
         sizes: what the sizes are, for the axis.
-        styles: by label, of the lines, as matplotlib's format; default: dots joined by a line.
+        styles: matplotlib format strings by label; default: dots joined by a line.
     """
     for label, points in lines.items():
         axis.plot(*zip(*points), (styles or {}).get(label, 'o-'), label=label)
@@ -39,7 +39,7 @@ def draw_psnr(
 
 
 def save_figure(figure: Any, output: str | os.PathLike[str], dpi: int = 150) -> None:
-    """Write a matplotlib figure in the format that its name ends with, whole or not at all."""
+    """Write a matplotlib figure in the format of its suffix, completely or not at all."""
     suffix, allowed = Path(output).suffix[1:].lower(), figure.canvas.get_supported_filetypes()
     if suffix not in allowed:
         names = ', '.join(f'.{name}' for name in sorted(allowed))
@@ -50,15 +50,15 @@ def save_figure(figure: Any, output: str | os.PathLike[str], dpi: int = 150) -> 
 
 
 def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], time: bool = False) -> None:
-    """Draw PSNR over the bytes that each level reads: a line for each ``.mssr`` file and validation set.
+    """Draw PSNR over the bytes that each level reads, with a line for each ``.mssr`` file and validation set.
 
     Args:
-        files: whose levels have been measured.
-        output: the figure to write, in the format that its name ends with; a file that exists is overwritten.
-        time: draw over the milliseconds that a level takes for 320 x 180 pixels on this CPU, measured now.
+        files: ``.mssr`` files whose levels have been measured.
+        output: the figure to write, in the format of its suffix; an existing file is overwritten.
+        time: instead, draw over the milliseconds that a level takes for 320 x 180 pixels on this CPU, measured now.
 
     Raises:
-        ValueError: a wrong file or output, one without PSNR, or matplotlib is not installed; the text says which.
+        ValueError: a wrong file or output, a file without PSNR, or matplotlib is not installed; the text says which.
         OSError: a file cannot be read or written.
     """
     require_output(output, *files)

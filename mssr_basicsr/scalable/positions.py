@@ -1,14 +1,15 @@
-"""Where the weights of a section belong: positions coded close to their entropy.
+"""The positions of a section's weights, coded close to their entropy.
 
 A level takes some of the weights that no smaller level has. In each layer these candidates are numbered in the order of
-the flattened weight, and which of them are chosen is written in bytes:
+the flattened weight, and which of them are chosen is encoded in bytes:
 
 - all or none: nothing;
-- less than a quarter: the distance of each to the one before; more than three quarters: the same of the others;
-- else: one bit for each candidate, 1 where it is chosen, the first in the highest bit.
+- less than a quarter: the distance of each from the previous one; more than three quarters: the same for the others;
+- otherwise: one bit per candidate, 1 if it is chosen, the first in the highest bit.
 
-The bytes then go through a Huffman code (see ``frames.py``). Of weights that are chosen independently, the distances
-follow a geometric distribution and eight bits are near uniform; for both, such a code is close to the entropy.
+The bytes then go through a Huffman code (see ``frames.py``). If weights are chosen independently, the
+distances are geometrically distributed and groups of eight bits are nearly uniform; for both, such a code is close to
+the entropy.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def choose(candidates: Indices, choice: Choice) -> Indices:
 
 
 def entropy_bound(counts: Sequence[int], candidates: Sequence[int]) -> float:
-    """The bytes below which no code can get that knows of each layer only how many of its candidates are chosen.
+    """A lower bound in bytes for any code that knows only how many candidates are chosen in each layer.
 
     ``counts[i]`` of ``candidates[i]``, in any order: the sum of n * H(count / n) over the layers, in bytes.
     """
@@ -81,13 +82,13 @@ def _as_distances(count: int, n: int) -> bool:
 def decode_positions(
     written: npt.NDArray[np.uint8], counts: Sequence[int], candidates: Sequence[int]
 ) -> tuple[list[Choice], int]:
-    """For each layer which of its candidates are chosen, ``counts[i]`` of ``candidates[i]``; and the bytes this took.
+    """Which candidates of each layer are chosen, ``counts[i]`` of ``candidates[i]``; and the number of bytes read.
 
     Args:
-        written: what :func:`encode_positions` made; more may follow.
+        written: the output of :func:`encode_positions`; more may follow.
 
     Raises:
-        ScalableFileError: it did not make ``written`` of such a choice.
+        ScalableFileError: ``written`` does not encode such a choice.
     """
     choices: list[Choice] = []
     start = 0
@@ -109,7 +110,7 @@ def decode_positions(
 
 
 def most_bytes(counts: Sequence[int], candidates: Sequence[int]) -> int:
-    """The most bytes that positions of so many candidates are written in."""
+    """The maximum number of bytes for the positions of so many candidates."""
     return sum(
         min(count, n - count) + n // _SKIP if _as_distances(count, n) else (n + 7) // 8
         for count, n in zip(counts, candidates)
@@ -117,7 +118,7 @@ def most_bytes(counts: Sequence[int], candidates: Sequence[int]) -> int:
 
 
 def _read_distances(written: npt.NDArray[np.uint8], stated: int) -> tuple[Indices, int]:
-    """The positions that ``stated`` distances lead to, and how many bytes these are."""
+    """The positions given by ``stated`` distances, and the number of bytes of these."""
     steps, used = written[:stated], stated
     is_stop = steps != _SKIP
     if not is_stop.all():

@@ -1,9 +1,9 @@
-"""Weights as integers of 8 bits with one scale per output channel, the same integers at every level.
+"""Weights as 8-bit integers with one scale per output channel, the same integers at every level.
 
-Rounding every weight to the nearest integer leaves sums of errors, which brighten or darken flat areas. So, as in
-SQuant (Guo et al., ICLR 2022), some weights are rounded the other way, those first that lie nearest to the middle of
-two integers, until the errors of each kernel, and of each output channel, sum up to half a step at most. Levels take
-their turns, smallest first, and none changes a weight of a smaller one: this holds at every level.
+Rounding every weight to the nearest integer makes errors add up, which brightens or darkens flat areas. So, as in
+SQuant (Guo et al., ICLR 2022), some weights are rounded the other way, starting with those closest to the middle
+between two integers, until the errors of each kernel, and of each output channel, sum to at most half a step. Levels
+are processed from the smallest on, and none changes a weight of a smaller one, so this holds at every level.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Floats = npt.NDArray[np.float64]
 def quantise(weight: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """``weight`` as integers from -127 to 127, int8 of its shape, and their scales, bfloat16 (C,), never 0.
 
-    The weight that the file holds is the product of both, which is exact in float32.
+    The stored weight is the product of both, which is exact in float32.
 
     Args:
-        weight: float32 (C, ...), all of it finite; C is a scale's reach, the output channels of a convolution.
+        weight: float32 (C, ...), all finite; C is the number of scales, the output channels of a convolution.
         levels: its level map, of the same shape.
     """
     if weight.numel() == 0:
@@ -46,7 +46,7 @@ def quantise(weight: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scales(largest: Floats) -> Floats:
-    """For each channel's largest magnitude, the smallest scale of a short fraction that 127 of reach it."""
+    """For each channel, the smallest scale with a short fraction that reaches its largest magnitude with 127."""
     fraction, exponent = np.frexp(np.maximum(largest / _LARGEST, 2.0**-120))
     scales: Floats = np.ldexp(np.ceil(fraction * 2 * _FRACTION) / (2 * _FRACTION), exponent)
     return scales
@@ -55,7 +55,7 @@ def _scales(largest: Floats) -> Floats:
 def _settle_kernels(
     rounded: Floats, exact: Floats, present: npt.NDArray[np.bool_], movable: npt.NDArray[np.bool_]
 ) -> None:
-    """Move weights by a step until the errors of each kernel (the last axis) sum up to half a step, if they can."""
+    """Move weights by a step until each kernel's errors (the last axis) sum to at most half a step, if possible."""
     error = np.where(present, rounded - exact, 0.0)
     total = error.sum(-1, keepdims=True)
     direction = np.sign(total)
@@ -67,7 +67,7 @@ def _settle_kernels(
 def _settle_channels(
     rounded: Floats, exact: Floats, present: npt.NDArray[np.bool_], movable: npt.NDArray[np.bool_]
 ) -> None:
-    """The same for each output channel, at most one weight of each kernel being moved."""
+    """The same for each output channel, moving at most one weight of each kernel."""
     error = np.where(present, rounded - exact, 0.0)
     total = error.sum((1, 2), keepdims=True)
     direction = np.sign(total)

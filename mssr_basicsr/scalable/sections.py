@@ -1,6 +1,6 @@
 """A level's section: which weights the level adds, and their values, as one Zstandard frame.
 
-docs/format.md has the order of what the frame holds.
+docs/format.md specifies the order of the frame's contents.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mssr_basicsr.scalable.values import SCALE_DTYPE, TORCH_DTYPES, Planes, from
 
 @dataclass(frozen=True)
 class Delta:
-    """What a section holds, checked in full; the values are put together when they are asked for."""
+    """The contents of a section, checked in full; the values are only assembled on request."""
 
     counts: tuple[int, ...]  #: how many elements of each of Header.weights it adds
     choices: Mapping[int, Choice]  #: for each weight that it adds to, by number, which of its candidates
@@ -33,7 +33,7 @@ class Delta:
     others: Mapping[str, Tensor]  #: in the first section: the tensors of Header.others
 
     def values(self) -> Iterator[tuple[int, Choice, Tensor]]:
-        """For each weight that the level adds to: its number, which of its candidates, and what is stored of them."""
+        """For each weight that the level adds to: its number, which of its candidates, and their stored values."""
         start = 0
         for weight, choice in self.choices.items():
             end = start + self.counts[weight]
@@ -50,8 +50,8 @@ def encode_section(
 
     Args:
         chosen: for each prunable weight, which of its candidates the level adds.
-        values: for each prunable weight, the values that the level adds, 1-D, as they are stored.
-        first: of the first section, the scales and the others, each in the header's order.
+        values: for each prunable weight, the values that the level adds, 1-D, as stored.
+        first: for the first section, the scales and the others, each in the header's order.
     """
     order = coding_order([int(which.sum()) for which in chosen], [which.size for which in chosen])
     scales, others = first or ((), ())
@@ -69,10 +69,10 @@ def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def decode_section(frame: bytes, header: Header, level: int) -> Delta:
-    """What :func:`encode_section` made a frame of.
+    """The inverse of :func:`encode_section`.
 
     Raises:
-        ScalableFileError: the frame does not hold what the header says, neither less nor more.
+        ScalableFileError: the frame does not hold exactly what the header says.
     """
     counts, candidates = header.section(level).counts, header.candidates(level)
     first = level == header.smallest_level

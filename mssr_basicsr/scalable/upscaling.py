@@ -1,4 +1,4 @@
-"""Upscaling images of any size and kind with a network, in tiles so that memory stays in bounds."""
+"""Upscaling images of any size and kind with a network, in tiles so that memory stays bounded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FARTHEST = 1024  # a network that looks farther than this, in input pixels, is 
 
 
 class _Window(NamedTuple):
-    """A part of an image that the network is given."""
+    """A part of an image that is passed to the network."""
 
     top: int  # where the tile, whose surroundings it also shows, belongs
     left: int
@@ -51,7 +51,7 @@ class Upscaler:
 
     @cached_property
     def images(self) -> Images:
-        """What images the network takes; ValueError if it takes none, or upscales them by another factor."""
+        """What images the network takes; ValueError if it takes none, or upscales by a different factor."""
         images = images_of(self.network, self._options)
         if images.scale != self.scale:
             raise OptionError('scale', self.scale, f'{images.scale}, the factor by which the network upscales')
@@ -59,12 +59,12 @@ class Upscaler:
 
     @property
     def channels(self) -> int:
-        """How many channels the network's images have, 1 or 3."""
+        """The number of channels of the network's images, 1 or 3."""
         return self.images.channels
 
     @property
     def multiple(self) -> int:
-        """What height and width of the network's input must be multiples of."""
+        """The number that height and width of the network's input must be multiples of."""
         return self.images.multiple
 
     @torch.no_grad()
@@ -79,19 +79,19 @@ class Upscaler:
 
         Args:
             image: (H, W) or (H, W, 1) grey, (H, W, 2) grey and alpha, (H, W, 3) colour, (H, W, 4) colour and alpha;
-                uint8, uint16 or float32 from 0 to 1. Alpha is upscaled bicubically, so that what is opaque stays opaque
-                (our choice).
-            tile: side of the tiles in input pixels; 0 for none. Tiles overlap as far as the network looks, so that
-                their size makes no difference but in how float32 rounds. Default: as :meth:`automatic_tile` says.
-            bgr: whether the colours are in the order of OpenCV.
-            progress: is given the list of tiles to go through, such as ``tqdm``.
+                uint8, uint16 or float32 from 0 to 1. Alpha is upscaled bicubically, so that opaque areas stay
+                opaque (our choice).
+            tile: tile size in input pixels; 0 for no tiles. Tiles overlap by the network's receptive field, so that
+                their size only affects float32 rounding. Default: see :meth:`automatic_tile`.
+            bgr: whether the channel order is OpenCV's.
+            progress: called with the list of tiles to iterate over, such as ``tqdm``.
 
         Returns:
             The image, ``scale`` times as high and wide, of the same dtype and number of channels.
 
         Raises:
-            ValueError: an image of another kind; tiles of a network that looks at the whole image; or a network that
-                gives what is no number.
+            ValueError: another kind of image; tiles for a network that looks at the whole image; or a network whose
+                output is not finite.
         """
         if image.ndim not in (2, 3) or 0 in image.shape:
             raise ValueError(f'image: found the shape {image.shape}; allowed: (H, W) or (H, W, 1 to 4)')
@@ -138,9 +138,9 @@ class Upscaler:
     def automatic_tile(self) -> int | None:
         """The default side of tiles in input pixels, None if the network looks at the whole image (our choice).
 
-        As large as the last cache of the processor holds the network's largest feature map of a tile; but at least 12
-        times as far as the network looks beyond a tile, since all that is computed more than once (then a third); and
-        at most 512, which bounds the memory. On other devices than a CPU, 512.
+        As large as possible with a tile's largest feature map still fitting the processor's last-level cache. But at
+        least 12 times as far as the network looks beyond a tile, since overlaps are computed more than once (then a
+        third); and at most 512, which bounds the memory. On devices other than a CPU, 512.
         """
         reach = self.reach()
         if reach is None:
@@ -155,7 +155,7 @@ class Upscaler:
         return min(max(in_cache, 12 * reach, 16), _LARGEST_TILE)
 
     def _windows(self, height: int, width: int, tile: int | None) -> list[_Window]:
-        """What the network is to be given, one after the other, of an image of that size."""
+        """The windows of an image of that size that the network gets, one by one."""
         whole = [_Window(0, 0, slice(None), slice(None), slice(None), slice(None))]
         if tile == 0 or (tile is None and height * width <= _SMALL):
             return whole
@@ -178,7 +178,7 @@ class Upscaler:
         ]
 
     def _spans(self, length: int, side: int, reach: int) -> list[tuple[int, slice, slice]]:
-        """Tiles along one axis, evenly large: where each begins, what the network sees, and the tile in its output."""
+        """Equally large tiles along one axis: where each starts, what the network sees, and the tile in its output."""
         m, s = self.multiple, self.scale
         even = -(-length // -(-length // side))
         even = -(-even // m) * m
@@ -196,9 +196,9 @@ class Upscaler:
 
     @torch.no_grad()
     def reach(self) -> int | None:
-        """How many input pixels beyond a tile decide what is in it, a multiple of :attr:`multiple`; None for all.
+        """How many input pixels beyond a tile influence it, a multiple of :attr:`multiple`; None for all.
 
-        Found by one NaN among the inputs: all that it could have any influence on becomes NaN, whatever the weights.
+        Found with one NaN in the input: everything that it can influence becomes NaN, whatever the weights.
         """
         if self._reach is None:
             self._reach = max(self._reach_along(2), self._reach_along(3))
@@ -224,7 +224,7 @@ class Upscaler:
 
 
 def _pad(image: Image, bottom: int, right: int) -> Image:
-    """Mirror rows at the bottom and columns at the right; repeat the last where there are too few to mirror."""
+    """Mirror rows at the bottom and columns at the right, or repeat the last if there are too few to mirror."""
     if bottom or right:
         enough = bottom < image.shape[0] and right < image.shape[1]
         return np.pad(image, ((0, bottom), (0, right), (0, 0)), mode='reflect' if enough else 'edge')
@@ -238,7 +238,7 @@ def _resized_alpha(alpha: Image, width: int, height: int) -> Image:
 
 @functools.lru_cache
 def _last_cache() -> int:
-    """Bytes of the processor's largest cache, where the system says so; else what is usual."""
+    """Bytes of the processor's largest cache if the system says so, otherwise a typical size."""
     units = {'K': 2**10, 'M': 2**20, 'G': 2**30}
     sizes = []
     for file in Path('/sys/devices/system/cpu/cpu0/cache').glob('index*/size'):

@@ -1,8 +1,8 @@
-"""The numbers of a section: elements of one type as byte planes, of which those with exponents compress.
+"""The values of a section: elements of one type as byte planes; those with exponents compress.
 
 All elements' most significant bytes come first, then all their next ones, and so on. The sign of a float, which is
-chance, goes behind its fraction, so that the exponent has the first plane of float32 and bfloat16 for itself. In
-trained weights that plane takes a third of its bytes; the others are noise.
+random, goes behind its fraction, so that the exponent has the first plane of float32 and bfloat16 to itself. In trained
+weights that plane compresses to a third; the others are noise.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def to_planes(values: Tensor) -> list[bytes]:
 
 
 def from_planes(planes: Planes, dtype: torch.dtype) -> Tensor:
-    """The 1-D tensor whose byte planes are the rows of ``planes``, in memory of its own."""
+    """The 1-D tensor whose byte planes are the rows of ``planes``, as a copy."""
     values = torch.empty(planes.shape[1], dtype=dtype)
     words = values.view(torch.uint8).numpy().view(f'u{dtype.itemsize}')
     words[:] = planes[0]

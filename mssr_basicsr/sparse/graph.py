@@ -1,4 +1,4 @@
-"""What a network computes, as steps of the kernel where it can run them, and of torch elsewhere."""
+"""A network's computation as steps of the kernel where it can run them, and of torch elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RunsSparse = Callable[[nn.Module], bool]
 class Step:
     """One operation of the kernel, on values by their names: scale * activation(operation) + residual.
 
-    The operation of SUM is its input, plus or minus a number for each channel that torch makes when the network runs.
+    The operation of SUM is its input, plus or minus one number per channel that torch computes at run time.
     """
 
     kind: int
@@ -46,7 +46,7 @@ class Step:
 
 @dataclass
 class Segment:
-    """Steps of the kernel with nothing of torch in between."""
+    """Consecutive steps of the kernel, without torch in between."""
 
     steps: list[Step]
     inputs: list[str] = field(default_factory=list)  #: images that torch computed
@@ -54,7 +54,7 @@ class Segment:
 
     @property
     def shifts(self) -> list[str]:
-        """Numbers for each channel that torch computed."""
+        """Per-channel numbers computed by torch."""
         return list(dict.fromkeys(step.shift for step in self.steps if step.shift is not None))
 
 
@@ -96,8 +96,8 @@ def _attributes_kept(network: nn.Module) -> Iterator[None]:
 
 
 def trace(network: nn.Module) -> fx.GraphModule | None:
-    """The network's graph, or None where it cannot be had: its forward looks at values or shapes, takes more than the
-    image, or writes in place to what is read again. One thread may trace at a time; others may run networks meanwhile.
+    """The network's graph, or None if it cannot be traced: its forward depends on values or shapes, takes more than the
+    image, or modifies in place what is read again. One thread may trace at a time; others may run networks meanwhile.
     """
     tracer = _Tracer()
     # An accelerated network has its class's own forward under this name.
@@ -130,7 +130,7 @@ def _overwrites(traced: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def plan(traced: fx.GraphModule, runs_sparse: RunsSparse) -> list[Part]:
-    """The network's nodes in an order in which they can run, those that the kernel runs being fused and in segments."""
+    """The network's nodes in an executable order, with those that the kernel runs fused and grouped in segments."""
     names = {node.name: node for node in traced.graph.nodes}
     steps: dict[str, Step] = {}
     for node in traced.graph.nodes:
@@ -158,7 +158,7 @@ _SUBTRACT = (operator.sub, operator.isub, torch.sub)
 
 
 def _is_shift(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether it is a tensor of the network's with a number for each of several channels, such as the mean colour."""
+    """Whether it is a tensor of the network with one number for each of several channels, such as the mean colour."""
     if node.op == 'call_method' and node.target == 'type_as':
         of, to = node.args
         return isinstance(to, fx.Node) and to.op == 'placeholder' and isinstance(of, fx.Node) and _is_shift(traced, of)

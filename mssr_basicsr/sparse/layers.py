@@ -1,4 +1,4 @@
-"""A convolution that holds the weights it keeps, and nothing dense beside them."""
+"""A convolution that stores only the weights it keeps, and no dense tensor."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ ABSENT = 255  #: in place of a level, of weights that are not there
 class SparseConv2d(nn.Conv2d):
     """What :func:`make_sparse` makes of a convolution, in place: 7 bytes for each kept weight.
 
-    These are its value (4), where it is (2) and its level (1). It is still the ``nn.Conv2d`` that it was:
-    :attr:`weight` and ``state_dict()`` make the dense weight anew, and training, another device, another dtype or
-    loading a state dict turn it back into a dense one, in place. What the kernel does not take (gradients, other
-    dtypes, NaN and infinity) torch computes with the dense weight.
+    These are its value (4), position (2) and level (1). It is still an ``nn.Conv2d``: :attr:`weight` and
+    ``state_dict()`` create the dense weight, and training, another device, another dtype or loading a state dict turn
+    it back into a dense one, in place. What the kernel does not support (gradients, other dtypes, NaN and infinity)
+    torch computes with the dense weight.
     """
 
     kept: Kept
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dense weight, made at each call."""
+        """The dense weight, created at each call."""
         return self._dense(self.kept.dense()[0])
 
     def _dense(self, values: Array) -> Tensor:
@@ -125,7 +125,7 @@ class Kept:
 
     @property
     def nbytes(self) -> int:
-        """What it holds in memory."""
+        """Its size in memory."""
         return self.values.nbytes + self.offsets.nbytes + self.levels.nbytes + self.starts.nbytes
 
     @property
@@ -173,7 +173,7 @@ def eligible(layer: nn.Module) -> bool:
 
 
 def make_sparse(layer: nn.Conv2d, values: Array, levels: Array) -> None:
-    """Turn a convolution into a :class:`SparseConv2d` in place, or give one that is other weights.
+    """Turn a convolution into a :class:`SparseConv2d` in place, or give new weights to one that already is.
 
     Args:
         layer: one that is :func:`eligible`.

@@ -1,4 +1,4 @@
-"""The compiled kernel: whether it is there, and which width of vectors this processor runs."""
+"""The compiled kernel: whether it was built, and which vector width this processor supports."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Operation(ctypes.Structure):
 
 
 class Kernel(NamedTuple):
-    """The kernel for one width of vectors."""
+    """The kernel for one vector width."""
 
     simd: str  #: avx512, avx2 or plain (which is NEON on ARM, and SSE2 on other x86)
     run: Any  #: mssr_run
@@ -68,19 +68,19 @@ class Kernel(NamedTuple):
 
     @property
     def block(self) -> int:
-        """How many input channels of a tile are taken at a time; measured: larger or smaller blocks are slower."""
+        """How many input channels of a tile are processed at a time; others were measured to be slower."""
         vectors = (self.rows + 2) * (self.vectors + 2)
         return max(1, 50 * 1024 // (vectors * self.lanes * 4))
 
 
 @functools.cache
 def kernel() -> Kernel | None:
-    """The kernel for this processor, or None: it was not built, or not for this platform.
+    """The kernel for this processor, or None if it was not built or not for this platform.
 
-    ``MSSR_SIMD`` in the environment (``avx2``, ``plain``) takes a narrower one.
+    ``MSSR_SIMD`` in the environment (``avx2``, ``plain``) selects a narrower one.
 
     Raises:
-        ValueError: ``MSSR_SIMD`` asks for what the processor does not have.
+        ValueError: ``MSSR_SIMD`` selects what the processor does not support.
     """
     try:
         library = ctypes.CDLL(os.fspath(_FILE))
@@ -101,7 +101,7 @@ def kernel() -> Kernel | None:
 
 
 def engine_name() -> str:
-    """What convolutions of sparse levels run on, for people."""
+    """What convolutions of sparse levels run on, in readable form."""
     found = kernel()
     if found is None:
         return 'torch (no compiler was found when it was installed)'

@@ -1,4 +1,4 @@
-"""Whole networks on the sparse runtime, wherever it gives what torch would give."""
+"""Whole networks on the sparse runtime, wherever its result is the same as torch's."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _cache_of(module: nn.Module) -> _Cache:
-    """The module's cache, emptied if its weights are others than before."""
+    """The module's cache, cleared if its weights have changed."""
     cache = _local.caches.setdefault(module, _Cache())
     state = []
     for layer in module.modules():
@@ -69,7 +69,7 @@ def _cache_of(module: nn.Module) -> _Cache:
 
 
 def runs_sparse(layer: nn.Module) -> bool:
-    """Whether the kernel runs the layer: it is in the sparse form, or so small that torch would gain nothing."""
+    """Whether the kernel runs the layer: it is in sparse form, or so small that torch would not be faster."""
     if isinstance(layer, SparseConv2d):
         return eligible(layer)
     if not isinstance(layer, nn.Conv2d) or not eligible(layer):
@@ -78,7 +78,7 @@ def runs_sparse(layer: nn.Module) -> bool:
 
 
 def usable(module: nn.Module, x: Any) -> bool:
-    """Whether the runtime takes this input: plain float32 images on the CPU, outside of training and of compilers."""
+    """Whether the runtime supports this input: plain float32 images on the CPU, outside training and compilers."""
     return (
         type(x) is Tensor
         and (x.dtype, x.device.type, x.layout, x.ndim) == (torch.float32, 'cpu', torch.strided, 4)
@@ -114,7 +114,7 @@ def _has_constants_of(traced: fx.GraphModule, network: nn.Module) -> bool:
 
 
 def _computes_the_same(traced: fx.GraphModule, network: nn.Module, x: Tensor) -> bool:
-    """Whether the graph gives, on the corner of an image, what the network gives: a trace does not see everything.
+    """Whether graph and network give the same result on a corner of the image: a trace does not see everything.
 
     ``z = y; y += 1`` changes ``z`` in torch, but not in a trace.
     """
@@ -160,17 +160,17 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
 
 
 def accelerate(network: nn.Module) -> None:
-    """From now on the network runs its :class:`SparseConv2d` on the kernel, whatever stands around them.
+    """Make the network run its :class:`SparseConv2d` layers on the kernel, together with the operations around them.
 
-    In place: its class becomes a subclass of the same name, whose ``forward`` does so for inputs that the runtime takes
-    (:func:`usable`), and is the class's own for all others.
+    In place: its class becomes a subclass of the same name, whose ``forward`` does so for inputs that the runtime
+    supports (:func:`usable`), and is the original one for all others.
     """
     if not hasattr(type(network), 'plain_forward'):
         network.__class__ = _accelerated(type(network))
 
 
 def _run(network: nn.Module, x: Tensor) -> Tensor | None:
-    """What the network makes of ``x``; None where torch must compute it."""
+    """The network's output for ``x``; None if torch must compute it."""
     if not any(isinstance(layer, SparseConv2d) for layer in network.modules()) or not _finite(x):
         return None
     cache, traced = _cache_of(network), _graph_of(network, x)
@@ -188,7 +188,7 @@ def _run(network: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def run_layer(layer: SparseConv2d, x: Any) -> Tensor | None:
-    """One convolution of (N, C, H, W) on the kernel; None where torch must compute it."""
+    """One convolution of (N, C, H, W) on the kernel; None if torch must compute it."""
     if not usable(layer, x) or not eligible(layer) or x.shape[1] != layer.in_channels or not _finite(x):
         return None
     cache = _cache_of(layer)

@@ -27,7 +27,7 @@ class Program:
         shapes: (C, H, W) of each of the segment's inputs.
 
     Raises:
-        ValueError: the shapes do not fit together, as those of a sum that torch would broadcast.
+        ValueError: the shapes do not match, as in a sum that torch would broadcast.
     """
 
     def __init__(self, segment: Segment, shapes: Mapping[str, Shape]) -> None:
@@ -67,10 +67,10 @@ class Program:
         self.shapes[step.output], self._vectors[step.output] = shape, vectors * f
 
     def _schedule(self) -> None:
-        """Which rows each operation makes when, and how many rows of each value are in memory at a time.
+        """Which rows each operation computes when, and how many rows of each value are in memory at a time.
 
-        Each operation in turn makes the next band of rows, as far as its inputs allow. A row is needed until the last
-        operation that reads it has gone by.
+        Each operation in turn computes the next band of rows, as far as its inputs allow. A row is kept until the last
+        operation that reads it has passed.
         """
         done = dict.fromkeys(self.shapes, 0)  # rows of each value that are there
         used = [0] * len(self._operations)  # rows of its input that each operation is through with
@@ -166,12 +166,12 @@ class Program:
 
         Args:
             inputs: (C, H, W) float32 of the program's shapes.
-            shifts: for each of the segment's, a number for each channel, (1, C, 1, 1) or (C, 1, 1).
+            shifts: for each of the segment's shifts, one number per channel, (1, C, 1, 1) or (C, 1, 1).
             arena: :attr:`nbytes` + 64 bytes, of this call alone.
             threads: how many to use.
 
         Raises:
-            ValueError: a shift is of another shape.
+            ValueError: a shift has another shape.
         """
         for place, sign, name in self._shifts:
             if shifts[name].shape[-3:] != (len(place), 1, 1):
@@ -209,7 +209,7 @@ def _slopes(op: Step, channels: int) -> npt.NDArray[Any]:
 
 
 def kept_of(layer: nn.Conv2d, using: Kernel) -> Kept:
-    """The layer's kept weights; of a dense one all."""
+    """The layer's kept weights; for a dense layer, all."""
     if isinstance(layer, SparseConv2d):
         return layer.kept
     weight = layer.weight.detach().contiguous().numpy()

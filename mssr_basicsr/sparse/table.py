@@ -8,12 +8,12 @@ _LARGEST_DENSITY = {3: ((48, 0.6), (32, 0.65), (0, 1.0)), 1: ((48, 0.25), (0, 0.
 
 
 def is_small(in_channels: int, out_channels: int, kernel_size: int) -> bool:
-    """Whether a layer is so little work that the kernel runs it, dense or not, where it runs the others."""
+    """Whether a layer is so cheap that the kernel runs it, dense or not, along with the others."""
     return kernel_size == 3 and min(in_channels, out_channels) <= 16
 
 
 def prefers_sparse(in_channels: int, out_channels: int, kernel_size: int, density: float) -> bool:
-    """Whether a layer of this shape and share of kept weights is to be in the sparse form."""
+    """Whether a layer of this shape and density should be in sparse form."""
     narrower = min(in_channels, out_channels)
     largest = next(density for channels, density in _LARGEST_DENSITY[kernel_size] if narrower >= channels)
     return density <= min(largest, 0.9)  # a layer that lacks nothing is dense, which takes less memory
