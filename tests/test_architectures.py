@@ -69,7 +69,7 @@ def _registries_as_they_were() -> Iterator[None]:
 
 
 @pytest.mark.parametrize('name', BACKBONES)
-def test_what_is_known_is_what_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registered_facts_match_what_is_detected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The facts that stand in the registry are true: running the network says the same without them."""
     built, options = build_network(deepcopy(BACKBONES[name])), BACKBONES[name]
     known = images_of(built, options)
@@ -86,7 +86,7 @@ def test_trunks() -> None:
     assert find_feature_taps(Grey(), trunk='blocks') == ['blocks.0', 'blocks.1']
 
 
-def test_an_unknown_network_for_grey_images_is_found_out() -> None:
+def test_an_unknown_network_for_grey_images_is_detected() -> None:
     built = network({'type': 'Grey', 'in_channels': 1})
     assert images_of(built.backbone, {'type': 'Grey'}) == Images(1, 6, 3)
     model = ScalableModel(io.BytesIO(pack(built, 3)))
@@ -100,7 +100,7 @@ def test_an_unknown_network_for_grey_images_is_found_out() -> None:
     assert np.array_equal(result, (expected.clip(0, 1) * 255).round().numpy().astype(np.uint8))
 
 
-def test_finding_out_leaves_no_trace() -> None:
+def test_detection_has_no_side_effects() -> None:
     built = Grey().train()
     built.blocks[0].eval()
     before, random = deepcopy(built.state_dict()), torch.get_rng_state()
@@ -128,7 +128,7 @@ def test_what_users_register_is_used() -> None:
         register_architecture('Grey')
 
 
-def test_what_cannot_be_found_out_is_refused_by_name() -> None:
+def test_an_error_names_what_cannot_be_detected() -> None:
     with pytest.raises(ValueError, match=r'Grey: found a network that upscales no image of 3 or 1 channels'):
         images_of(Grey(in_channels=4), {'type': 'Grey'})
     with pytest.raises(ValueError, match=r'Clip: found a network .* \(not enough values to unpack.*register_architect'):

@@ -67,12 +67,12 @@ def test_files_and_folders(here: Path) -> None:
     assert plan('in/a.png', 'exist.d') == [('in/a.png', 'exist.d/a.png')]
 
 
-def test_what_is_no_image_is_told(here: Path) -> None:
+def test_files_that_are_not_images_are_reported(here: Path) -> None:
     touch('in/a.png', 'in/notes.txt')
     assert plan_batch(Path('in'), 'out').passed_over == [Path('in/notes.txt')]
 
 
-def test_names_that_differ_in_the_extension_alone_keep_it(here: Path) -> None:
+def test_names_that_differ_only_in_the_extension_keep_it(here: Path) -> None:
     touch('in/a.png', 'in/a.jpg', 'in/b.png')
     assert [target for _, target in plan('in', 'out')] == ['out/a.jpg.png', 'out/a.png.png', 'out/b.png']
     touch('in/a.png.gif')
@@ -118,7 +118,7 @@ def test_another_file_is_overwritten(here: Path, file: Path) -> None:
 # ------------------------------ a batch goes on ------------------------------ #
 
 
-def test_a_bad_image_does_not_end_the_batch(
+def test_a_bad_image_does_not_stop_the_batch(
     here: Path, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for i, name in enumerate(('1', '3', '5', '7')):

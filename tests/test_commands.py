@@ -63,7 +63,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize('spelling', ['plain', 'dots', 'absolute', 'symlink', 'hardlink'])
 @pytest.mark.parametrize(('command', 'victim'), COMMANDS.items())
-def test_an_output_is_no_input(
+def test_an_input_is_never_overwritten(
     command: str, victim: str, spelling: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = Path(victim).read_bytes()
@@ -80,7 +80,7 @@ def test_an_output_is_no_input(
     assert Path(victim).read_bytes() == before
 
 
-def test_an_output_is_no_input_in_python(here: Path) -> None:
+def test_an_input_is_never_overwritten_in_python(here: Path) -> None:
     for write in (
         lambda: extract('m.mssr', 'm.mssr', 2),
         lambda: to_onnx('m.mssr', here / 'm.mssr'),
@@ -187,7 +187,7 @@ def test_a_failure_is_one_line(command: str, message: str, here: Path, capsys: p
         (RuntimeError('x ' * 5000), 'RuntimeError: ' + 'x ' * 150 + '...'),
     ],
 )
-def test_what_nobody_foresaw_is_one_line_too(
+def test_an_unexpected_error_is_one_line_too(
     raised: Exception, line: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from mssr_basicsr import ScalableFile
@@ -201,7 +201,7 @@ def test_what_nobody_foresaw_is_one_line_too(
     assert 'Traceback' in capsys.readouterr().err
 
 
-def test_names_of_files_that_are_no_text(here: Path) -> None:
+def test_file_names_that_are_not_text(here: Path) -> None:
     name = os.fsdecode(b'caf\xe9.pth')
     said = call(sys.executable, '-m', 'mssr_basicsr', 'extract', 'm.mssr', '--level', '2', '-o', name, cwd=here)
     assert said.startswith('caf\\udce9.pth: level 2, ')
@@ -222,7 +222,7 @@ def test_an_interruption_says_what_was_done(
     assert sorted(path.name for path in here.iterdir()) == ['a.png', 'm.mssr', 'net.pth', 'net.yml']
 
 
-def test_a_reader_that_has_had_enough(here: Path) -> None:
+def test_a_closed_pipe(here: Path) -> None:
     said = call('bash', '-c', f'"{sys.executable}" -m mssr_basicsr info m.mssr | true', cwd=here)
     assert said == ''
 
@@ -230,7 +230,7 @@ def test_a_reader_that_has_had_enough(here: Path) -> None:
 # ------------------------------ in Python ------------------------------ #
 
 
-def test_evaluate_is_what_pack_measures(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_gives_what_pack_measures(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path('gt').mkdir()
     cv2.imwrite('gt/a.png', np.random.default_rng(1).integers(0, 256, (24, 22, 3), dtype=np.uint8))
     assert main(['pack', 'net.pth', '--opt', 'net.yml', '-o', 'x.mssr', '--gt', 'gt']) == 0

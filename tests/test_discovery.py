@@ -76,12 +76,12 @@ def test_import_registers_the_plugin(first: str, hook: bool) -> None:
     python(f'import {first}' + REGISTERED, hook=hook)
 
 
-def test_plugin_joins_a_basicsr_that_came_in_without_the_hook() -> None:
+def test_plugin_joins_a_basicsr_imported_without_the_hook() -> None:
     code = IMPORTABLE + 'from basicsr.utils.registry import ARCH_REGISTRY\nassert "MSSR" not in ARCH_REGISTRY'
     python(code + '\nimport mssr_basicsr.losses' + REGISTERED, hook=False)
 
 
-def test_basicsr_goes_on_without_a_plugin_that_fails_and_says_why() -> None:
+def test_basicsr_continues_without_a_failing_plugin_and_says_why() -> None:
     code = """
 from mssr_basicsr.adapter import discovery
 discovery.REGISTERING = ('no_such_module',)
@@ -94,7 +94,7 @@ assert 'EDSR' in ARCH_REGISTRY
     assert "ModuleNotFoundError: No module named 'no_such_module'" in said
 
 
-def test_looking_basicsr_up_does_not_use_the_hook_up(toys: Path) -> None:
+def test_looking_up_basicsr_does_not_use_up_the_hook(toys: Path) -> None:
     code = TOY + 'import importlib.util\nassert importlib.util.find_spec("basicsr")\nimport basicsr'
     assert python(code, path=toys) == 'registered\n'
 
@@ -128,7 +128,7 @@ def test_load_basicsr_from_within_basicsr(toys: Path) -> None:
     assert python(TOY + 'import basicsr', path=toys) == 'registered\n'
 
 
-def test_mere_folder_and_missing_basicsr_are_as_ever(tmp_path: Path) -> None:
+def test_mere_folder_and_missing_basicsr_behave_as_without_the_hook(tmp_path: Path) -> None:
     code = f"""
 import site, sys
 site.addsitedir({str(PTH.parent)!r})

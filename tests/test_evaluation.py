@@ -93,7 +93,7 @@ def test_what_cannot_be_compared(image: Any, truth: Any, text: str) -> None:
 @pytest.mark.parametrize(
     ('name', 'psnr', 'rounded'), [('Set5', 33.68, 33.65), ('Set14', 30.24, 30.22), ('BSD100', 29.56, 29.55)]
 )
-def test_bicubics_published_figures(name: str, psnr: float, rounded: float) -> None:
+def test_published_figures_of_bicubic(name: str, psnr: float, rounded: float) -> None:
     if not (SETS / name).is_dir():
         pytest.skip(f'{SETS / name} is not there')
     pairs = [(resize_bicubic(small, 2), truth) for small, truth in validation_pairs(SETS / name, None, 2)]
@@ -147,7 +147,7 @@ def test_a_training_validates_by_the_protocol(
     assert all(5 < record['metrics']['greyval']['psnr'] < 40 for record in records)
 
 
-def test_the_dataset_is_not_trained_on(forward_opt: dict[str, Any], run: Run) -> None:
+def test_the_dataset_is_refused_for_training(forward_opt: dict[str, Any], run: Run) -> None:
     forward_opt['datasets']['train']['type'] = 'PairedEvaluationDataset'
     with pytest.raises(
         OptionError, match=r"datasets\.train\.type: found 'PairedEvaluationDataset'; allowed: a training dataset"

@@ -73,7 +73,7 @@ def test_no_module_imports_from_above(module: Path) -> None:
 
 
 @pytest.mark.parametrize('module', [path for path in MODULES if path.as_posix() not in BY_NAME], ids=str)
-def test_no_module_gets_round_its_floor_by_name(module: Path) -> None:
+def test_no_module_circumvents_its_floor_by_name(module: Path) -> None:
     constants = [
         node.value
         for node in ast.walk(ast.parse((PACKAGE / module).read_text('utf-8')))
@@ -129,7 +129,7 @@ def test_what_works_without_basicsr(tmp_path: Path, without_basicsr: dict[str, s
     assert 'Traceback' not in said
 
 
-def test_a_network_of_ones_own_needs_no_basicsr(tmp_path: Path, without_basicsr: dict[str, str]) -> None:
+def test_a_network_built_by_the_user_needs_no_basicsr(tmp_path: Path, without_basicsr: dict[str, str]) -> None:
     file = tmp_path / 'model.mssr'
     built = network({**BACKBONES['SRVGGNetCompact'], 'num_conv': 0})  # a network that a few lines can write again
     file.write_bytes(pack(built, 2))

@@ -146,7 +146,7 @@ def assert_same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_vectors_are_read_to_the_tensors_beside_them(kind: str) -> None:
+def test_vectors_decode_to_the_tensors_beside_them(kind: str) -> None:
     expected = safetensors.torch.load_file(DATA / f'{kind}.safetensors')
     with ScalableModel(DATA / f'{kind}.mssr', level=SMALLEST, network=Network()) as model:
         assert model.header.section(1).counts == (0,) * len(WEIGHTS)
@@ -208,7 +208,7 @@ def test_the_reader_in_javascript_gets_every_bit(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not can_run_the_reader(), reason='needs node, and its Zstandard decoder or the program zstd')
-def test_the_reader_in_javascript_finds_damage_and_what_is_not_there(tmp_path: Path) -> None:
+def test_the_reader_in_javascript_detects_damage_and_missing_levels(tmp_path: Path) -> None:
     data = (DATA / 'f32.mssr').read_bytes()
     for bad, problem in (
         (data[:30] + b'?' + data[31:], 'the header is corrupted'),

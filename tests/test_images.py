@@ -284,7 +284,7 @@ def test_cmyk_is_converted_by_its_profile(suffix: str, tmp_path: Path) -> None:
     assert picture.lost == ['CMYK (converted to sRGB by its profile)']
 
 
-def test_what_is_not_read_of_a_file_is_said(tmp_path: Path) -> None:
+def test_what_is_not_read_from_a_file_is_reported(tmp_path: Path) -> None:
     image, deep, unsaid = of_mode('RGB'), smooth(3, 65535).astype(np.uint16), 'a channel of unspecified meaning'
     more = {'save_all': True, 'append_images': [ImageOps.invert(image), image]}
     for suffix in ('.gif', '.webp', '.png', '.tif', '.mpo', *(['.avif'] if '.avif' in WRITABLE_SUFFIXES else [])):
@@ -319,7 +319,7 @@ def test_what_is_not_read_of_a_file_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('bits', [8, 16])
-def test_tiffs_of_scanners_and_editors(bits: int, tmp_path: Path) -> None:
+def test_tiffs_from_scanners_and_editors(bits: int, tmp_path: Path) -> None:
     """Each is right, or refused by name: never an image with wrong values."""
     dtype, top, path = np.dtype(f'uint{bits}'), 2**bits - 1, tmp_path / 'a.tif'
     image = smooth(4, top).astype(dtype)
@@ -414,7 +414,7 @@ def test_depths(tmp_path: Path) -> None:
     assert read_image(tmp_path / 'a.png').pixels.tolist() == [[0, 32768, 65535, 65535]]
 
 
-def test_sizes_and_names_that_a_format_does_not_have(tmp_path: Path) -> None:
+def test_sizes_and_names_that_a_format_does_not_support(tmp_path: Path) -> None:
     check_writable('a.png', 20000, 1)
     for path, size, text in (
         ('a.webp', (1, 16384), 'a.webp: found 16384x1 pixels; allowed in WEBP: 16,383 a side'),
@@ -437,7 +437,7 @@ def noisy(image: Any, step: int) -> Any:
     return (image.astype(int) + signs * step).astype(image.dtype)
 
 
-def test_figures_are_of_the_values_whatever_the_depth() -> None:
+def test_figures_compare_values_whatever_the_depth() -> None:
     grey = np.full((40, 50), 100, np.uint8)
     expected = 20 * np.log10(255 / 3)
     assert metrics(noisy(grey, 3), grey, 2)['psnr'] == pytest.approx(expected)
@@ -449,7 +449,7 @@ def test_figures_are_of_the_values_whatever_the_depth() -> None:
     assert metrics(unit + np.float32(0.01), unit, 2)['psnr'] == pytest.approx(40, abs=1e-4)
 
 
-def test_figures_of_colours_are_of_luma_and_never_of_alpha() -> None:
+def test_figures_of_colour_images_use_luma_and_never_alpha() -> None:
     rng = np.random.default_rng(0)
     truth = rng.integers(20, 236, (40, 50, 4)).astype(np.uint8)
     image = noisy(truth, 5)
@@ -480,7 +480,7 @@ def test_figures_that_would_be_wrong_are_refused() -> None:
         metrics(image[:14, :14], image[:14, :14], 2)
 
 
-def test_pictures_for_training_have_eight_bits_and_no_alpha(tmp_path: Path) -> None:
+def test_images_for_training_have_eight_bits_and_no_alpha(tmp_path: Path) -> None:
     for mode in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA'):
         expected = saved(of_mode(mode), tmp_path / 'a.png')
         if expected.ndim == 3:

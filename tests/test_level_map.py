@@ -39,7 +39,7 @@ def test_ties_go_to_the_first_weight_and_the_count_is_exact() -> None:
 
 @pytest.mark.parametrize('criterion', ['global_magnitude', 'layer_magnitude', 'lamp', 'random'])
 @pytest.mark.parametrize('seed', range(3))
-def test_masks_are_nested_and_of_the_asked_size(criterion: str, seed: int) -> None:
+def test_masks_are_nested_and_of_the_requested_size(criterion: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     shapes = {'a': (5, 7), 'b': (3, 2, 3, 3), 'c': (11,)}
     level_map = {name: torch.full(shape, 4, dtype=torch.uint8) for name, shape in shapes.items()}
@@ -91,7 +91,7 @@ def test_a_buffer_tree_keeps_the_names() -> None:
     assert not buffer_tree(tensors, persistent=False).state_dict()
 
 
-def test_frozen_weights_come_back_bit_for_bit_whatever_was_written_over_them() -> None:
+def test_frozen_weights_are_restored_bit_for_bit_whatever_overwrote_them() -> None:
     layer = nn.Linear(4, 1)
     kept = torch.tensor([[-0.0, float('nan'), 1e-42, 3.0]])  # 1e-42 is no normal float
     layer.weight.data.copy_(kept)
@@ -107,7 +107,7 @@ def test_frozen_weights_come_back_bit_for_bit_whatever_was_written_over_them() -
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
-def test_frozen_weights_of_any_dtype_come_back(dtype: torch.dtype) -> None:
+def test_frozen_weights_of_any_dtype_are_restored(dtype: torch.dtype) -> None:
     layer = nn.Linear(3, 1).to(dtype)
     kept = layer.weight.detach().clone()
     frozen = FrozenWeights(layer, {'weight': torch.tensor([[True, False, True]])}, others_train=True)

@@ -100,7 +100,7 @@ def test_networks_that_draw_random_numbers_resume_exactly(forward_opt: dict[str,
     assert 'continues after 3 of its 20 batches' in max(experiment.glob('*.log'), key=os.path.getmtime).read_text()
 
 
-def test_an_inexact_resume_begins_the_epoch_anew(forward_opt: dict[str, Any], run: Run) -> None:
+def test_an_inexact_resume_starts_the_epoch_over(forward_opt: dict[str, Any], run: Run) -> None:
     forward_opt['train']['exact_resume'] = False
     experiment = run(forward_opt)
     uninterrupted = contents(experiment / 'models')
@@ -112,7 +112,7 @@ def test_an_inexact_resume_begins_the_epoch_anew(forward_opt: dict[str, Any], ru
     assert resumed != uninterrupted
 
 
-def test_changed_data_begin_the_epoch_anew(forward_opt: dict[str, Any], run: Run) -> None:
+def test_changed_data_start_the_epoch_over(forward_opt: dict[str, Any], run: Run) -> None:
     experiment = run(forward_opt)
     forget_after(experiment, 8)
     forward_opt['datasets']['train']['batch_size_per_gpu'] = 8  # 5 batches in an epoch, of which 8 are gone
@@ -137,7 +137,7 @@ def test_a_save_of_an_earlier_run_is_not_paired_with_a_new_one(
     assert sorted(path.name for path in experiment.glob('training_states/*')) == ['12.state', '4.state']
 
 
-def test_options_that_have_changed_are_said(forward_opt: dict[str, Any], run: Run) -> None:
+def test_options_that_have_changed_are_reported(forward_opt: dict[str, Any], run: Run) -> None:
     """They hold from now on, for the levels to come."""
     experiment = run(forward_opt)
     forget_after(experiment, 8)

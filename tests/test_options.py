@@ -415,7 +415,7 @@ def test_options_that_the_model_class_reads_are_not_named(forward_opt: dict[str,
 
 
 @pytest.mark.usefixtures('no_training')
-def test_a_backbone_with_little_to_prune_is_said(forward_opt: dict[str, Any], run: Run) -> None:
+def test_a_backbone_with_little_to_prune_is_reported(forward_opt: dict[str, Any], run: Run) -> None:
     ecbsr = {'type': 'ECBSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_block': 2, 'num_channel': 8, 'with_idt': False}
     ecbsr.update(act_type='prelu', scale=2)
     forward_opt['network_g']['backbone'] = ecbsr

@@ -48,7 +48,7 @@ def test_bf16_by_hand() -> None:
 
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
-def test_channels_last_changes_the_layout_inside_alone(precision: str) -> None:
+def test_channels_last_only_changes_the_layout_inside(precision: str) -> None:
     network, x = build_network(TOY_EDSR), torch.rand(2, 3, 8, 8)
     inside: list[Tensor] = []
     for block in network.body:
@@ -78,7 +78,7 @@ def test_outputs_of_every_kind_are_float32() -> None:
     assert nothing is None and output['index'].dtype == torch.int64
 
 
-def test_a_network_that_cannot_take_channels_last_is_named() -> None:
+def test_a_network_that_does_not_support_channels_last_is_named() -> None:
     flattening = VGGStyleDiscriminator(3, 2, input_size=128)
     with computing([flattening], CPU, 'fp32', channels_last=True):
         with pytest.raises(OptionError, match=r'train\.channels_last: found True; .* code of VGGStyleDiscriminator'):
@@ -156,7 +156,7 @@ def test_bf16_resumes_exactly(fast_opts: tuple[dict[str, Any], dict[str, Any]], 
         shutil.copytree(experiment / 'models', 'kept', dirs_exist_ok=True)
 
 
-def test_bf16_trains_another_network_than_fp32(forward_opt: dict[str, Any], run: Run) -> None:
+def test_bf16_trains_a_different_network_than_fp32(forward_opt: dict[str, Any], run: Run) -> None:
     """That is, the option does something; and, the toy being trained alike, not much."""
     forward_opt['train'].update(level_iter=4, total_iter=12)
     weights = {}
@@ -195,9 +195,7 @@ def test_a_gan_in_bf16(forward_opt: dict[str, Any], run: Run, monkeypatch: pytes
     assert all(tensor.dtype == torch.float32 for tensor in load(models / 'net_d_latest.pth')['params'].values())
 
 
-def test_validation_in_bf16_where_it_is_asked_for(
-    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_validation_in_bf16_on_request(forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     dtypes = set()
     forward = EDSR.forward
 
@@ -213,7 +211,7 @@ def test_validation_in_bf16_where_it_is_asked_for(
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
 
 
-def test_a_processor_without_bf16_is_said(
+def test_a_processor_without_bf16_is_reported(
     forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = 'train.precision: bf16: this processor has no bf16 arithmetic, so training will be slower than in fp32.'

@@ -204,7 +204,7 @@ def test_asking_again(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         prepare_data.main([*command, '2'])
 
 
-def test_a_folder_of_the_users_own_is_left_alone(source: Path, tmp_path: Path) -> None:
+def test_the_users_own_folder_is_left_alone(source: Path, tmp_path: Path) -> None:
     write(source, 'a.png', 32, 32)
     (tmp_path / 'out').mkdir()
     with pytest.raises(DataError, match='was not made by this script'):

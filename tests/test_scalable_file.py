@@ -155,7 +155,7 @@ def test_planes_keep_every_bit(name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize('shape', [(8, 4, 3, 3), (5, 70), (6,), (3, 0), (2, 9, 1, 1)])
-def test_int8_at_every_level_is_a_step_from_the_weights_and_its_sums_half_a_step(shape: tuple[int, ...]) -> None:
+def test_int8_weights_are_within_a_step_and_sums_within_half_a_step_at_every_level(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator)
     levels = torch.randint(3, shape, generator=generator, dtype=torch.uint8)
@@ -172,7 +172,7 @@ def test_int8_at_every_level_is_a_step_from_the_weights_and_its_sums_half_a_step
             assert (kept.sum((2, 3)).abs() <= 1.5 + 1e-4).all()
 
 
-def test_int8_of_smaller_levels_does_not_hang_on_larger_ones() -> None:
+def test_int8_of_smaller_levels_does_not_depend_on_larger_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 4, 3, 3, generator=generator)
     weight[:, 0, 0, 0] = 5  # the largest of each channel, which gives the scale, in the smallest level
@@ -188,7 +188,7 @@ def test_int8_of_smaller_levels_does_not_hang_on_larger_ones() -> None:
 
 @pytest.mark.parametrize('name', BACKBONES)
 @pytest.mark.parametrize('empty', [(), (1,), (0, 2)])
-def test_every_level_comes_back_bit_for_bit(name: str, empty: tuple[int, ...]) -> None:
+def test_every_level_round_trips_bit_for_bit(name: str, empty: tuple[int, ...]) -> None:
     packed = network(BACKBONES[name], levels=4, empty=empty)
     model = ScalableModel(io.BytesIO(pack(packed, 2)), level=3)
     for level in (3, 2, 1, 0):
@@ -255,7 +255,7 @@ def test_int8_has_the_same_integers_at_every_level() -> None:
         pack(packed, 2, dtype='I8')
 
 
-def test_the_shipped_model_keeps_its_bars() -> None:
+def test_the_shipped_model_meets_its_limits() -> None:
     folder = Path(__file__).parents[1] / 'models'
     path = folder / 'EDSR_8x32_x2_291.mssr'
     with ScalableModel(path) as model:
@@ -363,7 +363,7 @@ def test_every_prefix_is_a_model_of_its_levels() -> None:
         ScalableModel(io.BytesIO(file[: first - 1]))
 
 
-def test_expand_reads_its_section_alone_and_leaves_the_rest_in_place() -> None:
+def test_expand_reads_only_its_section_and_leaves_the_rest_in_place() -> None:
     packed = network()
     model = ScalableModel(io.BytesIO(pack(packed, 2)), level=2, engine='torch')
     weights = dict(model.network.named_parameters())
@@ -379,7 +379,7 @@ def test_expand_reads_its_section_alone_and_leaves_the_rest_in_place() -> None:
         assert torch.equal(weights[name][level_map == 2], before[name][level_map == 2])
 
 
-def test_a_download_that_goes_on_can_be_expanded(tmp_path: Path) -> None:
+def test_a_download_in_progress_can_be_expanded(tmp_path: Path) -> None:
     packed = network()
     data, path = pack(packed, 2), tmp_path / 'model.mssr'
     end = ScalableFile(io.BytesIO(data)).header.sections[0].end
@@ -432,7 +432,7 @@ def test_budgets_choose_the_largest_level_that_fits() -> None:
         ScalableModel(io.BytesIO(data), max_bytes=header.section(2).end - 1)
 
 
-def test_other_layouts_and_types_of_the_network_grow_too() -> None:
+def test_networks_in_other_layouts_and_dtypes_grow_too() -> None:
     packed = network()
     model = ScalableModel(io.BytesIO(pack(packed, 2)), level=2)
     model.network.to(memory_format=torch.channels_last)
@@ -442,7 +442,7 @@ def test_other_layouts_and_types_of_the_network_grow_too() -> None:
         assert torch.equal(model.network.state_dict()[name], weight.double())
 
 
-def test_an_own_network_needs_no_basicsr(tmp_path: Path) -> None:
+def test_a_given_network_needs_no_basicsr(tmp_path: Path) -> None:
     (tmp_path / 'model.mssr').write_bytes(pack(network({'type': 'SRVGGNetCompact', 'num_feat': 4, 'num_conv': 1}), 4))
     code = """
 import sys

@@ -57,7 +57,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 @needs_kernel
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_convolutions_are_torchs(data: st.DataObject) -> None:
+def test_convolutions_match_torch(data: st.DataObject) -> None:
     draw, sizes = data.draw, st.integers(1, 40)
     inputs, outputs, k = draw(sizes), draw(sizes), draw(st.sampled_from([1, 3]))
     torch.manual_seed(draw(st.integers(0, 99)))
@@ -219,7 +219,7 @@ def test_every_level_of_every_backbone(name: str) -> None:
 
 
 @needs_kernel
-def test_images_of_8_bits_differ_in_less_than_one_pixel_of_ten_thousand() -> None:
+def test_8_bit_images_differ_in_less_than_one_pixel_in_ten_thousand() -> None:
     coarse = np.random.default_rng(0).integers(0, 256, (25, 33, 3), dtype=np.uint8)
     image = cv2.resize(coarse, (131, 99), interpolation=cv2.INTER_CUBIC)
     models = [ScalableModel(SHIPPED, 4, engine=engine) for engine in ('auto', 'torch')]
@@ -246,7 +246,7 @@ def toy_model() -> ScalableModel:
 
 
 @needs_kernel
-def test_what_the_runtime_does_not_take_is_torchs() -> None:
+def test_torch_computes_what_the_runtime_does_not_support() -> None:
     model = toy_model()
     reference = ScalableModel(io.BytesIO(pack(network(), 2)), 2, engine='torch').network
     x = torch.rand(1, 3, 9, 10)
@@ -268,7 +268,7 @@ def test_what_the_runtime_does_not_take_is_torchs() -> None:
 
 
 @needs_kernel
-def test_training_makes_it_dense_and_levels_go_on() -> None:
+def test_training_makes_it_dense_and_levels_still_work() -> None:
     model = toy_model()
     before = model.network.state_dict()
     model.network.train()
@@ -280,7 +280,7 @@ def test_training_makes_it_dense_and_levels_go_on() -> None:
 
 
 @needs_kernel
-def test_changed_weights_are_seen() -> None:
+def test_changed_weights_are_noticed() -> None:
     model, x = toy_model(), torch.rand(1, 3, 8, 8)
     with torch.no_grad():
         before = model.network(x)

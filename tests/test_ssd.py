@@ -136,7 +136,7 @@ def test_the_loss_by_hand() -> None:
     assert values == pytest.approx({'gt': 2 * 0.4, 'teacher': 2 * 0.3, 'both': 2 * 0.35})
 
 
-def test_the_teachers_image_is_not_made_where_it_is_not_needed() -> None:
+def test_the_teachers_image_is_only_computed_if_needed() -> None:
     def teacher() -> Tensor:
         raise AssertionError
 
@@ -152,7 +152,7 @@ def test_a_share_of_the_batch_is_distilled() -> None:
     assert ssd_loss().sample_images(6, 'any') == slice(0, 6)
 
 
-def test_what_is_distilled_of_a_share_by_hand() -> None:
+def test_what_a_batch_share_distils_by_hand() -> None:
     """The loss of a batch of four with a share of a half is that of the two images by themselves, gradients too."""
     teacher = build_network(TOY_EDSR).eval().requires_grad_(False)
     student = build_network(TOY_EDSR)
@@ -168,7 +168,7 @@ def test_what_is_distilled_of_a_share_by_hand() -> None:
     assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-7) for one, other in zip(*losses.values()))
 
 
-def test_depths_come_from_the_seed_alone() -> None:
+def test_depths_depend_only_on_the_seed() -> None:
     taps = [f'body.{i}' for i in range(8)]
     loss = ssd_loss(num_depths=2)
     drawn = [loss.sample_taps(taps, f'seed, iteration {i}') for i in range(200)]

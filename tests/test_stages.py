@@ -202,7 +202,7 @@ def test_users_criteria_are_used(forward_opt: dict[str, Any], run: Run, monkeypa
     assert all((levels.flatten().int().diff() <= 0).all() for levels in level_map.values())
 
 
-def test_a_layer_that_is_pruned_away_is_said(
+def test_a_layer_that_is_pruned_away_is_reported(
     forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def last_goes_first(weights: dict[str, Tensor], masks: Any, generator: Any) -> dict[str, Tensor]:
@@ -334,7 +334,7 @@ def test_what_recovered_weights_start_from(
             assert torch.equal(start['weights'][name][delta], expected[delta])
 
 
-def test_a_level_may_learn_the_images_of_its_own_ticket(
+def test_a_level_may_learn_from_its_own_tickets_images(
     forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = run(forward_opt) / 'models'
@@ -362,7 +362,7 @@ def test_a_level_may_learn_the_images_of_its_own_ticket(
     assert equal(load_network(models / 'net_g_latest.pth').export(2), tickets[2])
 
 
-def test_users_schedules_may_jump_over_levels(
+def test_users_schedules_may_skip_levels(
     forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class AtOnce:

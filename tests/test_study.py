@@ -69,7 +69,7 @@ def test_a_run_is_accepted(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert total_iter == options['train']['total_iter']
 
 
-def test_a_run_done_again_keeps_what_it_gave_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repeated_run_keeps_earlier_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, 'RESULTS', tmp_path / 'results.json')
     experiment = tmp_path / 'experiments' / 'main_forward'

@@ -34,7 +34,7 @@ def picture(*shape: int, dtype: str = 'uint8') -> Any:
     return np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
 
 
-def test_files_of_first_weights_are_not_needed_for_loading(tmp_path: Path) -> None:
+def test_initial_weight_files_are_not_needed_for_loading(tmp_path: Path) -> None:
     """BasicVSR takes SPyNet's weights from a file; a .mssr file has them."""
     spynet = {name: weight for name, weight in SpyNet().state_dict().items() if name not in ('mean', 'std')}
     torch.save({'params': spynet}, tmp_path / 'spynet.pth')
@@ -49,7 +49,7 @@ def test_files_of_first_weights_are_not_needed_for_loading(tmp_path: Path) -> No
     )
 
 
-def test_an_architecture_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_an_architecture_from_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """It is registered by the module that --import names, here one of the current folder."""
     (tmp_path / 'their_archs.py').write_text(
         'from basicsr.archs.edsr_arch import EDSR\nfrom basicsr.utils.registry import ARCH_REGISTRY\n'
@@ -75,7 +75,7 @@ def test_an_architecture_of_another_package(tmp_path: Path, monkeypatch: pytest.
 # ------------------------------ in Python ------------------------------ #
 
 
-def test_an_image_comes_out_as_basicsr_would_make_it() -> None:
+def test_an_image_is_upscaled_as_by_basicsr() -> None:
     model, image = model_of(), picture(21, 34, 3)  # BGR, as BasicSR reads it
     with torch.no_grad():
         expected = tensor2img(model.network(img2tensor(image.astype(np.float32) / 255)[None]))
@@ -94,7 +94,7 @@ def test_kinds_of_images(shape: tuple[int, ...], dtype: str) -> None:
     assert result.shape == (2 * shape[0], 2 * shape[1], *shape[2:])
 
 
-def test_what_is_opaque_stays_opaque_and_colours_do_not_see_alpha() -> None:
+def test_opaque_stays_opaque_and_colours_ignore_alpha() -> None:
     model, image = model_of(), picture(9, 13, 4)
     image[..., 3] = 255
     result = model.upscale(image)
@@ -113,7 +113,7 @@ def test_grey_images_through_a_network_for_grey() -> None:
 
 
 @pytest.mark.parametrize('image', [picture(4, 4, 5), picture(4, 4, 3).astype(np.int64), picture(0, 4, 3), picture(4)])
-def test_what_is_no_image_is_refused(image: Any) -> None:
+def test_what_is_not_an_image_is_refused(image: Any) -> None:
     with pytest.raises(ValueError, match=r'image: found .*; allowed: '):
         model_of().upscale(image)
 
@@ -127,7 +127,7 @@ def test_the_size_of_the_tiles_makes_no_difference(name: str) -> None:
         assert np.abs(model.upscale(image, tile=tile) - whole).max() <= 1e-6
 
 
-def test_tiles_overlap_by_just_what_the_network_sees() -> None:
+def test_tiles_overlap_by_exactly_the_receptive_field() -> None:
     # 3 x 3 convolutions, a pixel each: the first, 3 blocks of 2, the body's last, the upsampler's; and the last one,
     # which sees a pixel of the upscaled image farther, that is in the next one of the input.
     assert model_of('EDSR').upscaler.reach() == 10
@@ -140,7 +140,7 @@ def test_tiles_of_a_network_that_sees_the_whole_image_are_refused() -> None:
     assert model.upscale(picture(40, 40, 3)).shape == (80, 80, 3)
 
 
-def test_tiles_are_what_the_network_and_the_cache_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tile_size_follows_from_the_network_and_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     model, image = model_of('EDSR'), picture(300, 500, 3)  # 8 features x2, and sees 10 pixels beyond a tile
     whole = model.upscale(image, tile=0)
     counts = []
