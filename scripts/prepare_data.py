@@ -2,16 +2,16 @@
 
     python scripts/prepare_data.py --input DIV2K_train_HR --output data/DIV2K_x2 --scale 2 --sub-image 480 --step 240
 
-writes, by BasicSR's own LmdbMaker,
+writes, with BasicSR's own LmdbMaker,
 
     OUTPUT/gt.lmdb          dataroot_gt: the images, cropped at the right and bottom to a multiple of the scale
     OUTPUT/lq_x2.lmdb       dataroot_lq: BasicSR's imresize of them (MATLAB bicubic), rounded to 8 bits
     OUTPUT/prepared.json    what it was made with
 
-OUTPUT is whole or absent. Asking again for what is there does nothing; asking for something else there is refused.
-Images are read as `mssr upscale` reads them: upright, palettes and CMYK as RGB, of several frames the first. Grey ones
-get three equal channels, alpha is dropped. Images of more than 8 bits are refused. Only files directly in the input
-folder are read; those that do not end like an image are passed over.
+OUTPUT is complete or absent. Running it again with the same settings does nothing; with others it is refused. Images
+are read as `mssr upscale` reads them: upright, palettes and CMYK as RGB, only the first of several frames. Grey images
+are stored as grey (PairedImageDataset reads them as three equal channels), alpha is dropped. Images of more than 8 bits
+are refused. Only files directly in the input folder are read; those without an image's extension are skipped.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PNG_LEVEL = 1  # BasicSR's default: higher ones decode no faster
 
 
 class DataError(ValueError):
-    """The data or what was asked of it is wrong: the text names each thing that is."""
+    """The data or the arguments are wrong; the text names everything that is."""
 
 
 def prepare(
@@ -48,9 +48,9 @@ def prepare(
 ) -> bool:
     """Write the HR/LR LMDBs of the images in `input_dir`; return False if `output_dir` holds exactly these already.
 
-    With `sub_image`, what is stored are squares of that many HR pixels a side, every `step` (default: `sub_image`) and
-    once more flush with the right and bottom border, so nothing is left out. They are cut from the whole image and its
-    whole LR, so no LR pixel has seen a border that the image does not have.
+    With `sub_image`, squares with that many HR pixels per side are stored, every `step` pixels (default: `sub_image`)
+    and once more flush with the right and bottom border, so that nothing is left out. They are cut from the whole image
+    and its whole LR image, so no LR pixel is affected by a border that the image does not have.
 
     Raises DataError, naming every bad file, before anything is written.
     """

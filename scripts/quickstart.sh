@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One super-resolution network becomes five nested ones, on real photographs, through BasicSR's own training program:
-# environment, data, forward stage, backward stage, test, a table and a plot. What is done already is not done again.
+# environment, data, forward stage, backward stage, test, a table and a plot. Steps that are already done are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # For glibc, see KEEP_FREED_MEMORY in study.py.
@@ -26,7 +26,7 @@ END
 for stage in forward backward; do
     step "The $stage stage: options/mssr_$stage.yml"
     if [ -e "experiments/mssr_$stage/models/net_g_latest.pth" ]; then
-        echo "Done before; to do it again, remove experiments/mssr_$stage."
+        echo "Already done; to repeat it, remove experiments/mssr_$stage."
     else
         python -m mssr_basicsr.train -opt "options/mssr_$stage.yml" --auto_resume $force
     fi
@@ -34,7 +34,7 @@ done
 
 step "Test: options/mssr_test.yml"
 if [ results/mssr_test/levels.json -nt experiments/mssr_backward/models/net_g_latest.pth ]; then
-    echo "Done before; to do it again, remove results/mssr_test."
+    echo "Already done; to repeat it, remove results/mssr_test."
 else
     python -m mssr_basicsr.test -opt options/mssr_test.yml
 fi

@@ -1,11 +1,11 @@
-"""Make the quickstart's x2 data, without a download, from photographs that scikit-image (BasicSR needs it) ships.
+"""Make the quickstart's x2 data, without a download, from photographs that scikit-image (which BasicSR needs) ships.
 
     python scripts/quickstart_data.py
 
 writes OUTPUT/train (96-pixel squares, so that little is decoded for each training crop) and OUTPUT/val (whole
 photographs), each the gt.lmdb and lq_x2.lmdb of scripts/prepare_data.py. Running it again does nothing.
 
-Seven photographs are far too few to train a model worth keeping: this is for seeing the method at work.
+Seven photographs are far too few to train a model worth keeping: this is to see the method at work.
 """
 
 from __future__ import annotations

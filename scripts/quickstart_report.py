@@ -1,4 +1,4 @@
-"""The quickstart's result: each level's quality over its size, beside bicubic, as a table and a plot.
+"""The quickstart's result: each level's quality and size, compared with bicubic, as a table and a plot.
 
     python scripts/quickstart_report.py
 

@@ -1,10 +1,11 @@
-"""Shows a crop of a photograph at levels of a file, beside bicubic, with the bytes that each level reads.
+"""Show a crop of a photograph at levels of a file, beside bicubic, with the bytes that each level reads.
 
     python scripts/side_by_side.py MODEL.mssr [PHOTO.png] [--levels 4 0] [--crop X Y SIZE] [-o side_by_side.png]
-    python scripts/side_by_side.py MODEL.mssr [PHOTO.png] --downscale      # how much of the photograph comes back
+    python scripts/side_by_side.py MODEL.mssr [PHOTO.png] --downscale      # how much of the photograph is recovered
 
-By default the photograph is one that scikit-image ships. The crop is in its pixels. With --downscale it is first made
-smaller by bicubic; it stands beside the levels, all of them by default, with the PSNR on Y of each over all of it.
+By default the photograph is one that scikit-image ships. The crop is given in its pixels. With --downscale it is
+first downscaled by bicubic and then shown beside the levels (by default all), with the PSNR on Y of each over the whole
+photograph.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What BasicSR's logs of a training say of its time."""
+"""Timings from BasicSR's training logs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _STAMP = re.compile(r'^(\S+ \S+),\d+ INFO', re.MULTILINE)
 
 
 def read_logs(experiment: Path) -> list[str]:
-    """The logs in an experiment's folder, the oldest first; a training that was resumed has several."""
+    """The logs in an experiment's folder, oldest first; a resumed training has several."""
     return [log.read_text() for log in sorted(experiment.glob('train_*.log'))]
 
 
 def iteration_seconds(logs: list[str]) -> tuple[float, float]:
-    """Seconds of an iteration, and of these waiting for data: medians over the lines that tell them."""
+    """Seconds per iteration, and how many of them are spent waiting for data: medians over the log lines."""
     totals, data = zip(*(map(float, found) for log in logs for found in _TIMED.findall(log)))
     return median(totals), median(data)
 

@@ -1,4 +1,4 @@
-"""The MSSR architecture on every backbone that it is shown to work on."""
+"""The MSSR architecture on every supported backbone."""
 
 from __future__ import annotations
 

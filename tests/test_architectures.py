@@ -1,4 +1,4 @@
-"""What is known of an architecture, and how the rest is found out."""
+"""What is known about an architecture, and how the rest is detected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of images: what becomes which file, and that one bad image, or Ctrl-C, costs no other."""
+"""Folders of images: which output each image gets, and that neither a bad image nor Ctrl-C affects the others."""
 
 from __future__ import annotations
 

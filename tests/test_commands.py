@@ -1,4 +1,4 @@
-"""The command mssr: what it refuses to write over, and that every failure is one line that names the file."""
+"""The command mssr: what it refuses to overwrite, and that every failure is one line that names the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each defect of BasicSR that compat mends: seen without it, gone with it, and nothing else touched."""
+"""Each defect of BasicSR that compat fixes: present without it, gone with it, and nothing else affected."""
 
 from __future__ import annotations
 

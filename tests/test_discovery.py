@@ -1,4 +1,4 @@
-"""The start hook: what a start of Python pays for it, and that every way to BasicSR finds the plugin."""
+"""The import hook: its cost at every start of Python, and that every way to import BasicSR finds the plugin."""
 
 from __future__ import annotations
 

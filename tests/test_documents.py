@@ -1,4 +1,4 @@
-"""What docs/ says is what the code has."""
+"""The generated pages in docs/ match the code."""
 
 from __future__ import annotations
 

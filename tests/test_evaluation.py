@@ -1,4 +1,4 @@
-"""The published protocol: values by hand, against BasicSR's, and bicubic's published figures where the sets are."""
+"""The protocol of published results: values by hand, BasicSR's values and, if the sets are there, bicubic's."""
 
 from __future__ import annotations
 

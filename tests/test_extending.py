@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, as they stand there: each is registered and takes part in a training."""
+"""The examples of docs/extending.md, verbatim: each is registered and used in a training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The package's floors (one imports from its own or from below), and what works without BasicSR."""
+"""The package's floors (imports come from the same floor or below), and what works without BasicSR."""
 
 from __future__ import annotations
 

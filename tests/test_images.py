@@ -1,4 +1,4 @@
-"""Image files of every kind: what is read, upscaled and written, against values that Pillow and NumPy give alone."""
+"""Image files of every kind: what is read, upscaled and written, compared with Pillow and NumPy alone."""
 
 from __future__ import annotations
 

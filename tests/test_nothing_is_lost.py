@@ -1,4 +1,4 @@
-"""Interrupted, given a wrong file or a full disk: nothing that was done is lost, and one error says what is wrong."""
+"""Interruptions, wrong files and full disks: no work is lost, and one error says what is wrong."""
 
 from __future__ import annotations
 

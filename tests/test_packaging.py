@@ -1,4 +1,4 @@
-"""Both ways of installing bring the start hook along, and uninstalling takes it away."""
+"""Both ways of installing include the import hook, and uninstalling removes it."""
 
 from __future__ import annotations
 

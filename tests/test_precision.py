@@ -1,4 +1,4 @@
-"""Training in bf16 and with channels-last features: what computes so, and what stays float32 and contiguous."""
+"""Training in bf16 and with channels-last features: what uses them, and what stays float32 and contiguous."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/prepare_data.py and quickstart_data.py: what is stored, what is refused, and that it is whole or absent."""
+"""scripts/prepare_data.py and quickstart_data.py: what is stored and refused, and that it is complete or absent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped options: each is accepted as it is, and each backward stage goes on where its forward stage ends."""
+"""The shipped options: each is accepted as is, and each backward stage continues where its forward stage ends."""
 
 from __future__ import annotations
 

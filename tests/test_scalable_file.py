@@ -1,4 +1,4 @@
-"""The .mssr file: every level in one file, bit for bit, and every prefix of it a model."""
+"""The .mssr file: every level in one file, bit for bit, and every prefix is a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sparse runtime gives what torch gives, on whatever it is handed, and holds what it keeps."""
+"""The sparse runtime gives the same results as torch on any input, and stores only what a level keeps."""
 
 from __future__ import annotations
 

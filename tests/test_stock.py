@@ -1,4 +1,4 @@
-"""Stock BasicSR with the plugin installed: its own options do what they did, and its own scripts run the plugin."""
+"""Stock BasicSR with the plugin installed: its own options work as before, and its own scripts run the plugin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The study: its report is what its results give, and its runs are accepted before hours are spent on them."""
+"""The study: its report matches its results, and its runs are accepted before hours are spent on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorBoard comes up in the environment that this project is installed in, and shows what a run has logged."""
+"""TensorBoard starts in the environment that this project is installed in, and shows what a run has logged."""
 
 from __future__ import annotations
 

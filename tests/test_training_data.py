@@ -1,4 +1,4 @@
-"""Training data that is not as it should be: the error names it."""
+"""Bad training data: the error names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Upscaling images from a .mssr file, in Python and on the command line, and handing levels to other programs."""
+"""Upscaling images with a .mssr file, in Python and on the command line, and exporting levels to other programs."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Every level of a .mssr file, and bicubic, by the published protocol: PSNR on Y unrounded and rounded, and SSIM.
+"""Evaluate every level of a .mssr file, and bicubic, as in published results: PSNR (Y unrounded and rounded), SSIM.
 
     python scripts/study/evaluate.py models/EDSR_8x32_x2_291.mssr --images FOLDER [--run main_backward_teacher]
 
-FOLDER holds Set5, Set14 and BSD100; LR images are made from them by bicubic. With --run the figures become that run's
-in docs/results.json: what a training measures of its levels, of a file whose training is over.
+FOLDER holds Set5, Set14 and BSD100; LR images are made from them by bicubic. With --run the figures replace that run's
+in docs/results.json.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Measure what MSSR gives on Set5, Set14 and BSD100, x2, with an EDSR of a size that a processor can train.
+"""Measure MSSR on Set5, Set14 and BSD100, x2, with an EDSR small enough to train on a CPU.
 
     python scripts/study/study.py data --images FOLDER   # FOLDER holds T91, BSDS200, Set5, Set14 and BSD100
     python scripts/study/study.py run main               # or the name of any run or table; see: study.py list
     python scripts/study/study.py list
 
-Every run is one of BasicSR's trainings, with the options of options/train_MSSR_EDSR_8x32_x2_291_*.yml (of the table
-`edsr_m`, which is for a GPU, options/train_MSSR_EDSR_Mx2_291_*.yml) and the changes that stand below. A run that was
-stopped goes on where it was saved; one that is done is not done again. What a run gave is kept in docs/results.json,
-from which scripts/study/report.py makes docs/results.md.
+Every run is a BasicSR training with the options of options/train_MSSR_EDSR_8x32_x2_291_*.yml (for the table `edsr_m`,
+which needs a GPU: options/train_MSSR_EDSR_Mx2_291_*.yml) and the changes below. A run that was stopped continues from
+its last save; a finished one is not repeated. Results are kept in docs/results.json, from which
+scripts/study/report.py makes docs/results.md.
 """
 
 from __future__ import annotations
