@@ -139,7 +139,7 @@ def test_an_error_names_what_cannot_be_detected() -> None:
 
 def test_the_network_decides_its_scale() -> None:
     assert check_scale(Grey(), {'type': 'Grey'}, None) == 3
-    with pytest.raises(OptionError, match='scale: found 2; allowed: 3, by which the network upscales'):
+    with pytest.raises(OptionError, match='scale: found 2; allowed: 3, the factor by which the network upscales'):
         check_scale(Grey(), {'type': 'Grey'}, 2)
     assert check_scale(Clip(), {'type': 'Clip'}, 4) == 4  # of single images it takes none: it is taken at its word
 
@@ -149,5 +149,5 @@ def test_a_file_whose_scale_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(packing, 'check_scale', lambda *_: None)
     model = ScalableModel(io.BytesIO(pack(network(), 4)))
-    with pytest.raises(OptionError, match='scale: found 4; allowed: 2, by which the network upscales'):
+    with pytest.raises(OptionError, match='scale: found 4; allowed: 2, the factor by which the network upscales'):
         model.upscale(np.zeros((4, 4, 3), np.uint8))

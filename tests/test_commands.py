@@ -111,9 +111,9 @@ def test_help_says_what_is_overwritten(command: str, capsys: pytest.CaptureFixtu
 def test_the_network_decides_the_scale(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_options('four.yml', scale=4)
     said = error('pack net.pth --opt four.yml -o x.mssr', capsys)
-    assert said == 'scale: found 4; allowed: 2, by which the network upscales.'
+    assert said == 'scale: found 4; allowed: 2, the factor by which the network upscales.'
     assert not Path('x.mssr').exists()
-    with pytest.raises(ValueError, match='scale: found 4; allowed: 2, by which the network upscales'):
+    with pytest.raises(ValueError, match='scale: found 4; allowed: 2, the factor by which the network upscales'):
         pack(network(), 4)
     write_options('none.yml', scale=None)
     assert load_checkpoint(Path('net.pth'), Path('none.yml'))[1] == 2

@@ -80,5 +80,5 @@ def test_a_yaml_that_holds_no_options_is_named(text: str, message: str, tmp_path
 
 def test_the_network_decides_the_scale_before_training(forward_opt: dict[str, Any], run: Run) -> None:
     forward_opt['network_g']['backbone']['upscale'] = 4
-    with pytest.raises(OptionError, match=r'scale: found 2; allowed: 4, by which the network upscales'):
+    with pytest.raises(OptionError, match=r'scale: found 2; allowed: 4, the factor by which the network upscales'):
         run(forward_opt)
