@@ -153,7 +153,7 @@ FAULTS = {
     'pack net.pth --opt half.yml': "scale: found 'two'; allowed: a whole number of at least 1",
     'pack none.pth --opt net.yml': 'none.pth: there is no such file',
     'pack text.png --opt net.yml': 'text.png: it is not a checkpoint',
-    'pack net.pth --opt net.yml --lq x': "--lq: found 'x'; allowed: with --gt",
+    'pack net.pth --opt net.yml --lq x': "--lq: found 'x'; allowed: only with --gt",
     'pack net.pth --opt net.yml --gt x': 'x: ',
     'pack records/net.pth --opt net.yml': 'records/levels.json: ',
 }

@@ -82,7 +82,7 @@ def test_a_grey_file_is_its_y(tmp_path: Path) -> None:
     [
         ((20, 20), (20, 21), 'found 21x20 pixels; allowed: 20x20'),
         ((20, 20), (20, 20, 3), 'found a colour image; allowed: a grey one'),
-        ((14, 20), (14, 20), 'found 20x14 pixels; allowed: at least 15 a side'),
+        ((14, 20), (14, 20), 'found 20x14 pixels; allowed: at least 15 per side'),
     ],
 )
 def test_what_cannot_be_compared(image: Any, truth: Any, text: str) -> None:

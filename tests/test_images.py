@@ -190,7 +190,7 @@ def test_every_kind_of_image_into_every_format(suffix: str, tmp_path: Path) -> N
         expected = twice(expected)
         deepest = {'.png': np.uint16, '.tif': np.float32}.get(suffix, np.uint8)
         if expected.dtype.itemsize > np.dtype(deepest).itemsize:
-            assert f'{expected.dtype} (now {np.dtype(deepest)})' in lost, name
+            assert f'{expected.dtype} (converted to {np.dtype(deepest)})' in lost, name
             tops = [{1: 255, 2: 65535, 4: 1}[np.dtype(d).itemsize] for d in (deepest, expected.dtype)]
             expected = np.round(expected.astype(np.float64) * (tops[0] / tops[1])).astype(deepest)
         else:
@@ -407,10 +407,10 @@ def test_the_colour_profile_is_kept_or_said_to_be_lost(tmp_path: Path) -> None:
 
 def test_depths(tmp_path: Path) -> None:
     grey = np.array([[0, 128, 129, 32639, 65407, 65535]], np.uint16)
-    assert write_image(tmp_path / 'a.bmp', grey) == ['uint16 (now uint8)']
+    assert write_image(tmp_path / 'a.bmp', grey) == ['uint16 (converted to uint8)']
     assert read_image(tmp_path / 'a.bmp').pixels.tolist() == [[0, 0, 1, 127, 255, 255]]  # a step is 257
     halves = np.array([[0, 0.5, 1, 1.25]], np.float32)
-    assert write_image(tmp_path / 'a.png', halves) == ['float32 (now uint16)']
+    assert write_image(tmp_path / 'a.png', halves) == ['float32 (converted to uint16)']
     assert read_image(tmp_path / 'a.png').pixels.tolist() == [[0, 32768, 65535, 65535]]
 
 
@@ -476,7 +476,7 @@ def test_figures_that_would_be_wrong_are_refused() -> None:
             metrics(image, truth, 2)
     with pytest.raises(ValueError, match='found a colour image; allowed: a grey one'):
         metrics(image[..., 0], image, 2)
-    with pytest.raises(ValueError, match='found 14x14 pixels; allowed: at least 15 a side'):
+    with pytest.raises(ValueError, match='found 14x14 pixels; allowed: at least 15 per side'):
         metrics(image[:14, :14], image[:14, :14], 2)
 
 
@@ -506,9 +506,9 @@ def test_the_command_says_in_one_line_what_is_not_kept(tmp_path: Path, capsys: p
     for name, suffix, shape, value, line in (
         ('grey.png', '.png', (40, 48), 90, ''),
         ('sideways.jpg', '.png', (48, 40, 3), 90, ''),
-        ('deep.png', '.jpg', (40, 48, 3), 127, 'uint16 (now uint8)'),
-        ('alpha.png', '.jpg', (40, 48, 3), 127, 'alpha; uint16 (now uint8)'),
-        ('float.tif', '.png', (40, 48), 32768, 'float32 (now uint16)'),
+        ('deep.png', '.jpg', (40, 48, 3), 127, 'uint16 (converted to uint8)'),
+        ('alpha.png', '.jpg', (40, 48, 3), 127, 'alpha; uint16 (converted to uint8)'),
+        ('float.tif', '.png', (40, 48), 32768, 'float32 (converted to uint16)'),
         ('float.tif', '.tif', (40, 48), 0.5, ''),
     ):
         target = tmp_path / f'out{suffix}'
@@ -524,5 +524,5 @@ def test_the_command_says_in_one_line_what_is_not_kept(tmp_path: Path, capsys: p
     png16(tmp_path / 'gt' / 'deep.png', np.full((40, 48, 4), 127 * 257, np.uint16))
     assert main([*command, '--gt', str(tmp_path / 'gt')]) == 0
     (record,) = json.loads(capsys.readouterr().out)['images']
-    assert record['lost'] == ['uint16 (now uint8)']
+    assert record['lost'] == ['uint16 (converted to uint8)']
     assert record['psnr'] > 40

@@ -547,6 +547,6 @@ def test_the_backward_stage_writes_the_file(
             main([*packing, '--metadata', wrong])
         assert f'found {wrong!r}; allowed: key=text' in capsys.readouterr().err
     forward = 'experiments/forward/models/net_g_latest.pth'
-    assert 'of the forward stage' in call(*mssr, 'pack', forward, '--opt', yml, expect=1)
+    assert 'from the forward stage' in call(*mssr, 'pack', forward, '--opt', yml, expect=1)
     plain = models / 'net_g_level1.pth'
     assert 'not of an MSSR network' in call(*mssr, 'pack', plain, '--opt', yml, expect=1)

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of the levels, beside what BasicSR writes for it."""
+"""What TensorBoard shows of the levels, in addition to what BasicSR writes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ BLUE = (90, 160, 230)  # on which black is legible
 class LevelBoard:
     """What one run shows of its levels in TensorBoard.
 
-    BasicSR passes its writer to validations only, on rank 0 and with ``logger.use_tb_logger``, so that all of this is
-    written in one. What is written once, a resumed run writes once more.
+    BasicSR passes its writer only to validations, on rank 0 and with ``logger.use_tb_logger``, so everything is written
+    there. What a run writes only once, it writes again after it is resumed.
     """
 
     def __init__(self, opt: Mapping[str, Any]) -> None:
@@ -35,10 +35,9 @@ class LevelBoard:
         self._options_shown = False
 
     def show_metrics(self, writer: Any, name: str, records: Sequence[LevelRecord]) -> None:
-        """The metrics of the set ``name`` over the level, and a chart for each under TensorBoard's custom scalars.
+        """The metrics of the set ``name`` over the level, and one chart per metric under TensorBoard's custom scalars.
 
-        A chart has a line for each level. Its tags are those of :class:`LevelTags`; video classes leave the set's name
-        out.
+        A chart has one line per level. Its tags are those of :class:`LevelTags`; video classes omit the set's name.
         """
         charts = {}
         for record in records:
@@ -53,9 +52,9 @@ class LevelBoard:
     def show_pictures(
         self, writer: Any, name: str, pictures: Mapping[int, dict[str, Image.Image]], current_iter: int | str
     ) -> None:
-        """One image of the levels' ``pictures`` side by side, the ground truth last, under ``validation/<set>``.
+        """One image with the levels' ``pictures`` side by side, the ground truth last, under ``validation/<set>``.
 
-        A level that was not validated this time is shown as it was last. Of a photograph, five levels and the ground
+        A level that was not validated this time keeps its last picture. For a photograph, five levels and the ground
         truth add about 0.4 MB to the event file.
         """
         known = self._pictures.setdefault(name, {})
@@ -68,9 +67,9 @@ class LevelBoard:
             writer.add_image(f'validation/{name}', side_by_side(panels), current_iter, dataformats='HWC')
 
     def show_densities(self, writer: Any, records: Sequence[LevelRecord]) -> None:
-        """The kept share of each layer's prunable weights in levels 0, 1, ..., once for each number of levels.
+        """The share of each layer's prunable weights that levels 0, 1, ... keep, written whenever there is a new level.
 
-        As one image (:func:`density_table`), and as a scalar for each layer, over the level in place of iterations.
+        It is one image (:func:`density_table`), and one scalar per layer, over the level instead of iterations.
         """
         new = records[self._num_levels :]
         if new:
@@ -82,9 +81,9 @@ class LevelBoard:
             writer.add_image('layer_density/percent', table, new[-1]['level'], dataformats='HWC')
 
     def show_options(self, writer: LevelTags, decisive: Mapping[str, Any], smallest_level: int) -> None:
-        """A row of TensorBoard's HParams, once: the options that runs differ in beside their levels' last metrics.
+        """A row in TensorBoard's HParams, once: the options in which runs differ, and their levels' last metrics.
 
-        TensorBoard takes the columns for all runs from one of them, so that each run names the options of both stages.
+        TensorBoard takes the columns for all runs from one of them, so each run names the options of both stages.
         """
         if self._options_shown:
             return
@@ -132,9 +131,9 @@ class LevelTags:
 
 
 def pictures_of(visuals: Mapping[str, Tensor]) -> dict[str, Image.Image]:
-    """What a model class's ``get_current_visuals`` has of ``result`` and ``gt``, where that is one image.
+    """The ``result`` and ``gt`` of a model class's ``get_current_visuals``, where each is one image.
 
-    Of each, the middle, of :data:`PANEL` x :data:`PANEL` pixels at most, so that event files stay small.
+    They are cropped to at most :data:`PANEL` x :data:`PANEL` pixels at the centre, so that event files stay small.
     """
     found = {key: visuals[key] for key in ('result', 'gt') if key in visuals}
     return {
@@ -164,9 +163,9 @@ def side_by_side(panels: Mapping[str, Image.Image]) -> Any:
 
 
 def density_table(densities: Sequence[Mapping[str, float]]) -> Any:
-    """A row for each layer, a column for each level, densities in percent: an RGB array, uint8.
+    """One row per layer, one column per level, densities in percent: an RGB array, uint8.
 
-    A cell's blue grows with the root of the density, so that the smallest levels' layers differ visibly.
+    A cell's blue grows with the square root of the density, so that layers of the smallest levels differ visibly.
     """
     layers = list(densities[0])
     left = 6 * max(map(len, layers)) + 6

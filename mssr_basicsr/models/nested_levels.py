@@ -137,7 +137,7 @@ class NestedLevels(Base):
         super()._update_best_metric_result(dataset_name, metric, val, current_iter)
 
     def get_current_visuals(self) -> dict[str, Tensor]:
-        """As in BasicSR; of each level's first image in a validation, TensorBoard gets pictures."""
+        """As in BasicSR; keeps pictures of each level's first image in a validation for TensorBoard."""
         visuals: dict[str, Tensor] = super().get_current_visuals()
         if self.network.level not in self._pictures:
             self._pictures[self.network.level] = pictures_of(visuals)
