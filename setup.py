@@ -130,9 +130,11 @@ setup(
         'zstandard',
     ],
     extras_require={
+        'completion': ['argcomplete'],
         'onnx': ['onnx', 'onnxscript', 'torch>=2.6'],
         'plot': ['matplotlib'],
         'test': [
+            'argcomplete',
             'hypothesis',
             'matplotlib',
             'mypy',

@@ -1,4 +1,4 @@
-"""The command mssr: what it refuses to overwrite, and that every failure is one line that names the file."""
+"""The command mssr: what it refuses to overwrite, one line for every failure, and what Tab completes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from conftest import TOY_EDSR, call
 from test_scalable_file import network
 
 from mssr_basicsr import evaluate, extract, load_checkpoint, pack, plot, to_onnx, verify
-from mssr_basicsr.commands.main import main
+from mssr_basicsr.commands.completion import complete
+from mssr_basicsr.commands.main import build_parser, main
 
 METRICS = {'0': {'toy': {'psnr': 31.25}}, '2': {'toy': {'psnr': 30.5}}}
 
@@ -225,6 +226,38 @@ def test_an_interruption_says_what_was_done(
 def test_a_closed_pipe(here: Path) -> None:
     said = call('bash', '-c', f'"{sys.executable}" -m mssr_basicsr info m.mssr | true', cwd=here)
     assert said == ''
+
+
+# ------------------------------ in the shell ------------------------------ #
+
+
+@pytest.mark.parametrize(
+    ('line', 'offered'),
+    [
+        ('mssr ex', ['extract', 'export']),
+        ('mssr info ', ['m.mssr', 'gt/']),
+        ('mssr upscale m.mssr ', ['m.mssr', 'a.png', 'net.pth', 'net.yml', 'gt/']),
+        ('mssr upscale m.mssr a.png --l', ['--level ']),
+        ('mssr upscale --engine ', ['auto', 'torch']),
+        ('mssr upscale --level ', ['']),
+        ('mssr upscale --gt ', ['gt/']),
+        ('mssr pack net.pth --opt ', ['net.yml', 'gt/']),
+    ],
+)
+def test_completion(line: str, offered: list[str], here: Path) -> None:
+    pytest.importorskip('argcomplete')
+    Path('gt').mkdir()
+    # Tab must answer at once: nothing heavy can be imported here.
+    heavy = dict.fromkeys(['torch', 'basicsr', 'cv2', 'numpy', 'PIL', 'yaml'])
+    code = f'import sys; sys.modules.update({heavy}); from mssr_basicsr.commands.main import main; main()'
+    shell = {'_ARGCOMPLETE': '1', 'COMP_LINE': line, 'COMP_POINT': str(len(line))}
+    said = call('bash', '-c', 'exec "$0" "$@" 8>&1 9>&2', sys.executable, '-c', code, cwd=here, **shell)
+    assert sorted(said.split('\v')) == sorted(offered)
+
+
+def test_without_argcomplete_nothing_is_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, 'argcomplete', None)
+    complete(build_parser())
 
 
 # ------------------------------ in Python ------------------------------ #

@@ -1,5 +1,7 @@
 """Make, inspect, convert and use .mssr files, each of which holds every level of one scalable SR model."""
 
+# PYTHON_ARGCOMPLETE_OK
+
 from __future__ import annotations
 
 import argparse
@@ -12,10 +14,12 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from mssr_basicsr import __version__
+from mssr_basicsr.commands.completion import complete
 from mssr_basicsr.commands.errors import one_line
 
 COMMANDS = ('info', 'verify', 'upscale', 'benchmark', 'extract', 'export', 'plot', 'pack')
 BUILDING = ('upscale', 'benchmark', 'extract', 'export', 'plot', 'pack')  #: those that build a backbone
+COMPLETION = 'Completion with Tab: pip install argcomplete; eval "$(register-python-argcomplete mssr)"'
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     A command's module has ``HELP``, ``EXAMPLES``, ``add_arguments(parser)`` and ``run(arguments)``, which returns the
     exit status.
     """
-    parser = argparse.ArgumentParser(prog='mssr', description=__doc__)
+    parser = argparse.ArgumentParser(prog='mssr', description=__doc__, epilog=COMPLETION)
     parser.add_argument('--version', action='version', version=f'mssr-basicsr {__version__}')
     commands = parser.add_subparsers(metavar='COMMAND', required=True)
     for name in COMMANDS:
@@ -79,7 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')  # the name of a file may be no text, and is no reason to fail
     try:
-        arguments = build_parser().parse_args(words)
+        parser = build_parser()
+        if '_ARGCOMPLETE' in os.environ:  # the shell asks what may come next
+            complete(parser)
+        arguments = parser.parse_args(words)
         import_modules(getattr(arguments, 'imports', []))
         status = int(arguments.run(arguments))
         sys.stdout.flush()
