@@ -1,10 +1,11 @@
-"""Both ways of installing include the import hook, and uninstalling removes it."""
+"""Both ways of installing include the import hook, uninstalling removes it; an sdist includes what its tests read."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
+import tarfile
 import venv
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from conftest import call
 
 ROOT = Path(__file__).resolve().parent.parent
 PTH = 'mssr_basicsr.pth'
+READ_BY_TESTS = ('docs', 'models', 'options', 'scripts', 'tests')
 HOOKED = 'import sys; print("BasicSRHook" in str(sys.meta_path))'
 BUILD = 'import sys; from setuptools.build_meta import __legacy__; getattr(__legacy__, sys.argv[1])(sys.argv[2])'
 
@@ -30,13 +32,20 @@ def _installed_only() -> Iterator[None]:
         yield
 
 
+def copy_of_sources(target: Path) -> Path:
+    """So that no build leavings come into the working tree."""
+    target.mkdir(exist_ok=True)
+    for path in ROOT.iterdir():
+        if path.name in ('mssr_basicsr', *READ_BY_TESTS):
+            shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns('__pycache__', '*.so'))
+        elif path.is_file():
+            shutil.copy(path, target)
+    return target
+
+
 @pytest.fixture(scope='module', params=['build_wheel', 'build_editable'])
 def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # From a copy, so that no build leavings come into the working tree.
-    source = tmp_path_factory.mktemp('source')
-    for name in ('setup.py', 'pyproject.toml', 'README.md', PTH):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / 'mssr_basicsr', source / 'mssr_basicsr', ignore=shutil.ignore_patterns('__pycache__'))
+    source = copy_of_sources(tmp_path_factory.mktemp('source'))
     target = tmp_path_factory.mktemp('wheel')
     call(sys.executable, '-c', BUILD, request.param, target, cwd=source)
     (built,) = target.glob('*.whl')
@@ -64,6 +73,14 @@ def test_install_arms_the_hook_and_uninstall_leaves_nothing(wheel: Path, tmp_pat
     call(*pip, 'uninstall', '--yes', 'mssr-basicsr')
     assert call(python, '-c', HOOKED) == 'False\n'
     assert not list(tmp_path.rglob('*mssr*'))
+
+
+def test_a_source_distribution_has_what_its_tests_read(tmp_path: Path) -> None:
+    source = copy_of_sources(tmp_path / 'source')
+    call(sys.executable, '-c', BUILD, 'build_sdist', tmp_path, cwd=source)
+    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as archive:
+        found = {source / name.partition('/')[2] for name in archive.getnames()}
+    assert {path for name in READ_BY_TESTS for path in (source / name).rglob('*') if path.is_file()} <= found
 
 
 def test_pth_is_one_line_that_python_executes() -> None:
