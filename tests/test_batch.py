@@ -175,6 +175,7 @@ def test_long_names(here: Path, file: Path) -> None:
     assert sorted(path.name for path in Path('out').iterdir()) == [name]
 
 
+@pytest.mark.slow
 def test_ctrl_c(here: Path, file: Path) -> None:
     for i in range(300):
         picture(f'in/{i:03}.png', i)
@@ -200,6 +201,7 @@ def test_ctrl_c(here: Path, file: Path) -> None:
     assert all(cv2.imread(str(path)) is not None for path in Path('out').iterdir())
 
 
+@pytest.mark.slow
 def test_standard_input_and_output(here: Path, file: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     cv2.imwrite('a.png', image)

@@ -202,6 +202,7 @@ def test_an_unexpected_error_is_one_line_too(
     assert 'Traceback' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_file_names_that_are_not_text(here: Path) -> None:
     name = os.fsdecode(b'caf\xe9.pth')
     said = call(sys.executable, '-m', 'mssr_basicsr', 'extract', 'm.mssr', '--level', '2', '-o', name, cwd=here)
@@ -223,6 +224,7 @@ def test_an_interruption_says_what_was_done(
     assert sorted(path.name for path in here.iterdir()) == ['a.png', 'm.mssr', 'net.pth', 'net.yml']
 
 
+@pytest.mark.slow
 def test_a_closed_pipe(here: Path) -> None:
     said = call('bash', '-c', f'"{sys.executable}" -m mssr_basicsr info m.mssr | true', cwd=here)
     assert said == ''
@@ -272,6 +274,7 @@ def test_evaluate_gives_what_pack_measures(here: Path, capsys: pytest.CaptureFix
     assert f'level 1: PSNR {measured["1"]["psnr"]:.4f} dB on gt' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_pack_without_the_import_hook(here: Path) -> None:
     command = ['pack', 'net.pth', '--opt', 'net.yml', '-o', 'x.mssr']
     said = call(sys.executable, '-m', 'mssr_basicsr', *command, cwd=here, MSSR_BASICSR_DISCOVERY='0')

@@ -122,6 +122,7 @@ def test_local_rank_is_what_stock_basicsr_refuses(monkeypatch: pytest.MonkeyPatc
         parse_options('.')
 
 
+@pytest.mark.slow
 def test_resume_on_cpu(tmp_path: Path) -> None:
     script = tmp_path / 'script.py'
     script.write_text("""
@@ -159,6 +160,7 @@ print('resumed')
         pytest.skip('this BasicSR resumes on a CPU')
 
 
+@pytest.mark.slow
 def test_launch_and_parallel_on_cpu(tmp_path: Path) -> None:
     (tmp_path / 'script.py').write_text("""
 import inspect, os, torch
@@ -190,6 +192,7 @@ print(f'done {rank}', flush=True)
         pytest.skip('this BasicSR launches on a CPU')
 
 
+@pytest.mark.slow
 def test_gloo_ends_before_python_does(tmp_path: Path) -> None:
     """A distributed network is alive to the end, as in a training script; threads are counted after everything else."""
     (tmp_path / 'script.py').write_text("""
@@ -245,6 +248,7 @@ def test_wandb_ids(is_old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (began[0]['id'], began[0]['project']) == ('old' if is_old else 'new', 'p')
 
 
+@pytest.mark.slow
 def test_slurm_on_cpu(tmp_path: Path) -> None:
     (tmp_path / 'scontrol').write_text('#!/bin/sh\necho 127.0.0.1\n')
     (tmp_path / 'scontrol').chmod(0o755)
@@ -269,6 +273,7 @@ assert torch.cuda.device_count is count and torch.cuda.set_device is choose
     assert 'stock: ZeroDivisionError' in run(tmp_path, 'script.py')
 
 
+@pytest.mark.slow
 def test_stock_scripts_on_cpu(tmp_path: Path) -> None:
     """Train and test below the current folder, then resume through BasicSR's own script and launcher."""
     from PIL import Image
@@ -450,6 +455,7 @@ def test_cuda_prefetcher_on_cpu() -> None:
         assert [batch and batch['x'].item() for batch in batches] == [1, 2, None]
 
 
+@pytest.mark.slow
 def test_basicvsrpp_on_cpu() -> None:
     network = ARCH_REGISTRY.get('BasicVSRPlusPlus')(mid_channels=16, num_blocks=1, cpu_cache_length=2)
     assert set(network.deform_align) == {'backward_1', 'forward_1', 'backward_2', 'forward_2'}

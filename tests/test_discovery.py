@@ -68,6 +68,7 @@ def test_broken_plugin_breaks_neither_python_nor_basicsr(toys: Path, fault: str 
     assert said.count('RuntimeWarning: BasicSR continues without the mssr_basicsr plugin: ') == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('first', 'hook'),
     [('basicsr', True), ('mssr_basicsr.archs.mssr_arch', True), ('mssr_basicsr.models.backward_stage', False)],
@@ -76,11 +77,13 @@ def test_import_registers_the_plugin(first: str, hook: bool) -> None:
     python(f'import {first}' + REGISTERED, hook=hook)
 
 
+@pytest.mark.slow
 def test_plugin_joins_a_basicsr_imported_without_the_hook() -> None:
     code = IMPORTABLE + 'from basicsr.utils.registry import ARCH_REGISTRY\nassert "MSSR" not in ARCH_REGISTRY'
     python(code + '\nimport mssr_basicsr.losses' + REGISTERED, hook=False)
 
 
+@pytest.mark.slow
 def test_basicsr_continues_without_a_failing_plugin_and_says_why() -> None:
     code = """
 from mssr_basicsr.adapter import discovery

@@ -90,6 +90,7 @@ def test_what_cannot_be_compared(image: Any, truth: Any, text: str) -> None:
         published_metrics(np.zeros(image), np.zeros(truth), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'psnr', 'rounded'), [('Set5', 33.68, 33.65), ('Set14', 30.24, 30.22), ('BSD100', 29.56, 29.55)]
 )

@@ -82,6 +82,7 @@ def test_no_module_circumvents_its_floor_by_name(module: Path) -> None:
     assert not [text for text in constants if isinstance(text, str) and re.fullmatch(r'mssr_basicsr(\.\w+)+', text)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('floor', [1, 2, 3])
 def test_a_floor_stands_without_what_is_above_it(floor: int) -> None:
     """Each of its modules is imported in a Python that cannot import higher floors nor, up to floor 2, BasicSR."""
@@ -116,6 +117,7 @@ def mssr(*words: str | Path, expect: int = 0, **environment: str) -> str:
     return call(sys.executable, '-m', 'mssr_basicsr', *words, expect=expect, **environment)
 
 
+@pytest.mark.slow
 def test_what_works_without_basicsr(tmp_path: Path, without_basicsr: dict[str, str]) -> None:
     file = tmp_path / 'model.mssr'
     built = network()
@@ -129,6 +131,7 @@ def test_what_works_without_basicsr(tmp_path: Path, without_basicsr: dict[str, s
     assert 'Traceback' not in said
 
 
+@pytest.mark.slow
 def test_a_network_built_by_the_user_needs_no_basicsr(tmp_path: Path, without_basicsr: dict[str, str]) -> None:
     file = tmp_path / 'model.mssr'
     built = network({**BACKBONES['SRVGGNetCompact'], 'num_conv': 0})  # a network that a few lines can write again
@@ -158,6 +161,7 @@ assert not [name for name in sys.modules if name.split('.')[0] == 'basicsr']
     assert np.array_equal(np.load(tmp_path / 'image.npy'), mssr_basicsr.ScalableModel(file, 1).upscale(image))
 
 
+@pytest.mark.slow
 def test_buffers_that_an_architecture_computes_need_its_code(tmp_path: Path, without_basicsr: dict[str, str]) -> None:
     file = tmp_path / 'model.mssr'
     file.write_bytes(pack(network(BACKBONES['SwinIR']), 2))
@@ -169,6 +173,7 @@ def test_buffers_that_an_architecture_computes_need_its_code(tmp_path: Path, wit
     assert not (tmp_path / 'level.pth').exists()
 
 
+@pytest.mark.slow
 def test_info_loads_nothing_heavy_but_torch(tmp_path: Path) -> None:
     file = tmp_path / 'model.mssr'
     file.write_bytes(pack(network(), 2))

@@ -23,6 +23,7 @@ from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.models.levelwise_training import LevelwiseTraining
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 
 

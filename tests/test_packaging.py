@@ -52,6 +52,7 @@ def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return built
 
 
+@pytest.mark.slow
 def test_wheel_has_the_pth_at_its_root(wheel: Path) -> None:
     with ZipFile(wheel) as archive:
         assert archive.read(PTH) == (ROOT / PTH).read_bytes()
@@ -63,6 +64,7 @@ def test_wheel_has_the_pth_at_its_root(wheel: Path) -> None:
             assert 'mssr_basicsr/py.typed' in archive.namelist()
 
 
+@pytest.mark.slow
 def test_install_arms_the_hook_and_uninstall_leaves_nothing(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path, symlinks=os.name != 'nt')
     python = tmp_path / ('Scripts/python.exe' if os.name == 'nt' else 'bin/python')

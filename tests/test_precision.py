@@ -145,6 +145,7 @@ def test_both_stages_in_bf16(
             assert equal(result.export(level), load(models / f'net_g_level{level}.pth')['params'])
 
 
+@pytest.mark.slow
 def test_bf16_resumes_exactly(fast_opts: tuple[dict[str, Any], dict[str, Any]], run: Run) -> None:
     for opt, iteration in zip(fast_opts, (6, 4)):
         opt['logger']['save_checkpoint_freq'] = 2

@@ -211,6 +211,7 @@ def test_the_users_own_folder_is_left_alone(source: Path, tmp_path: Path) -> Non
         prepare(source, tmp_path / 'out', 2)
 
 
+@pytest.mark.slow
 def test_quickstart_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not set(quickstart_data.TRAIN) & set(quickstart_data.VAL)
     quickstart_data.main(['--output', str(tmp_path)])

@@ -11,6 +11,8 @@ import torch
 import yaml
 from conftest import call
 
+pytestmark = pytest.mark.slow
+
 # What torchrun starts: BasicSR's pipeline, each rank of which leaves behind what it ended with.
 DRIVER = """
 import os, sys, time

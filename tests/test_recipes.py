@@ -33,6 +33,7 @@ def test_a_forward_recipe_is_accepted(recipe: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('recipe', BACKWARD)
 def test_a_backward_recipe_continues_where_a_forward_one_ends(recipe: str, tmp_path: Path) -> None:
     start, network_g = (BACKWARD[recipe][key] for key in ('path', 'network_g'))

@@ -202,6 +202,7 @@ def test_every_level_round_trips_bit_for_bit(name: str, empty: tuple[int, ...]) 
     assert_same(model.network.state_dict(), packed.export(0))
 
 
+@pytest.mark.slow
 @given(levels=st.integers(2, 6), seed=st.integers(0, 1000), data=st.data())
 @settings(max_examples=25, deadline=None)
 def test_round_trip_of_random_level_maps(levels: int, seed: int, data: st.DataObject) -> None:
@@ -442,6 +443,7 @@ def test_networks_in_other_layouts_and_dtypes_grow_too() -> None:
         assert torch.equal(model.network.state_dict()[name], weight.double())
 
 
+@pytest.mark.slow
 def test_a_given_network_needs_no_basicsr(tmp_path: Path) -> None:
     (tmp_path / 'model.mssr').write_bytes(pack(network({'type': 'SRVGGNetCompact', 'num_feat': 4, 'num_conv': 1}), 4))
     code = """
@@ -505,6 +507,7 @@ def test_an_architecture_may_not_take_more_memory_than_it_is_allowed() -> None:
         [torch.zeros(100) for _ in range(3)]
 
 
+@pytest.mark.slow
 def test_no_corrupted_file_gives_a_wrong_weight() -> None:
     outcomes, faults = fuzz_file.fuzz(cases=1000, seed=1)
     assert faults == []
@@ -518,6 +521,7 @@ def test_no_corrupted_file_gives_a_wrong_weight() -> None:
 # ------------------------------ from the backward stage ------------------------------ #
 
 
+@pytest.mark.slow
 def test_the_backward_stage_writes_the_file(
     run: Any, forward_opt: dict[str, Any], backward_opt: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -370,6 +370,7 @@ def test_engines(capsys: pytest.CaptureFixture[str], tmp_path: Any, monkeypatch:
         kernel.cache_clear()
 
 
+@pytest.mark.slow
 def test_benchmark(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
     file = tmp_path / 'model.mssr'
     file.write_bytes(pack(network(), 2))

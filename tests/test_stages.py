@@ -22,6 +22,7 @@ from mssr_basicsr.models.backward_stage import BackwardStage
 from mssr_basicsr.models.forward_stage import ForwardStage
 from mssr_basicsr.models.levelwise_training import LevelwiseTraining
 
+pytestmark = pytest.mark.slow
 TOTAL = sum(weight.numel() for weight in MSSR(TOY_EDSR, SPARSITY).prunable_weights().values())
 
 

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from conftest import TOY_EDSR, call
 
+pytestmark = pytest.mark.slow
+
 # Trains by the options in sys.argv and prints the pixel loss of each iteration, all bits of it.
 LOSSES = """
 import os, sys

@@ -46,6 +46,7 @@ def test_the_readmes_headline_is_in_the_results() -> None:
         assert any(f'{level} |' in line and f'| {psnr} |' in line for line in lines), (level, psnr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', study.RUNS)
 def test_a_run_is_accepted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its options, with the files that it needs from other runs, make a model that is ready to train."""

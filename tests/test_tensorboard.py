@@ -55,6 +55,7 @@ def tags_served(port: int, server: subprocess.Popen[bytes], log: Path, run_name:
     raise AssertionError(f'no tags of {run_name}; TensorBoard said: {log.read_text()}')
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_a_run(forward_opt: dict[str, Any], run: Run, tmp_path: Path) -> None:
     forward_opt['train'].update(level_iter=1, total_iter=3, rewind_iter=1)
     forward_opt['val']['val_freq'] = 1

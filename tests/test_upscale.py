@@ -118,6 +118,7 @@ def test_what_is_not_an_image_is_refused(image: Any) -> None:
         model_of().upscale(image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [name for name in BACKBONES if name != 'RCAN'])
 def test_the_size_of_the_tiles_makes_no_difference(name: str) -> None:
     model = model_of(name)
@@ -299,6 +300,7 @@ def test_extracted_levels_open_in_spandrel(name: str, tmp_path: Path) -> None:
         assert torch.allclose(loaded.model.eval()(x.clone()), ours(x), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['EDSR', 'RCAN', 'SRVGGNetCompact'])
 def test_exported_onnx_gives_the_same_image_at_any_size(name: str, tmp_path: Path) -> None:
     import onnxruntime
