@@ -1,11 +1,14 @@
-"""Toy data, toy options and real BasicSR runs for the tests."""
+"""Toy data, toy networks, toy options and real BasicSR runs for the tests."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Callable
 from unittest import mock
@@ -13,13 +16,15 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 import mssr_basicsr.models  # noqa: F401  (imports BasicSR with the plugin in it, before any test does)
+from mssr_basicsr.archs.mssr_arch import MSSR
+from mssr_basicsr.method.criteria import global_magnitude
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'scripts' / 'checks'))
 
-from toy import SPARSITY as SPARSITY
-from toy import TOY_EDSR, backward_options, forward_options, write_pairs
+from toy import SPARSITY, TOY_EDSR, backward_options, forward_options, write_pairs
 
 # One small instance of each architecture that the plugin is shown to work on; 16 x 16 inputs.
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -53,6 +58,70 @@ def call(*command: str | Path, cwd: Path | None = None, expect: int = 0, **envir
     )
     assert done.returncode == expect, done.stdout
     return done.stdout
+
+
+def pruned_mssr(backbone: dict[str, Any], sparsity: Sequence[float] = tuple(SPARSITY), **options: Any) -> MSSR:
+    """An MSSR network with all its levels, pruned by magnitude without training."""
+    torch.manual_seed(0)
+    network = MSSR(backbone, sparsity, **options)
+    for level in range(1, len(sparsity)):
+        network.prune(level, global_magnitude, torch.Generator())
+    return network
+
+
+def save_as_forward_stage(network: MSSR, checkpoint: Path) -> None:
+    """Write what a forward stage ends with: the checkpoint and, beside it, each level's ticket."""
+    torch.save({'params': network.state_dict()}, checkpoint)
+    for level in range(len(network.sparsity)):
+        torch.save({'params': network.export(level)}, checkpoint.with_name(f'net_g_level{level}.pth'))
+
+
+def network(backbone: dict[str, Any] = TOY_EDSR, levels: int = 3, seed: int = 0, empty: tuple[int, ...] = ()) -> MSSR:
+    """An MSSR network with random weights and level map, in which the levels ``empty`` add nothing."""
+    torch.manual_seed(seed)
+    built = MSSR(deepcopy(backbone), [k / levels for k in range(levels)])
+    used = torch.tensor([k for k in range(levels) if k not in empty], dtype=torch.uint8)
+    built.set_level_map({name: used[torch.randint(len(used), m.shape)] for name, m in built.get_level_map().items()})
+    return built
+
+
+def assert_same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert state[name].dtype == tensor.dtype, name
+        assert torch.equal(state[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
+
+
+def contents(models: Path) -> dict[str, Any]:
+    """All that a stage ended with, tensors as bytes."""
+    found: dict[str, Any] = {'levels.json': json.loads((models / 'levels.json').read_text())}
+    for path in [models / 'net_g_latest.pth', *models.glob('net_g_level*.pth')]:
+        for key, state in torch.load(path, weights_only=True).items():
+            for name, tensor in state.items():
+                found[f'{path.name}/{key}/{name}'] = tensor.numpy().tobytes()
+    return found
+
+
+def forget_after(experiment: Path, iteration: int) -> None:
+    """Remove the saves after ``iteration``."""
+    for path in [*experiment.glob('training_states/*'), *experiment.glob('models/net_g_*')]:
+        number = path.stem.rpartition('_')[2]
+        if number == 'latest' or (number.isdigit() and int(number) > iteration):
+            path.unlink()
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
+
+
+def load_network(path: Path, key: str = 'params') -> MSSR:
+    network = MSSR(TOY_EDSR, SPARSITY)
+    network.load_state_dict(load(path)[key])
+    return network
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture(autouse=True)

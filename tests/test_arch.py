@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from basicsr.archs import build_network
-from conftest import BACKBONES, SPARSITY, TOY_EDSR
+from conftest import BACKBONES, SPARSITY, TOY_EDSR, pruned_mssr
 from torch import Tensor, nn
 
 from mssr_basicsr.archs.mssr_arch import MSSR, find_prunable
 from mssr_basicsr.foundation.checks import OptionError
-from mssr_basicsr.method.criteria import global_magnitude
 from mssr_basicsr.method.level_map import mask_of, num_kept
-
-
-def pruned_mssr(backbone: dict[str, Any], sparsity: Sequence[float] = tuple(SPARSITY), **options: Any) -> MSSR:
-    """An MSSR network with all its levels, pruned by magnitude without training."""
-    torch.manual_seed(0)
-    network = MSSR(backbone, sparsity, **options)
-    for level in range(1, len(sparsity)):
-        network.prune(level, global_magnitude, torch.Generator())
-    return network
-
-
-def save_as_forward_stage(network: MSSR, checkpoint: Path) -> None:
-    """Write what a forward stage ends with: the checkpoint and, beside it, each level's ticket."""
-    torch.save({'params': network.state_dict()}, checkpoint)
-    for level in range(len(network.sparsity)):
-        torch.save({'params': network.export(level)}, checkpoint.with_name(f'net_g_level{level}.pth'))
-
 
 backbones = pytest.mark.parametrize('backbone', BACKBONES.values(), ids=BACKBONES.keys())
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
-from conftest import BACKBONES
-from test_scalable_file import network
+from conftest import BACKBONES, network
 from torch import Tensor, nn
 from torch.nn import functional as F
 

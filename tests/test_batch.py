@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from test_scalable_file import network
+from conftest import network
 
 from mssr_basicsr import pack
 from mssr_basicsr.commands.batch import plan_batch

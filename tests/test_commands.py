@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TOY_EDSR, call
-from test_scalable_file import network
+from conftest import TOY_EDSR, call, network
 
 from mssr_basicsr import evaluate, extract, load_checkpoint, pack, plot, to_onnx, verify
 from mssr_basicsr.commands.completion import complete

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BACKBONES, call
-from test_scalable_file import assert_same, network
+from conftest import BACKBONES, assert_same, call, network
 
 import mssr_basicsr
 from mssr_basicsr import pack

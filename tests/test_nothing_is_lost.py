@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import resource
@@ -16,8 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, call
-from test_arch import pruned_mssr
+from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, call, contents, forget_after, pruned_mssr
 
 from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.foundation.checks import OptionError
@@ -25,24 +23,6 @@ from mssr_basicsr.models.levelwise_training import LevelwiseTraining
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def contents(models: Path) -> dict[str, Any]:
-    """All that a stage ended with, tensors as bytes."""
-    found: dict[str, Any] = {'levels.json': json.loads((models / 'levels.json').read_text())}
-    for path in [models / 'net_g_latest.pth', *models.glob('net_g_level*.pth')]:
-        for key, state in torch.load(path, weights_only=True).items():
-            for name, tensor in state.items():
-                found[f'{path.name}/{key}/{name}'] = tensor.numpy().tobytes()
-    return found
-
-
-def forget_after(experiment: Path, iteration: int) -> None:
-    """Remove the saves after ``iteration``."""
-    for path in [*experiment.glob('training_states/*'), *experiment.glob('models/net_g_*')]:
-        number = path.stem.rpartition('_')[2]
-        if number == 'latest' or (number.isdigit() and int(number) > iteration):
-            path.unlink()
 
 
 # ------------------------------ resuming ------------------------------ #

@@ -10,8 +10,7 @@ import pytest
 import torch
 from basicsr.archs import build_network
 from basicsr.models.sr_model import SRModel
-from conftest import BACKBONES, TOY_EDSR, Run
-from test_arch import pruned_mssr
+from conftest import BACKBONES, TOY_EDSR, Run, pruned_mssr
 
 from mssr_basicsr.foundation.checks import OptionError
 

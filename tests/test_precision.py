@@ -12,9 +12,7 @@ import torch
 from basicsr.archs import build_network
 from basicsr.archs.discriminator_arch import VGGStyleDiscriminator
 from basicsr.archs.edsr_arch import EDSR
-from conftest import TOY_EDSR, Run
-from test_nothing_is_lost import contents, forget_after
-from test_stages import equal, load, load_network
+from conftest import TOY_EDSR, Run, contents, equal, forget_after, load, load_network
 from torch import Tensor, nn
 
 from mssr_basicsr.foundation.checks import OptionError

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from basicsr.models import build_model
 from basicsr.utils.options import parse_options
-from test_arch import pruned_mssr, save_as_forward_stage
+from conftest import pruned_mssr, save_as_forward_stage
 
 OPTIONS = Path(__file__).resolve().parent.parent / 'options'
 FORWARD = {path.name: yaml.safe_load(path.read_text()) for path in sorted(OPTIONS.glob('*forward*.yml'))}

@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from conftest import BACKBONES, TOY_EDSR, call
+from conftest import BACKBONES, assert_same, call, network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mssr_basicsr import ScalableFile, ScalableFileError, ScalableModel, pack
-from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.commands.main import main
 from mssr_basicsr.scalable.building import AllocationLimit, _TooLarge, build_backbone
 from mssr_basicsr.scalable.container import join_file
@@ -33,26 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'scripts' / 'checks
 import fuzz_file
 
 
-def network(backbone: dict[str, Any] = TOY_EDSR, levels: int = 3, seed: int = 0, empty: tuple[int, ...] = ()) -> MSSR:
-    """An MSSR network with random weights and level map, in which the levels ``empty`` add nothing."""
-    torch.manual_seed(seed)
-    built = MSSR(deepcopy(backbone), [k / levels for k in range(levels)])
-    used = torch.tensor([k for k in range(levels) if k not in empty], dtype=torch.uint8)
-    built.set_level_map({name: used[torch.randint(len(used), m.shape)] for name, m in built.get_level_map().items()})
-    return built
-
-
 def dequantised(weight: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """What an int8 file makes of a weight."""
     integers, scales = quantise(weight, levels)
     return integers.float() * scales.float().reshape(-1, *[1] * (weight.dim() - 1))
-
-
-def assert_same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert state.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert state[name].dtype == tensor.dtype, name
-        assert torch.equal(state[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
 
 
 # ------------------------------ positions ------------------------------ #

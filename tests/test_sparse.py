@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 import torch
 from basicsr.archs import build_network
-from conftest import BACKBONES
+from conftest import BACKBONES, network
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_scalable_file import network
 from torch import fx, nn
 
 from mssr_basicsr import ScalableModel, pack

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
-from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run
+from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, equal, load, load_network
 from torch import Tensor, nn
 
 from mssr_basicsr.archs.mssr_arch import MSSR
@@ -24,20 +23,6 @@ from mssr_basicsr.models.levelwise_training import LevelwiseTraining
 
 pytestmark = pytest.mark.slow
 TOTAL = sum(weight.numel() for weight in MSSR(TOY_EDSR, SPARSITY).prunable_weights().values())
-
-
-def load(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
-
-
-def load_network(path: Path, key: str = 'params') -> MSSR:
-    network = MSSR(TOY_EDSR, SPARSITY)
-    network.load_state_dict(load(path)[key])
-    return network
-
-
-def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 class Starts(list):  # type: ignore[type-arg]

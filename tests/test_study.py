@@ -11,7 +11,7 @@ import pytest
 import yaml
 from basicsr.models import build_model
 from basicsr.utils.options import parse_options
-from test_arch import pruned_mssr, save_as_forward_stage
+from conftest import pruned_mssr, save_as_forward_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'scripts' / 'study'))

@@ -16,9 +16,7 @@ from basicsr.archs.edsr_arch import EDSR
 from basicsr.archs.spynet_arch import SpyNet
 from basicsr.utils import img2tensor, tensor2img
 from basicsr.utils.registry import ARCH_REGISTRY
-from conftest import BACKBONES
-from test_arch import pruned_mssr
-from test_scalable_file import assert_same, network
+from conftest import BACKBONES, assert_same, network, pruned_mssr
 
 from mssr_basicsr import ScalableModel, pack
 from mssr_basicsr.commands.main import main
