@@ -24,9 +24,8 @@ import torch
 from basicsr.archs import build_network
 from basicsr.models import build_model
 from basicsr.utils.registry import ARCH_REGISTRY
-from conftest import TOY_EDSR, Run
+from conftest import TOY_EDSR, Run, contents, forget_after
 from PIL import Image
-from test_nothing_is_lost import contents, forget_after
 
 from mssr_basicsr.adapter.tensorboard import BLUE, CELL, LINE, pictures_of
 from mssr_basicsr.method.criteria import CRITERION_REGISTRY
