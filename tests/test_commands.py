@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import TOY_EDSR, call, network
 
-from mssr_basicsr import evaluate, extract, load_checkpoint, pack, plot, to_onnx, verify
+from mssr_basicsr import ScalableFile, evaluate, extract, load_checkpoint, pack, plot, to_onnx, verify
 from mssr_basicsr.commands.completion import complete
 from mssr_basicsr.commands.main import build_parser, main
 
@@ -190,8 +190,6 @@ def test_a_failure_is_one_line(command: str, message: str, here: Path, capsys: p
 def test_an_unexpected_error_is_one_line_too(
     raised: Exception, line: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mssr_basicsr import ScalableFile
-
     def fail(file: Any) -> Any:
         raise raised
 
@@ -199,6 +197,19 @@ def test_an_unexpected_error_is_one_line_too(
     assert error('info m.mssr', capsys) == f'{line} (--debug shows where)'
     assert main(['info', 'm.mssr', '--debug']) == 1
     assert 'Traceback' in capsys.readouterr().err
+
+
+def test_a_file_that_ends_early_is_used_up_to_its_last_whole_level(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = [section.end for section in ScalableFile('m.mssr').header.sections]  # of levels 2, 1, 0
+    Path('cut.mssr').write_bytes(Path('m.mssr').read_bytes()[: ends[1] + 1])
+    assert main(['upscale', 'cut.mssr', 'a.png', '-o', 'b.png']) == 0
+    assert capsys.readouterr().err == 'mssr: cut.mssr ends before level 0 does: upscaling at level 1\n'
+    assert main(['upscale', 'cut.mssr', 'a.png', '-o', 'b.png', '--level', '1']) == 0
+    assert capsys.readouterr().err == ''
+    said = error('upscale cut.mssr a.png -o b.png --level 0', capsys)
+    assert said == f'cut.mssr: level 0 needs the first {ends[2]:,} bytes; there are {ends[1] + 1:,}'
 
 
 @pytest.mark.slow

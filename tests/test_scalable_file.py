@@ -425,6 +425,12 @@ def test_networks_in_other_layouts_and_dtypes_grow_too() -> None:
         assert torch.equal(model.network.state_dict()[name], weight.double())
 
 
+def test_describing_a_file_needs_no_torch(tmp_path: Path) -> None:
+    (tmp_path / 'model.mssr').write_bytes(pack(network(), 2))
+    code = "import sys; from mssr_basicsr import ScalableFile; ScalableFile('model.mssr').describe()"
+    call(sys.executable, '-c', code + "; assert 'torch' not in sys.modules", cwd=tmp_path)
+
+
 @pytest.mark.slow
 def test_a_given_network_needs_no_basicsr(tmp_path: Path) -> None:
     (tmp_path / 'model.mssr').write_bytes(pack(network({'type': 'SRVGGNetCompact', 'num_feat': 4, 'num_conv': 1}), 4))

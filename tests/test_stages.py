@@ -159,6 +159,7 @@ def test_a_stock_checkpoint_as_level_0(forward_opt: dict[str, Any], run: Run) ->
     del forward_opt['train']['rewind_iter']
     models = run(forward_opt) / 'models'
     assert equal(load(models / 'net_g_latest.pth')['rewind'], stock)
+    assert equal(load(models / 'net_g_level0.pth')['params'], stock)  # a ticket as the others', for the backward stage
     records = json.loads((models / 'levels.json').read_text())
     assert [record.get('iterations') for record in records] == [None, 4, 4]
     assert all(record['metrics']['toyval']['psnr'] > 0 for record in records)

@@ -18,8 +18,9 @@ from torch.nn.modules.conv import _ConvNd
 from mssr_basicsr.archs.feature_taps import find_feature_taps
 from mssr_basicsr.foundation.checkpoints import CheckpointError
 from mssr_basicsr.foundation.checks import OptionError, arguments_checked, closest, match_names, require_int
+from mssr_basicsr.method import MAX_LEVELS
 from mssr_basicsr.method.criteria import Criterion
-from mssr_basicsr.method.level_map import MAX_LEVELS, LevelMap, buffer_tree, count, mask_of, num_kept, prune
+from mssr_basicsr.method.level_map import LevelMap, buffer_tree, count, mask_of, num_kept, prune
 from mssr_basicsr.scalable.architectures import known_of
 from mssr_basicsr.scalable.building import without_weight_files
 

@@ -120,6 +120,9 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
     with ScalableModel(arguments.file, arguments.level, max_bytes=arguments.budget, engine=engine) as model:
         model.network.to(device)
         header, level, upscaler = model.header, model.level, model.upscaler
+        largest = min(model.file.available())
+    if level > 0 and level == largest and arguments.level is None:
+        print(f'mssr: {arguments.file} ends before level {level - 1} does: upscaling at level {level}', file=sys.stderr)
     tiles = functools.partial(tqdm, unit='tile', leave=False, disable=None, file=sys.stderr)
 
     def upscale(source: Path, target: Path) -> dict[str, Any]:

@@ -15,9 +15,6 @@ from torch import Tensor, nn
 
 LevelMap = Mapping[str, Tensor]
 
-#: A level's number fits in a byte, of which one value is kept for "in no level that is loaded".
-MAX_LEVELS = 255
-
 
 class BufferTree(nn.Module):
     """The root of a :func:`buffer_tree`; its repr is one line instead of a long list of empty modules."""

@@ -76,8 +76,9 @@ class ForwardStage(LevelwiseTraining):
         whole = {name: torch.full_like(m, network.smallest_level) for name, m in network.get_level_map().items()}
         network.set_level_map(whole)
         self._mark_rewind_point()
-        if self.plan.first.level == 1:
-            self.validate_now(0)  # no training of level 0 is there to be validated
+        if self.plan.first.level == 1:  # level 0 is not trained, so no training of it ends with these
+            self.validate_now(0)
+            self.export_level(0)
 
     def prepare_weights(self, training: LevelTraining) -> None:
         """Make the current, larger network the teacher; then prune and rewind."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,7 +42,8 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
     if not registered:
         message = f'backbone: {name} is not registered with BasicSR; first import the package that registers it'
         raise ScalableFileError(f'{message} (mssr ... --import MODULE)')
-    with torch.random.fork_rng(devices=[]), torch.device('cpu'):
+    with torch.random.fork_rng(devices=[]), torch.device('cpu'), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'torch.meshgrid')  # of BasicSR's SwinIR: nothing that a user could change
         try:
             network: nn.Module = ARCH_REGISTRY.get(registered[0])(**arguments)
         except _TooLarge as error:

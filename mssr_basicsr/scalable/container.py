@@ -18,13 +18,16 @@ from typing import Any, BinaryIO, Union
 
 import xxhash
 
-from mssr_basicsr.method.level_map import MAX_LEVELS
+from mssr_basicsr.method import MAX_LEVELS
 from mssr_basicsr.scalable.errors import ScalableFileError
 from mssr_basicsr.scalable.frames import compress_text, decompress
-from mssr_basicsr.scalable.values import TORCH_DTYPES, WEIGHT_DTYPES
 
 Source = Union[str, 'os.PathLike[str]', BinaryIO]
 
+#: The names of types in a file, as in safetensors.
+DTYPES = ('F64', 'F32', 'F16', 'BF16', 'I64', 'I32', 'I16', 'I8', 'U8', 'BOOL')
+#: What the prunable weights of a file may be stored as. ``I8`` are integers to be multiplied with a scale.
+WEIGHT_DTYPES = ('F32', 'F16', 'BF16', 'I8')
 MAGIC = b'\x89MSSR\r\n\x1a'  # as PNG's: a transfer as text, or a cut to 7 bits, shows here
 MAJOR, MINOR = 2, 0
 _PREAMBLE = struct.Struct('<8sHHIQ')  # magic, major and minor version, length of the header's frame, its XXH64
@@ -40,7 +43,7 @@ class TensorInfo:
 
     name: str
     shape: tuple[int, ...]
-    dtype: str = 'F32'  #: a key of TORCH_DTYPES; prunable weights are float32
+    dtype: str = 'F32'  #: one of DTYPES; prunable weights are float32
 
     @property
     def numel(self) -> int:
@@ -387,8 +390,8 @@ def _weight(entry: Any) -> TensorInfo:
 def _other(entry: Any) -> TensorInfo:
     if not (isinstance(entry, list) and len(entry) == 3):
         raise _Contradiction(f'others: found {str(entry)[:80]}; allowed: [name, shape, dtype]')
-    if _require(entry[2], str, 'others') not in TORCH_DTYPES:
-        raise _Contradiction(f'others: found {entry[2][:80]!r}; allowed: {", ".join(TORCH_DTYPES)}')
+    if _require(entry[2], str, 'others') not in DTYPES:
+        raise _Contradiction(f'others: found {entry[2][:80]!r}; allowed: {", ".join(DTYPES)}')
     return TensorInfo(entry[0], _shape(entry[1]), entry[2])
 
 

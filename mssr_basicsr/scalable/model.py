@@ -108,6 +108,8 @@ class ScalableModel:
             if max_bytes is not None or max_parameters is not None:
                 raise ValueError('level, max_bytes, max_parameters: give a level or budgets, not both')
             header.section(level)
+            if level not in present:
+                raise self.file.cut_short(level)
             return level
         fitting = [
             k

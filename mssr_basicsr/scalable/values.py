@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-#: The names of types in a file, as in safetensors.
+#: By their names in a file.
 TORCH_DTYPES = {
     'F64': torch.float64,
     'F32': torch.float32,
@@ -26,9 +26,7 @@ TORCH_DTYPES = {
     'BOOL': torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-#: What the prunable weights of a file may be stored as. ``I8`` are integers to be multiplied with a scale.
-WEIGHT_DTYPES = ('F32', 'F16', 'BF16', 'I8')
-#: The type of these scales: its product with an integer of 8 bits is exact in float32.
+#: The type of the scales of ``I8`` weights: its product with an integer of 8 bits is exact in float32.
 SCALE_DTYPE = 'BF16'
 
 Planes = npt.NDArray[np.uint8]

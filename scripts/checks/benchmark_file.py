@@ -27,12 +27,11 @@ from basicsr.archs import build_network
 
 from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.method.criteria import global_magnitude
-from mssr_basicsr.scalable.container import ScalableFile
+from mssr_basicsr.scalable.container import WEIGHT_DTYPES, ScalableFile
 from mssr_basicsr.scalable.extraction import FileTensors
 from mssr_basicsr.scalable.model import ScalableModel
 from mssr_basicsr.scalable.packing import pack
 from mssr_basicsr.scalable.positions import entropy_bound
-from mssr_basicsr.scalable.values import WEIGHT_DTYPES
 from mssr_basicsr.sparse import ENGINES
 
 NETWORKS: dict[str, dict[str, Any]] = {
