@@ -184,17 +184,17 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'train.criterian',
         'lamp',
-        "train.criterian: found 'lamp'; allowed: no such option; the nearest is train.criterion.",
+        "train.criterian: found 'lamp'; allowed: train.criterion; there is no option of this name.",
     ),
     (
         'train.rewnd',
         'lr',
-        "train.rewnd: found 'lr'; allowed: no such option; the nearest is train.rewind.",
+        "train.rewnd: found 'lr'; allowed: train.rewind; there is no option of this name.",
     ),
     (
         'train.ssd_op',
         {'type': 'SSDLoss'},
-        "train.ssd_op: found {'type': 'SSDLoss'}; allowed: no such option; the nearest is train.ssd_opt.",
+        "train.ssd_op: found {'type': 'SSDLoss'}; allowed: train.ssd_opt; there is no option of this name.",
     ),
     (
         'train.expansion',
@@ -204,12 +204,12 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'network_g.sparcity',
         [0, 0.5],
-        'network_g.sparcity: found [0, 0.5]; allowed: no such option; the nearest is sparsity (the architecture',
+        'network_g.sparcity: found [0, 0.5]; allowed: sparsity; there is no option of this name (the architecture',
     ),
     (
         'network_g.prunnable',
         ['*'],
-        "network_g.prunnable: found ['*']; allowed: no such option; the nearest is prunable (the architecture",
+        "network_g.prunnable: found ['*']; allowed: prunable; there is no option of this name (the architecture",
     ),
     (
         'network_g.num_feat',
@@ -219,7 +219,7 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'base_model_typ',
         'SRModel',
-        "base_model_typ: found 'SRModel'; allowed: no such option; the nearest is base_model_type.",
+        "base_model_typ: found 'SRModel'; allowed: base_model_type; there is no option of this name.",
     ),
     (
         'base_model_type',

@@ -72,7 +72,7 @@ def report_unread_options(opt: Mapping[str, Any], model_type: str, base: type) -
                 continue
             nearest = closest(key, ours | read)
             if nearest in ours:
-                raise OptionError(f'{section}{key}', found[key], f'no such option; the nearest is {section}{nearest}')
+                raise OptionError(f'{section}{key}', found[key], f'{section}{nearest}; there is no option of this name')
             unread.append(f'{section}{key}' + (f' (the nearest that is read is {nearest})' if nearest else ''))
     if unread:
         message = f'{model_type} with {base.__name__} reads none of these options: {", ".join(unread)}.'

@@ -70,7 +70,7 @@ def refuse_unknown(unknown: Mapping[str, Any], backbone: Any) -> None:
         if isinstance(backbone, Mapping) and key in backbone:
             raise OptionError(f'network_g.{key}', found, f'network_g.backbone.{key} alone')
         nearest = closest(key, known)
-        allowed = f'no such option; the nearest is {nearest}' if nearest else f'one of {", ".join(known)}'
+        allowed = f'{nearest}; there is no option of this name' if nearest else f'one of {", ".join(known)}'
         raise OptionError(f'network_g.{key}', found, f"{allowed} (the architecture's own go into network_g.backbone)")
 
 
