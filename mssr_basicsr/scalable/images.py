@@ -108,7 +108,7 @@ def list_images(source: Path) -> tuple[list[Path], list[Path]]:
     if not images:
         found = f'{len(files)} files, none of which is an image by its name' if files else 'nothing'
         raise ValueError(f'{source}: found {found}; allowed: images ({", ".join(SUFFIXES)})')
-    return images, [path for path in files if path not in images]
+    return images, [path for path in files if path.suffix.lower() not in SUFFIXES]
 
 
 # ------------------------------ reading ------------------------------ #
