@@ -24,8 +24,19 @@ from mssr_basicsr.scalable.frames import compress_text, decompress
 
 Source = Union[str, 'os.PathLike[str]', BinaryIO]
 
-#: The names of types in a file, as in safetensors.
-DTYPES = ('F64', 'F32', 'F16', 'BF16', 'I64', 'I32', 'I16', 'I8', 'U8', 'BOOL')
+#: The types in a file: their names there, as in safetensors, and in torch.
+DTYPES = {
+    'F64': 'float64',
+    'F32': 'float32',
+    'F16': 'float16',
+    'BF16': 'bfloat16',
+    'I64': 'int64',
+    'I32': 'int32',
+    'I16': 'int16',
+    'I8': 'int8',
+    'U8': 'uint8',
+    'BOOL': 'bool',
+}
 #: What the prunable weights of a file may be stored as. ``I8`` are integers to be multiplied with a scale.
 WEIGHT_DTYPES = ('F32', 'F16', 'BF16', 'I8')
 MAGIC = b'\x89MSSR\r\n\x1a'  # as PNG's: a transfer as text, or a cut to 7 bits, shows here

@@ -166,8 +166,9 @@ class ScalableModel:
 
     def _read_section(self, level: int) -> Delta:
         """What ``level`` adds, read and checked in full, so that no part of a damaged section is placed."""
+        frame = self.file.read_section(level)  # whose errors name the file and the level already
         try:
-            return decode_section(self.file.read_section(level), self.header, level)
+            return decode_section(frame, self.header, level)
         except ScalableFileError as error:
             raise ScalableFileError(f'{self.file.name}: level {level}: {error}') from error
 

@@ -12,19 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mssr_basicsr.scalable.container import DTYPES
+
 #: By their names in a file.
-TORCH_DTYPES = {
-    'F64': torch.float64,
-    'F32': torch.float32,
-    'F16': torch.float16,
-    'BF16': torch.bfloat16,
-    'I64': torch.int64,
-    'I32': torch.int32,
-    'I16': torch.int16,
-    'I8': torch.int8,
-    'U8': torch.uint8,
-    'BOOL': torch.bool,
-}
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, of_torch) for name, of_torch in DTYPES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 #: The type of the scales of ``I8`` weights: its product with an integer of 8 bits is exact in float32.
 SCALE_DTYPE = 'BF16'
