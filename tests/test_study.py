@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'scripts' / 'study'))
 
 import report  # noqa: E402
+import runs  # noqa: E402
 import study  # noqa: E402
 
 
@@ -47,12 +48,12 @@ def test_the_readmes_headline_is_in_the_results() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', study.RUNS)
+@pytest.mark.parametrize('name', runs.RUNS)
 def test_a_run_is_accepted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its options, with the files that it needs from other runs, make a model that is ready to train."""
     monkeypatch.chdir(tmp_path)
-    run = study.RUNS[name]
-    options = study.options_of(run)
+    run = runs.RUNS[name]
+    options = runs.options_of(run)
     start = options['path'].get('pretrain_network_g')
     if start:
         Path(start).parent.mkdir(parents=True)
@@ -83,7 +84,7 @@ def test_a_repeated_run_keeps_earlier_results(tmp_path: Path, monkeypatch: pytes
     for psnr in (30.0, 31.0, 32.0):
         records = [{'level': 0, 'metrics': {'Set5': {'psnr': psnr}}}]
         (experiment / 'models' / 'levels.json').write_text(json.dumps(records))
-        study.keep(study.RUNS['main_forward'])
+        study.keep(runs.RUNS['main_forward'])
     last, *before = report.runs_of(study.read_results(), 'main_forward')
     assert [report.psnr_by_level(run['levels'])[0]['Set5'] for run in (last, *before)] == [32, 31, 30]
     assert [last[key] for key in ('seconds', 'seconds_per_iteration', 'data_seconds_per_iteration')] == [

@@ -46,7 +46,6 @@ def main() -> None:
         for name in SETS:
             pairs = list(validation_pairs(arguments.images / name, None, scale))
             print(f'bicubic {name:8}', measure(pairs, scale, lambda small: resize_bicubic(small, scale)), flush=True)
-            model.expand(0) if model.level else None
             if model.level > 0:
                 model.expand(0)
             for level in range(model.header.smallest_level + 1):

@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from study import CHOICES_SPARSITY, RUNS, read_results
+from runs import CHOICES_SPARSITY, RUNS
+from study import read_results
 
 from mssr_basicsr.scalable.plotting import draw_psnr, new_figure, save_figure
 
@@ -38,7 +39,6 @@ FAMILIES = {
     'main_backward_teacher': '**MSSR, all levels in one set of weights**, tickets as second target',
     'long_forward': 'MSSR, longer (60,000 iterations a level, batch 16, LR patch 24, LAMP), own ticket of each level',
     'long_backward': 'MSSR, longer, all levels in one set of weights',
-    'paper_forward': 'MSSR with rewound weights, own tickets',
     'edsr_m_forward': 'MSSR on EDSR-M, own ticket of each level',
     'edsr_m_backward': 'MSSR on EDSR-M, all levels in one set of weights',
     'one_shot': 'dense ticket pruned in one shot (LAMP), then trained',
@@ -68,8 +68,8 @@ been measured again: `python scripts/study/evaluate.py models/EDSR_8x32_x2_291.m
 
 The iterations of a level are its own; it starts from what the levels before it have learned. A small dense EDSR is
 trained for as many iterations as the level of its size or, in its second row, as all levels up to it together. `main`
-keeps the weights at a pruning step and restarts the schedule (`train.rewind: lr`), with self-distillation at 2 depths;
-`paper` rewinds them. The dense ticket that is pruned in one shot is pruned by LAMP: at 93.75 %, global magnitude would
+keeps the weights at a pruning step and restarts the schedule (`train.rewind: lr`), with self-distillation at 2 depths.
+The dense ticket that is pruned in one shot is pruned by LAMP: at 93.75 %, global magnitude would
 leave nothing of its last convolution."""
 REPEATS = """## Reproducibility
 
