@@ -243,6 +243,17 @@ def test_a_closed_pipe(here: Path) -> None:
 # ------------------------------ in the shell ------------------------------ #
 
 
+def test_info_answers_at_once(here: Path) -> None:
+    """It imports neither torch nor NumPy, which take longer than all the rest."""
+    program = """
+import sys
+from mssr_basicsr.commands.main import main
+main(['info', 'm.mssr'])
+print(sorted({'torch', 'numpy'} & sys.modules.keys()))
+"""
+    assert call(sys.executable, '-c', program, cwd=here).endswith('\n[]\n')
+
+
 @pytest.mark.parametrize(
     ('line', 'offered'),
     [

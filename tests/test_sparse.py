@@ -328,6 +328,17 @@ def test_from_several_threads_and_after_fork(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_kernel
+@pytest.mark.skipif('ATEN_CPU_CAPABILITY' in os.environ, reason='torch is told what to take the processor for')
+def test_the_widest_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel takes the processor for what torch takes it for."""
+    monkeypatch.delenv('MSSR_SIMD', raising=False)
+    kernel.cache_clear()
+    found = kernel()
+    assert found is not None
+    assert found.simd == {'AVX512': 'avx512', 'AVX2': 'avx2'}.get(torch.backends.cpu.get_cpu_capability(), 'plain')
+
+
+@needs_kernel
 @pytest.mark.parametrize('simd', ['avx2', 'plain'])
 def test_narrower_vectors(simd: str, monkeypatch: pytest.MonkeyPatch) -> None:
     used, names = kernel(), ['avx512', 'avx2', 'plain']

@@ -322,3 +322,15 @@ void EXPORT(mssr_tile_)(int32_t *shape)
     shape[2] = VECTORS;
     shape[3] = ROW_GAP;
 }
+
+/* Whether this processor has the instructions that this file was compiled for. */
+int32_t EXPORT(mssr_supported_)(void)
+{
+#if defined(__AVX512F__)
+    return __builtin_cpu_supports("avx512f") != 0;
+#elif defined(__AVX2__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return 1;
+#endif
+}

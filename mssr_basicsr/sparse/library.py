@@ -8,14 +8,12 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 MAX_INPUTS = 8
 CONVOLUTION, SUM, NEAREST, PACK, UNPACK = range(5)  # enum kind
 NONE, RELU, SLOPE = range(3)  # enum activation
 
 _FILE = Path(__file__).with_name('kernel.so')
-_WIDTHS = {'AVX512': 'avx512', 'AVX2': 'avx2'}  # what torch says of the processor
+_WIDTHS = ('avx512', 'avx2', 'plain')  # the widest first
 
 
 class Value(ctypes.Structure):
@@ -86,9 +84,8 @@ def kernel() -> Kernel | None:
         library = ctypes.CDLL(os.fspath(_FILE))
     except OSError:
         return None
-    widest = _WIDTHS.get(torch.backends.cpu.get_cpu_capability(), 'plain')
-    names = ['avx512', 'avx2', 'plain']
-    allowed = [name for name in names[names.index(widest) :] if hasattr(library, f'mssr_run_{name}')]
+    built = [name for name in _WIDTHS if hasattr(library, f'mssr_run_{name}')]
+    allowed = [name for name in built if getattr(library, f'mssr_supported_{name}')()]
     simd = os.environ.get('MSSR_SIMD') or allowed[0]
     if simd not in allowed:
         raise ValueError(f'MSSR_SIMD: found {simd!r}; allowed: {", ".join(allowed)}')
