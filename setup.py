@@ -131,7 +131,7 @@ setup(
     ],
     extras_require={
         'completion': ['argcomplete'],
-        'onnx': ['onnx', 'onnxscript', 'torch>=2.6'],
+        'onnx': ['onnx', 'onnxscript', 'torch>=2.7'],
         'plot': ['matplotlib'],
         'test': [
             'argcomplete',

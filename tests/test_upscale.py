@@ -307,6 +307,7 @@ def test_exported_onnx_gives_the_same_image_at_any_size(name: str, tmp_path: Pat
     file.write_bytes(pack(network(BACKBONES[name]), 2))
     assert main(['export', str(file), '--level', '1', '--onnx', str(tmp_path / 'level.onnx')]) == 0
     session = onnxruntime.InferenceSession(tmp_path / 'level.onnx')
+    assert session.get_inputs()[0].shape[2:] == ['height', 'width']
     ours = ScalableModel(file, level=1).network
     for size in ((16, 24), (33, 10)):
         x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))

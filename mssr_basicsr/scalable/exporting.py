@@ -64,7 +64,6 @@ def to_onnx(
     with ScalableModel(source, level, network=network, engine='torch') as model:
         upscaler = model.upscaler
     example = torch.rand(1, upscaler.channels, 2 * max(8, upscaler.multiple), 3 * max(8, upscaler.multiple))
-    any_size = torch.export.Dim.DYNAMIC
     with tempfile.TemporaryDirectory() as folder, _without_log():
         path = Path(folder, 'level.onnx')
         torch.onnx.export(
@@ -73,7 +72,7 @@ def to_onnx(
             path,
             input_names=['input'],
             output_names=['output'],
-            dynamic_shapes=({2: any_size, 3: any_size},),
+            dynamic_shapes=({2: 'height', 3: 'width'},),
             opset_version=opset,
             dynamo=True,
             external_data=False,
