@@ -25,6 +25,30 @@ def test_the_report_is_made_from_the_results() -> None:
     assert report.report(study.read_results()) == (ROOT / 'docs' / 'results.md').read_text('utf-8')
 
 
+def test_every_table_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once all has been run, each network has a row, with NIQE in place of SSIM for a GAN."""
+    metrics = {name: {'psnr': 30.0, 'psnr_rounded': 29.9, 'ssim': 0.9, 'niqe': 5.0} for name in report.SETS}
+    levels = [
+        {'level': level, 'parameters': 1000, 'iterations': 10, 'metrics': metrics, 'evaluation': 'published'}
+        for level in range(5)
+    ]
+    done = {
+        'seed': 1,
+        'threads': 1,
+        'iterations': 50,
+        'command': 'study.py',
+        **dict.fromkeys(('seconds', 'seconds_per_iteration', 'data_seconds_per_iteration'), 1),
+        'levels': levels,
+        'tickets': levels,
+    }
+    text = report.report(dict.fromkeys(runs.RUNS, done))
+    assert 'All have been run.' in text
+    assert '| **longer, all levels in one set of weights**, level 3, seed 1 | 1,000 | 10 | 30.00 |' in text
+    assert '| **a tenth, all levels in one set of weights**, level 4 |' in text
+    (head, *_) = [line for line in text.partition('## A GAN')[2].splitlines() if line.startswith('| network')]
+    assert head == '| network | parameters | iterations | PSNR Set5 | Set14 | BSD100 | NIQE Set5 | Set14 | BSD100 |'
+
+
 def test_what_basicsr_measured_is_corrected() -> None:
     """The nested model's smallest level is its ticket: measured anew, and by BasicSR's metrics with the correction."""
     kept = study.read_results()

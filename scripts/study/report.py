@@ -1,4 +1,4 @@
-"""Write docs/results.md, and its figures, from docs/results.json (which scripts/study/study.py fills).
+"""Write docs/results.md, and its figures, from results_template.md and docs/results.json (which study.py fills).
 
     python scripts/study/report.py
 
@@ -13,7 +13,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from string import Template
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from runs import CHOICES_SPARSITY, RUNS
 from study import read_results
@@ -21,118 +23,64 @@ from study import read_results
 from mssr_basicsr.scalable.plotting import draw_psnr, new_figure, save_figure
 
 DOCS = Path(__file__).resolve().parents[2] / 'docs'
+TEMPLATE = Path(__file__).with_name('results_template.md')
 SETS = ('Set5', 'Set14', 'BSD100')
 # What reading Set14's one grey file as colours, which BasicSR does, adds to the PSNR of the set's 14 images: grey of 0
 # to 255 becomes Y of 16 to 235, and every error shrinks alike.
 GREY_AS_COLOURS = 20 * math.log10(255 / 219) / 14
-# PSNR on SETS as commonly tabulated, and parameters. All saw the 291 images, but for FSRCNN: T91 and General-100.
+
+
+class Published(NamedTuple):
+    """A network as commonly tabulated."""
+
+    parameters: int
+    psnr: tuple[float, float, float]  #: on SETS
+    data: str = '291'  #: what it was trained on
+
+
 PUBLISHED = {
-    'FSRCNN': (12_000, (37.00, 32.63, 31.53)),
-    'DRRN': (297_000, (37.74, 33.23, 32.05)),
-    'IDN': (553_000, (37.83, 33.30, 32.08)),
-    'VDSR': (665_000, (37.53, 33.03, 31.90)),
-    'MemNet': (677_000, (37.78, 33.28, 32.08)),
+    'ECBSR-M4C16': Published(11_600, (37.18, 32.79, 31.61), 'DIV2K'),
+    'FSRCNN': Published(12_000, (37.00, 32.63, 31.53), '91 + General-100'),
+    'ETDS-S': Published(41_500, (37.38, 32.96, 31.77), 'DIV2K'),
+    'ECBSR-M6C40': Published(92_400, (37.61, 33.18, 31.94), 'DIV2K'),
+    'DRRN': Published(297_000, (37.74, 33.23, 32.05)),
+    'IDN': Published(553_000, (37.83, 33.30, 32.08)),
+    'VDSR': Published(665_000, (37.53, 33.03, 31.90)),
+    'MemNet': Published(677_000, (37.78, 33.28, 32.08)),
 }
+PUBLISHED_X4 = {'FSRCNN': Published(12_000, (30.71, 27.59, 26.98), '91 + General-100')}
 FAMILIES = {
     'main_forward': 'MSSR, own ticket of each level',
     'main_backward': 'MSSR, all levels in one set of weights, ground truth only',
     'main_backward_teacher': '**MSSR, all levels in one set of weights**, tickets as second target',
-    'long_forward': 'MSSR, longer (60,000 iterations a level, batch 16, LR patch 24, LAMP), own ticket of each level',
-    'long_backward': 'MSSR, longer, all levels in one set of weights',
-    'edsr_m_forward': 'MSSR on EDSR-M, own ticket of each level',
-    'edsr_m_backward': 'MSSR on EDSR-M, all levels in one set of weights',
     'one_shot': 'dense ticket pruned in one shot (LAMP), then trained',
     'random': "random masks with the levels' layer densities",
     'dense_13k': 'small dense EDSR (8 blocks of 8)',
     'dense_13k_long': 'small dense EDSR (8 blocks of 8), iterations of all levels together',
     'dense_26k': 'small dense EDSR (7 blocks of 12)',
     'dense_26k_long': 'small dense EDSR (7 blocks of 12), iterations of levels 0 to 3 together',
+    'long_forward': 'longer, own ticket of each level',
+    'long_backward': '**longer, all levels in one set of weights**',
+    'long_paper': "longer, the paper's recipe, own ticket of each level",
+    'long_dense_13k': 'small dense EDSR (8 blocks of 8), longer, iterations of the forward stage',
+    'long_dense_13k_equal_time': 'small dense EDSR (8 blocks of 8), longer, time of the forward stage',
+    'long_one_shot': 'dense ticket pruned in one shot (LAMP), longer',
+    'long_random': 'dense ticket pruned at random in one shot, longer',
+    'edsr_m_forward': 'EDSR-M, own ticket of each level',
+    'edsr_m_backward': '**EDSR-M, all levels in one set of weights**',
+    'x4_forward': 'own ticket of each level',
+    'x4_backward': '**all levels in one set of weights**',
+    'srvgg_forward': 'SRVGGNetCompact, own ticket of each level',
+    'srvgg_backward': '**SRVGGNetCompact, all levels in one set of weights**',
+    'trained_tenth_forward': 'a tenth, own ticket of each level',
+    'trained_tenth_backward': '**a tenth, all levels in one set of weights**',
+    'trained_third_forward': 'a third, own ticket of each level',
+    'trained_third_backward': '**a third, all levels in one set of weights**',
+    'gan_forward': 'own ticket of each level',
+    'gan_backward': '**all levels in one set of weights**',
 }
 SHORT = ('choices', 'cost')  # tables whose runs are only compared with each other
-COLUMNS = ('PSNR Set5', 'Set14', 'BSD100', 'SSIM Set5', 'Set14', 'BSD100')
-
-INTRODUCTION = """# Results
-
-Made by `python scripts/study/report.py` from [results.json](results.json), which `python scripts/study/study.py` fills;
-do not edit. EDSR with 8 blocks of 32 features, x2, trained on T91 and BSDS200 (291 images), batch 8, LR patch 20, Adam
-1e-3 (backward stage: 3e-3) with cosine annealing in each level, on a CPU. The main table has one seed, so differences
-of a few hundredths of a dB mean nothing. Parameter counts are of the weights kept, including biases.
-
-PSNR (dB) and SSIM follow published work: on Y, not rounded unless stated, border 2, and a greyscale ground-truth file
-is taken as Y itself (`evaluation: published` in results.json). Most runs were validated with BasicSR's own metrics
-(`evaluation: basicsr`), which read Set14's one greyscale file as RGB. For any network, that adds 20 log10(255 / 219) /
-14 = 0.094 dB to Set14's PSNR, which is subtracted here; Set14's SSIM of these runs is left out. The shipped file has
-been measured again: `python scripts/study/evaluate.py models/EDSR_8x32_x2_291.mssr --images FOLDER`.
-
-## Main table
-
-The iterations of a level are its own; it starts from what the levels before it have learned. A small dense EDSR is
-trained for as many iterations as the level of its size or, in its second row, as all levels up to it together. `main`
-keeps the weights at a pruning step and restarts the schedule (`train.rewind: lr`), with self-distillation at 2 depths.
-The dense ticket that is pruned in one shot is pruned by LAMP: at 93.75 %, global magnitude would
-leave nothing of its last convolution."""
-REPEATS = """## Reproducibility
-
-Runs that were done twice with the same options: PSNR of the first run, and how the second differs. `main_forward` gave
-the same bits on two machines. The others were run in between on a third, whose processor rounds differently."""
-CROPS = """## One photograph at every level
-
-![A crop of a photograph, upscaled by bicubic and at each level, and the original](crops.png)
-
-`python scripts/side_by_side.py models/EDSR_8x32_x2_291.mssr --downscale --crop 360 300 110 -o docs/crops.png`:
-scikit-image's motorcycle_left.png, with the PSNR of the whole photograph."""
-TRIED = """The following was tried by hand to close the gap, with one seed and on level 3 alone (its ticket has 37.20 /
-32.79 / 31.69), with model classes such as those in [scripts/study/variants.py](../scripts/study/variants.py). Most of
-it is repeated at a shorter schedule under Choices. Set14 is as BasicSR reads it, 0.094 dB above the published
-protocol.
-
-| level 3 | Set5 | Set14 | BSD100 |
-| --- | --- | --- | --- |
-| 5,000 iterations, learning rate 1e-3 | 37.06 | 32.76 | 31.64 |
-| the same, with separate biases | 37.06 | 32.77 | 31.64 |
-| the same, with self-distillation at 2 depths, its ticket being the larger network | 37.05 | 32.77 | 31.65 |
-| the same, with its ticket's output as a second target | 37.10 | 32.77 | 31.65 |
-| 5,000 iterations of all weights, at level 4 and a random larger level together | 36.95 | 32.71 | 31.60 |
-| 5,000 iterations, learning rate 3e-3 | 37.10 | 32.78 | 31.66 |
-| the same, with its ticket's output as a second target | 37.13 | 32.78 | 31.66 |
-| 5,000 iterations, learning rate 1e-2 | 37.07 | 32.76 | 31.65 |
-| **15,000 iterations, learning rate 3e-3** | 37.16 | 32.81 | 31.68 |
-| 30,000 iterations, learning rate 3e-3, schedule restarted once | 37.16 | 32.82 | 31.68 |
-
-More iterations and a larger learning rate help, up to about 15,000 iterations; the longest of these runs did not make
-the following level 2 better (37.22 / 32.87 / 31.73 after 15,000 iterations). The remaining gap is the price of frozen
-weights. Using its ticket's output as a second target spreads a level's gap over the sets and helps level 1 most; on
-average over all levels and sets it changes nothing."""
-CHOICES = """## Choices
-
-One change at a time, at a shorter schedule: levels of 0, 75 and 93.75 % sparsity, 1,000 iterations each. Mean PSNR (dB)
-over Set14 and BSD100 and over the seeds; in parentheses, the largest difference between seeds.
-
-![The effect of each choice](choices.png)
-
-### Forward stage
-
-`reference` is the paper's recipe: `train.rewind: weights`, self-distillation at 2 depths with the ground truth as the
-target, global magnitude. A rewound ticket has seen level 0's iterations up to the rewind point and its own; a ticket
-whose weights were kept (`rewind_lr`, `rewind_none`) has seen those of all levels up to it. `rewind_weights_equal_total`
-rewinds and trains level k for k + 1 times as long, so that its weights see as many iterations in total as those of
-`rewind_lr`. The whole run then has twice as many iterations, as does `rewind_lr_longer`, which keeps the weights.
-
-`rewind_weights_equal_total` and `lamp` (seed 1) were run on a different processor from the rest of this table, on which
-`rewind_lr` gave 0.13 dB more at 93.75 % (see below): there, smaller differences mean nothing."""
-COST = """## What cheaper training costs
-
-The paper's recipe at the short schedule of Choices: in fp32 (`reference` there); in bf16 and channels-last; and in bf16
-and channels-last with self-distillation of half of each batch (`ssd_opt.batch_share: 0.5`), at two depths and at one.
-Mean PSNR over Set14 and BSD100 and over the seeds; in parentheses, the largest difference between seeds."""
-CHOICES_BACKWARD = """### Backward stage
-
-Each nested level minus its own ticket, starting from the tickets of `rewind_lr`. `reference` recovers weights with the
-values that they were pruned at (`train.recover: ticket`) and trains with a learning rate of 3e-3. `private_others`
-trains the biases at each level, as if each level had its own. `ticket_teacher` adds the ticket's output as a second
-target (`train.ticket_opt`). `joint` first trains all weights for 1,000 iterations, at the smallest level and a random
-larger one together, and only then freezes them; this and `private_others` are in
-[scripts/study/variants.py](../scripts/study/variants.py). `longer` trains each level for 3,000 iterations."""
+X2 = ('main', 'long', 'edsr_m', 'srvgg')  # tables that can be compared with published networks
 
 
 def family(name: str) -> str:
@@ -158,30 +106,42 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join(lines)
 
 
-def points(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
-    """Every network of the main table, EDSR-M included: its run's name, the run's result, the network's record."""
-    for name in [run.name for run in RUNS.values() if run.table not in SHORT and run.name in results]:
+def points(
+    results: Mapping[str, Any], tables: Sequence[str]
+) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """Every network of these tables: its run's name, the run's result, the network's record."""
+    for name in [run.name for run in RUNS.values() if run.table in tables and run.name in results]:
         for record in results[name]['levels']:
-            pretrained = name.startswith('one_shot') and record['level'] == 0
+            pretrained = 'one_shot' in name and record['level'] == 0
             if record['metrics'] and not pretrained:
                 yield name, results[name], record
 
 
-def main_table(results: Mapping[str, Any]) -> str:
-    """A row for each network."""
+def networks(
+    results: Mapping[str, Any],
+    which: str,
+    published: Mapping[str, Published] = MappingProxyType({}),
+    second: str = 'ssim',
+) -> str:
+    """A table with a row for each network of the table ``which``: PSNR and a second metric; and the published ones."""
     rows = []
-    for name, result, record in points(results):
+    for name, result, record in points(results, [which]):
         level = int(name[-1]) if name.startswith(('one_shot', 'random')) else record['level']
         quality = [f'{record["metrics"][dataset]["psnr"]:.2f}' for dataset in SETS]
-        ssims = [record['metrics'][dataset]['ssim'] for dataset in SETS]
-        quality += ['' if ssim is None else f'{ssim:.4f}' for ssim in ssims]
+        others = [record['metrics'][dataset][second] for dataset in SETS]
+        quality += ['' if value is None else f'{value:.4f}' for value in others]
         # The backward stage takes over the smallest level as it is; of a stock training all iterations are one level's.
         iterations = record.get('iterations', 0 if 'backward' in name else result['iterations'])
-        what = '' if name.startswith('dense') else f', level {level}'
-        rows.append([FAMILIES[family(name)] + what, f'{record["parameters"]:,}', f'{iterations:,}', *quality])
-    for name, (parameters, psnr) in PUBLISHED.items():
-        rows.append([f'{name}, published', f'{parameters:,}', '', *(f'{value:.2f}' for value in psnr), '', '', ''])
-    return table(['network', 'parameters', 'iterations', *COLUMNS], rows)
+        what = '' if 'dense' in name else f', level {level}'
+        seed = f', seed {result["seed"]}' if '_seed' in name else ''
+        rows.append([FAMILIES[family(name)] + what + seed, f'{record["parameters"]:,}', f'{iterations:,}', *quality])
+    if not rows:
+        return f'Not run yet: `python scripts/study/study.py run {which}`.'
+    for name, known in published.items():
+        quality = [f'{value:.2f}' for value in known.psnr]
+        rows.append([f'{name}, published, trained on {known.data}', f'{known.parameters:,}', '', *quality, '', '', ''])
+    head = [f'{metric} {SETS[0]}, {SETS[1]}, {SETS[2]}'.split(', ') for metric in ('PSNR', second.upper())]
+    return table(['network', 'parameters', 'iterations', *head[0], *head[1]], rows)
 
 
 def psnr_by_level(records: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
@@ -199,8 +159,14 @@ def gaps(result: Mapping[str, Any]) -> dict[int, dict[str, float]]:
     return {k: {name: nested[k][name] - tickets[k][name] for name in SETS} for k in sorted(tickets)}
 
 
-def nested_gap(result: Mapping[str, Any]) -> str:
-    """:func:`gaps` as a table."""
+def gap_tables(results: Mapping[str, Any]) -> str:
+    """:func:`gaps` of each backward stage, as a table."""
+    names = [run.name for run in RUNS.values() if run.stage == 'backward' and run.table not in SHORT]
+    return '\n\n'.join(f'`{name}`:\n\n{gap_table(results[name])}' for name in names if name in results)
+
+
+def gap_table(result: Mapping[str, Any]) -> str:
+    """:func:`gaps` of a backward stage, as a table."""
     iterations = {record['level']: record.get('iterations', 0) for record in result['levels']}
     rows = [[str(k), f'{iterations[k]:,}', *(f'{gap[name]:+.3f}' for name in SETS)] for k, gap in gaps(result).items()]
     return table(['level', 'iterations', *SETS], rows)
@@ -212,7 +178,7 @@ def targets(results: Mapping[str, Any]) -> str:
     if 'main_backward_teacher' in results:
         (smallest,) = [record for record in results['main_backward_teacher']['levels'] if record['level'] == 4]
         over = [
-            [smallest['metrics'][name][key] - psnr for name, psnr in zip(SETS, PUBLISHED['FSRCNN'][1])]
+            [smallest['metrics'][name][key] - psnr for name, psnr in zip(SETS, PUBLISHED['FSRCNN'].psnr)]
             for key in ('psnr', 'psnr_rounded')
         ]
         unrounded, rounded = (' / '.join(f'{dB:+.2f}' for dB in each) for each in over)
@@ -249,7 +215,7 @@ def repeats(results: Mapping[str, Any]) -> str:
             for level, psnr in first.items():
                 cells = [f'{psnr[dataset]:.3f} {again[level][dataset] - psnr[dataset]:+.3f}' for dataset in SETS]
                 rows.append([f'`{name}`', str(level), *cells])
-    return table(['run', 'level', *SETS], rows) if rows else ''
+    return table(['run', 'level', *SETS], rows)
 
 
 def quality_of_choices(
@@ -331,10 +297,10 @@ def runs_table(results: Mapping[str, Any]) -> str:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """PSNR over parameters, a panel for each set."""
+    """PSNR over parameters, a panel for each set; published networks as a cross, upright if they saw the 291 images."""
     figure, axes = new_figure(1, len(SETS), figsize=(14, 4.5))
     families: dict[str, list[Any]] = {}
-    for name, _, record in points(results):
+    for name, _, record in points(results, X2):
         families.setdefault(FAMILIES[family(name)].replace('*', ''), []).append(record)
     for i, (dataset, axis) in enumerate(zip(SETS, axes)):
         lines = {
@@ -342,56 +308,50 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
             for label, records in families.items()
         }
         draw_psnr(axis, lines, 'parameters', {label: 's' for label, line in lines.items() if len(line) == 1})
-        for name, (parameters, psnr) in PUBLISHED.items():
-            axis.plot(parameters, psnr[i], 'k+')
-            side = {'xytext': (5, -3)} if parameters > 600_000 else {'xytext': (-5, -3), 'ha': 'right'}
-            axis.annotate(name, (parameters, psnr[i]), textcoords='offset points', fontsize=8, **side)
+        for name, known in PUBLISHED.items():
+            place = (known.parameters, known.psnr[i])
+            axis.plot(*place, 'kx' if known.data == 'DIV2K' else 'k+')
+            side = {'xytext': (5, -3)} if known.parameters > 600_000 else {'xytext': (-5, -3), 'ha': 'right'}
+            axis.annotate(name, place, textcoords='offset points', fontsize=8, **side)
         axis.set_title(f'{dataset}, x2')
-        axis.set_xlim(5e3, 3e6)
+        axis.set_xlim(1.5e3, 3e6)
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
     save_figure(figure, path, dpi=110)
 
 
+def not_run(results: Mapping[str, Any]) -> str:
+    """What is still to be run."""
+    missing = [run.name for run in RUNS.values() if run.name not in results]
+    return f'Not run yet: {", ".join(f"`{name}`" for name in missing)}.' if missing else 'All have been run.'
+
+
 def report(results: Mapping[str, Any]) -> str:
-    """The text of docs/results.md, from the results that study.py keeps."""
+    """The text of docs/results.md: that of results_template.md, with the results that study.py keeps."""
     results = as_published(results)
-    parts = [INTRODUCTION, main_table(results), '![PSNR over parameters](results.png)']
-    parts += ['## Targets', targets(results)]
-    parts.append('## Nested level minus own ticket, dB')
-    for name in [run.name for run in RUNS.values() if run.stage == 'backward' and run.table not in SHORT]:
-        if name in results:
-            parts += [f'`{name}`:', nested_gap(results[name])]
-    parts.append(TRIED)
-    for stage, note in (('forward', CHOICES), ('backward', CHOICES_BACKWARD)):
-        if quality_of_choices(results, stage):
-            parts += [note, choices_table(results, stage)]
-    if quality_of_choices(results, 'forward', 'cost'):
-        parts += [COST, choices_table(results, 'forward', 'cost')]
-    repeated = repeats(results)
-    if repeated:
-        parts += [REPEATS, repeated]
-    missing = [f'`{run.name}`' for run in RUNS.values() if run.table not in SHORT and run.name not in results]
-    for which in SHORT:
-        count = sum(run.table == which and run.name not in results for run in RUNS.values())
-        if count:
-            missing.append(f'{count} runs of the table `{which}` (`python scripts/study/study.py list` names them)')
-    parts += [
-        CROPS,
-        '## Commands',
-        '`python scripts/study/study.py data --images FOLDER`, then (wall times on a machine with other work to do):',
-        runs_table(results),
-    ]
-    if missing:
-        parts += [f'Not run yet: {", ".join(missing)}.']
-    return '\n\n'.join(parts) + '\n'
+    return Template(TEMPLATE.read_text('utf-8')).substitute(
+        main=networks(results, 'main', PUBLISHED),
+        long=networks(results, 'long', PUBLISHED),
+        edsr_m=networks(results, 'edsr_m', PUBLISHED),
+        x4=networks(results, 'x4', PUBLISHED_X4),
+        srvgg=networks(results, 'srvgg', PUBLISHED),
+        trained=networks(results, 'trained'),
+        gan=networks(results, 'gan', second='niqe'),
+        targets=targets(results),
+        gaps=gap_tables(results),
+        choices_forward=choices_table(results, 'forward'),
+        choices_backward=choices_table(results, 'backward'),
+        cost=choices_table(results, 'forward', 'cost'),
+        repeats=repeats(results),
+        commands=runs_table(results),
+        not_run=not_run(results),
+    )
 
 
 def main() -> None:
     kept = read_results()
     results = as_published(kept)
     plot(results, DOCS / 'results.png')
-    if quality_of_choices(results, 'forward'):
-        plot_choices(results, DOCS / 'choices.png')
+    plot_choices(results, DOCS / 'choices.png')
     (DOCS / 'results.md').write_text(report(kept), 'utf-8')
 
 
