@@ -26,6 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'scripts' / 'checks
 
 from toy import SPARSITY, TOY_EDSR, backward_options, forward_options, write_pairs
 
+# Seconds after which a process hangs; a machine with other work to do takes several times as long as an idle one.
+HANGING = 1200
+
 # One small instance of each architecture that the plugin is shown to work on; 16 x 16 inputs.
 BACKBONES: dict[str, dict[str, Any]] = {
     'EDSR': TOY_EDSR,
@@ -54,7 +57,7 @@ def call(*command: str | Path, cwd: Path | None = None, expect: int = 0, **envir
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=300,
+        timeout=HANGING,
     )
     assert done.returncode == expect, done.stdout
     return done.stdout

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import network
+from conftest import HANGING, network
 
 from mssr_basicsr import pack
 from mssr_basicsr.commands.batch import plan_batch
@@ -189,7 +189,7 @@ def test_ctrl_c(here: Path, file: Path) -> None:
         while process.poll() is None and not list(Path('.').glob('out/???.png')):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=HANGING)
     finally:
         process.kill()
     assert process.returncode == 130

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 import xxhash
 import zstandard
+from conftest import HANGING
 from torch import Tensor, nn
 
 from mssr_basicsr import ScalableModel
@@ -203,7 +204,7 @@ def test_the_reader_in_javascript_gets_every_bit(kind: str, tmp_path: Path) -> N
         end = reader.header.section(2).end
     (tmp_path / 'prefix.mssr').write_bytes(file.read_bytes()[:end])
     for source, level in ((tmp_path / 'prefix.mssr', 2), (file, 0)):
-        subprocess.run(['node', READER, source, str(level), tmp_path / 'out.safetensors'], check=True, timeout=60)
+        subprocess.run(['node', READER, source, str(level), tmp_path / 'out.safetensors'], check=True, timeout=HANGING)
         assert_same(safetensors.torch.load_file(tmp_path / 'out.safetensors'), at_level(expected, level))
 
 
@@ -218,7 +219,7 @@ def test_the_reader_in_javascript_detects_damage_and_missing_levels(tmp_path: Pa
     ):
         (tmp_path / 'bad.mssr').write_bytes(bad)
         command = ['node', READER, tmp_path / 'bad.mssr', '0', tmp_path / 'out.safetensors']
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=HANGING)
         assert done.returncode != 0 and problem in done.stderr
 
 

@@ -24,7 +24,7 @@ import torch
 from basicsr.archs import build_network
 from basicsr.models import build_model
 from basicsr.utils.registry import ARCH_REGISTRY
-from conftest import TOY_EDSR, Run, contents, forget_after
+from conftest import HANGING, TOY_EDSR, Run, contents, forget_after
 from PIL import Image
 
 from mssr_basicsr.adapter.tensorboard import BLUE, CELL, LINE, pictures_of
@@ -40,11 +40,11 @@ def free_port() -> int:
 def tags_served(port: int, server: subprocess.Popen[bytes], log: Path, run_name: str) -> set[str]:
     """The scalars' tags that the server has of the run, as soon as it has any."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + HANGING
     while time.monotonic() < deadline:
         assert server.poll() is None, log.read_text()
         try:
-            with opener.open(f'http://127.0.0.1:{port}/data/plugin/scalars/tags', timeout=20) as answer:
+            with opener.open(f'http://127.0.0.1:{port}/data/plugin/scalars/tags', timeout=60) as answer:
                 runs: dict[str, Any] = json.load(answer)
         except OSError:  # it is not up yet
             runs = {}
