@@ -19,8 +19,11 @@ def complete(parser: argparse.ArgumentParser) -> None:
         return
 
     def files(prefix: str, action: argparse.Action, **_: Any) -> Iterable[str]:
+        found: Iterable[str] = []
         if action.dest in _FOLDERS:
-            return DirectoriesCompleter()(prefix)
-        return FilesCompleter(_FILES[action.dest])(prefix) if action.dest in _FILES else []
+            found = DirectoriesCompleter()(prefix)
+        elif action.dest in _FILES:
+            found = FilesCompleter(_FILES[action.dest])(prefix)
+        return found
 
     autocomplete(parser, always_complete_options=False, default_completer=files)  # type: ignore[arg-type]

@@ -47,7 +47,8 @@ def measure_levels(path: Path, size: tuple[int, int], threads: int | None, round
         torch.set_num_threads(before)
 
 
-def _measure(network: nn.Module, dense: nn.Module, x: Tensor, rounds: int) -> dict[str, Any]:
+def _measure(network: nn.Module, dense: Any, x: Tensor, rounds: int) -> dict[str, Any]:
+    # dense is a Module, whose to() is not annotated for a memory format alone in torch 2.8.
     last = x.contiguous(memory_format=torch.channels_last)
     times: dict[str, list[float]] = {'engine': [], 'default': [], 'channels_last': []}
     network(x)
