@@ -102,7 +102,7 @@ def test_the_forward_stage(forward_opt: dict[str, Any], run: Run, monkeypatch: p
     assert {'levels/toyval/psnr', 'layer_density/conv_first.weight', 'losses/l_pix', 'losses/l_ssd'} <= set(
         events.Tags()['scalars']
     )
-    assert [event.step for event in events.Scalars('levels/toyval/psnr')][:3] == [0, 1, 2]
+    assert [event.step for event in events.Scalars('levels/toyval/psnr')] == [0, 1, 2]
     assert {f'metrics/toyval/psnr_level{level}' for level in range(3)} <= set(events.Tags()['scalars'])
     (layout,) = events.Tensors('custom_scalars__config__')
     assert rb'^metrics/(toyval/)?psnr_level\d+$' in layout.tensor_proto.string_val[0]

@@ -34,17 +34,21 @@ class LevelBoard:
         self._num_levels = 0  # whose densities have been shown
         self._options_shown = False
 
-    def show_metrics(self, writer: Any, name: str, records: Sequence[LevelRecord]) -> None:
-        """The metrics of the set ``name`` over the level, and one chart per metric under TensorBoard's custom scalars.
-
-        A chart has one line per level. Its tags are those of :class:`LevelTags`; video classes omit the set's name.
-        """
-        charts = {}
+    def show_result(self, writer: Any, name: str, records: Sequence[LevelRecord]) -> None:
+        """The last metrics of the set ``name``, plotted over the level: once, at the end of the training."""
         for record in records:
             for metric, value in record['metrics'].get(name, {}).items():
                 writer.add_scalar(f'levels/{name}/{metric}', value, record['level'])
-                tags = rf'^metrics/({re.escape(name)}/)?{re.escape(metric)}_level\d+$'
-                charts[f'{name} {metric}'] = ['Multiline', [tags]]
+
+    def show_charts(self, writer: Any, name: str, records: Sequence[LevelRecord]) -> None:
+        """One chart per metric of the set ``name`` under TensorBoard's custom scalars, with one line per level.
+
+        Its tags are those of :class:`LevelTags`; video classes omit the set's name.
+        """
+        charts = {}
+        for metric in [metric for record in records for metric in record['metrics'].get(name, {})]:
+            tags = rf'^metrics/({re.escape(name)}/)?{re.escape(metric)}_level\d+$'
+            charts[f'{name} {metric}'] = ['Multiline', [tags]]
         if not charts.keys() <= self._charts.keys():
             self._charts.update(charts)
             writer.add_custom_scalars({'levels': self._charts})

@@ -46,6 +46,8 @@ class NestedLevels(Base):
         if 'level' in opt['network_g']:
             allowed = f'nothing, since {opt["model_type"]} sets the level (a fixed one is for other model classes)'
             raise OptionError('network_g.level', opt['network_g']['level'], allowed)
+        if opt['num_gpu'] > 0 and not torch.cuda.is_available():
+            raise OptionError('num_gpu', opt['num_gpu'], '0, auto (torch finds no GPU)')
         if opt['num_gpu'] > 1 and not opt['dist']:
             logger = get_root_logger()
             logger.warning(f'{opt["num_gpu"]} GPUs but no launcher: using only one; to use all, start with torchrun.')
@@ -95,7 +97,9 @@ class NestedLevels(Base):
                 self._record_validation(level, name)
             if tb_logger:
                 self._board.show_options(writer, self.decisive_options(), self.network.smallest_level)
-                self._board.show_metrics(tb_logger, name, [self.records[level] for level in levels])
+                self._board.show_charts(tb_logger, name, [self.records[level] for level in levels])
+                if self.opt['is_train'] and int(current_iter) > self.opt['train']['total_iter']:  # after the training
+                    self._board.show_result(tb_logger, name, [self.records[level] for level in sorted(self.records)])
                 self._board.show_densities(tb_logger, [self.describe(level) for level in range(max(levels) + 1)])
                 self._board.show_pictures(tb_logger, name, self._pictures, current_iter)
         self.write_records()
