@@ -394,6 +394,6 @@ def test_benchmark(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
     if kernel() is not None:
         assert levels[2]['weight_bytes'] < levels[0]['weight_bytes']
     assert main(command) == 0
-    assert 'times faster' in capsys.readouterr().out
+    assert 'speed-up' in capsys.readouterr().out
     assert main(['benchmark', str(file), '--size', '24']) == 1
     assert "--size: found '24'; allowed: width x height" in capsys.readouterr().err

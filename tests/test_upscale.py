@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,9 @@ def test_verify(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
     assert main(['verify', str(file)]) == 1
-    assert 'unusable bytes after the end of level 1' in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert 'OK, levels 1 to 2' in said.out
+    assert re.search(r'the last [\d,]+ bytes are unusable, since level 0 has more', said.err)
     file.write_bytes(whole[:-1] + b'?')
     assert main(['verify', str(file)]) == 1
     assert 'the section of level 0 is corrupted' in capsys.readouterr().err
@@ -263,6 +266,12 @@ def test_upscale_says_what_is_wrong(file: Path, tmp_path: Path, capsys: pytest.C
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit, match='2'):
         main(['upscale', str(file), str(image), '-o', 'x.png', '--budget', 'much'])
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match='2'):
+        main(['upscale', str(file), str(image), '-o', 'x.png', '--lvl', '4'])
+    said = capsys.readouterr().err
+    assert said.startswith('usage: mssr upscale ')
+    assert said.endswith('mssr upscale: error: unrecognized arguments: --lvl 4\n')
 
 
 def test_plot(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _as_text(found: dict[str, Any]) -> str:
     from mssr_basicsr.foundation.tables import table_with_metrics
 
-    head = ['level', 'engine', 'ms', 'times faster', 'peak MB', 'weights MB', 'sparse layers']
+    head = ['level', 'engine', 'ms', 'speed-up', 'peak MB', 'weights MB', 'sparse layers']
     cells = [
         [
             f'{row["level"]}',

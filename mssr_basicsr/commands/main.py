@@ -28,7 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     A command's module has ``HELP``, ``EXAMPLES``, ``add_arguments(parser)`` and ``run(arguments)``, which returns the
     exit status.
     """
-    parser = argparse.ArgumentParser(prog='mssr', description=__doc__, epilog=COMPLETION)
+    parser = argparse.ArgumentParser(
+        prog='mssr', description=__doc__, epilog=COMPLETION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--version', action='version', version=f'mssr-basicsr {__version__}')
     commands = parser.add_subparsers(metavar='COMMAND', required=True)
     for name in COMMANDS:
@@ -53,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
                 default=[],
                 help="a module that registers the backbone's architecture, such as hat.archs; can be repeated",
             )
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, refuse=command.error)
     return parser
 
 
@@ -86,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = build_parser()
         if '_ARGCOMPLETE' in os.environ:  # the shell asks what may come next
             complete(parser)
-        arguments = parser.parse_args(words)
+        arguments, unknown = parser.parse_known_args(words)
+        if unknown:  # argparse would show the usage of mssr, not of the command
+            arguments.refuse(f'unrecognized arguments: {" ".join(unknown)}')
         import_modules(getattr(arguments, 'imports', []))
         status = int(arguments.run(arguments))
         sys.stdout.flush()

@@ -102,10 +102,7 @@ def _stream(name: str) -> BinaryIO:
 def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Mapping[Path, str]) -> int:
     from tqdm import tqdm
 
-    from mssr_basicsr import ScalableModel
     from mssr_basicsr.commands.batch import plan_batch
-    from mssr_basicsr.scalable.images import check_writable, read_image, write_image
-    from mssr_basicsr.scalable.metrics import metrics
 
     if arguments.tile is not None:
         require_int('--tile', arguments.tile, 0)
@@ -115,6 +112,11 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
     if passed_over:
         some = ', '.join(path.name for path in passed_over[:3]) + (', ...' if len(passed_over) > 3 else '')
         print(f'mssr: skipped in {source}, not images by their names: {some}', file=sys.stderr)
+    # torch takes seconds to import: not before the paths are known to be right.
+    from mssr_basicsr import ScalableModel
+    from mssr_basicsr.scalable.images import check_writable, read_image, write_image
+    from mssr_basicsr.scalable.metrics import metrics
+
     device = _device(arguments.device)
     engine = arguments.engine if device.startswith('cpu') else 'torch'
     with ScalableModel(arguments.file, arguments.level, max_bytes=arguments.budget, engine=engine) as model:

@@ -23,11 +23,11 @@ def run(arguments: argparse.Namespace) -> int:
     largest, smallest = found['levels'][0], found['levels'][-1]
     if arguments.json:
         print(json.dumps(found, indent=2))
-    elif not found['unusable_bytes']:
-        size = arguments.file.stat().st_size
+    else:
+        sound = arguments.file.stat().st_size - found['unusable_bytes']
         what = 'whole' if found['whole'] else 'a whole prefix'
-        print(f'{found["file"]}: OK, levels {largest} to {smallest}, {size:,} bytes ({what})')
+        print(f'{found["file"]}: OK, levels {largest} to {smallest}, {sound:,} bytes ({what})')
     if found['unusable_bytes']:
-        what = 'the file' if found['whole'] else f'level {largest}'
-        raise ScalableFileError(f'{found["file"]}: {found["unusable_bytes"]:,} unusable bytes after the end of {what}')
+        reason = 'since no level has them' if found['whole'] else f'since level {largest - 1} has more'
+        raise ScalableFileError(f'{found["file"]}: the last {found["unusable_bytes"]:,} bytes are unusable, {reason}')
     return 0

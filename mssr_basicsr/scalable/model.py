@@ -90,6 +90,11 @@ class ScalableModel:
         """The level that the network is at; :meth:`expand` and :meth:`shrink` change it."""
         return self._level
 
+    def __repr__(self) -> str:
+        name, parameters = self.header.backbone['type'], self.header.num_parameters(self._level)
+        levels = f'level {self._level} of 0 to {self.header.smallest_level}'
+        return f'{type(self).__name__}({name} x{self.header.scale}, {levels}, {parameters:,} parameters)'
+
     def close(self) -> None:
         """Close the file if it was given as a path; the network remains usable."""
         self.file.close()
