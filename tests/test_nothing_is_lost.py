@@ -19,6 +19,7 @@ from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, call, contents, forget_
 
 from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.method.criteria import global_magnitude
 from mssr_basicsr.models.levelwise_training import LevelwiseTraining
 
 pytestmark = pytest.mark.slow
@@ -270,6 +271,10 @@ def write_wrong_file(kind: str, path: Path) -> None:
         torch.save({'epoch': 0, 'iter': 4, 'optimizers': [], 'schedulers': []}, path)
     elif kind == 'stock':
         torch.save({'params': MSSR(TOY_EDSR, SPARSITY).backbone.state_dict()}, path)
+    elif kind == 'unfinished':
+        network = MSSR(TOY_EDSR, SPARSITY)
+        network.prune(1, global_magnitude, torch.Generator())
+        torch.save({'params': network.state_dict()}, path)
     elif kind == 'wider':
         torch.save({'params': pruned_mssr({**TOY_EDSR, 'num_feat': 16}).state_dict()}, path)
     elif kind == 'another':
@@ -289,6 +294,7 @@ WRONG_FILES = {
     'tensor': 'it holds a Tensor, not a dict as a checkpoint does',
     'state': 'it has no network under params_ema (it has epoch, iter, optimizers, schedulers)',
     'stock': "the forward stage's last checkpoint (nothing is pruned in this one)",
+    'unfinished': "the forward stage's last checkpoint (this one has been pruned to level 1 only)",
     'wider': 'have a different shape, such as backbone.conv_first.weight (16, 3, 3, 3) instead of (8, 3, 3, 3)',
     'another': 'it is of another network: ',
     'newer': 'its format is version 2; this mssr-basicsr reads up to 1: update mssr-basicsr',

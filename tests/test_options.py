@@ -33,12 +33,12 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'network_g.backbone.type',
         'EDSRR',
-        "network_g.backbone.type: found 'EDSRR'; allowed: BasicVSR, ",
+        "network_g.backbone.type: found 'EDSRR'; allowed: EDSR; or else BasicVSR, ",
     ),
     (
         'network_g.backbone.num_feats',
         8,
-        "__init__() got an unexpected keyword argument 'num_feats').",
+        'network_g.backbone.num_feats: found 8; allowed: num_feat (EDSR takes num_in_ch, num_out_ch, num_feat, ',
     ),
     (
         'network_g.sparsity',
@@ -174,7 +174,7 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'train.ssd_opt.depths',
         2,
-        "__init__() got an unexpected keyword argument 'depths').",
+        'train.ssd_opt.depths: found 2; allowed: num_depths (SSDLoss takes num_depths, criterion, ',
     ),
     (
         'train.scheduler.periods',
@@ -184,32 +184,32 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'train.criterian',
         'lamp',
-        "train.criterian: found 'lamp'; allowed: train.criterion; there is no option of this name.",
+        "train.criterian: found 'lamp'; allowed: train.criterion (there is no option criterian).",
     ),
     (
         'train.rewnd',
         'lr',
-        "train.rewnd: found 'lr'; allowed: train.rewind; there is no option of this name.",
+        "train.rewnd: found 'lr'; allowed: train.rewind (there is no option rewnd).",
     ),
     (
         'train.ssd_op',
         {'type': 'SSDLoss'},
-        "train.ssd_op: found {'type': 'SSDLoss'}; allowed: train.ssd_opt; there is no option of this name.",
+        "train.ssd_op: found {'type': 'SSDLoss'}; allowed: train.ssd_opt (there is no option ssd_op).",
     ),
     (
         'train.expansion',
         {'type': 'SequentialExpansion'},
-        'allowed: nothing, MSSRForwardModel does not read it (MSSRBackwardModel does).',
+        'allowed: nothing, since only MSSRBackwardModel reads it: remove it.',
     ),
     (
         'network_g.sparcity',
         [0, 0.5],
-        'network_g.sparcity: found [0, 0.5]; allowed: sparsity; there is no option of this name (the architecture',
+        'network_g.sparcity: found [0, 0.5]; allowed: sparsity (there is no option sparcity; the architecture',
     ),
     (
         'network_g.prunnable',
         ['*'],
-        "network_g.prunnable: found ['*']; allowed: prunable; there is no option of this name (the architecture",
+        "network_g.prunnable: found ['*']; allowed: prunable (there is no option prunnable; the architecture",
     ),
     (
         'network_g.num_feat',
@@ -219,7 +219,12 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
     (
         'base_model_typ',
         'SRModel',
-        "base_model_typ: found 'SRModel'; allowed: base_model_type; there is no option of this name.",
+        "base_model_typ: found 'SRModel'; allowed: base_model_type (there is no option base_model_typ).",
+    ),
+    (
+        'base_model_type',
+        'SRGANModl',
+        "base_model_type: found 'SRGANModl'; allowed: SRGANModel; or else ",
     ),
     (
         'base_model_type',
@@ -266,7 +271,7 @@ WRONG_BACKWARD: list[tuple[str, Any, str]] = [
     (
         'network_g.sparsity',
         [0, 0.5, 0.9],
-        'network_g.level: found 2; allowed: a level that the loaded level map has; in it, this one keeps 1692 of 6768 ',
+        "allowed: the forward stage's last checkpoint (its level 2 keeps 1692 of 6768 prunable weights; network_g.",
     ),
     (
         'train.recover',
@@ -302,7 +307,7 @@ WRONG_BACKWARD: list[tuple[str, Any, str]] = [
     (
         'train.expansion.iters',
         3,
-        "__init__() got an unexpected keyword argument 'iters'",
+        'train.expansion.iters: found 3; allowed: nothing (SequentialExpansion takes level_iter).',
     ),
     (
         'train.total_iter',
@@ -388,6 +393,34 @@ def test_the_testing_model_does_not_train(forward_opt: dict[str, Any], run: Run)
     forward_opt['model_type'] = 'MSSRModel'
     with pytest.raises(OptionError, match=r"model_type: found 'MSSRModel'; allowed: MSSRForwardModel, MSSRBackward"):
         run(forward_opt)
+
+
+@pytest.mark.usefixtures('no_training')
+def test_gpus_that_are_not_there(forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    forward_opt['num_gpu'] = 1
+    with pytest.raises(OptionError, match=r'num_gpu: found 1; allowed: 0, auto \(torch finds no GPU\)'):
+        run(forward_opt)
+
+
+@pytest.mark.usefixtures('no_training')
+def test_a_schedule_for_the_whole_training(forward_opt: dict[str, Any], run: Run) -> None:
+    """A stock YAML's: with 4 iterations a level, the learning rate would not come down."""
+    forward_opt['train']['scheduler'] = {
+        'type': 'CosineAnnealingRestartLR',
+        'periods': [4, 8],
+        'restart_weights': [1, 1],
+    }
+    said = warnings_of(forward_opt, run)
+    assert (
+        'train.scheduler.periods: no level reaches iteration 12: the schedule restarts at each level, and the' in said
+    )
+    forward_opt['name'] = 'steps'
+    forward_opt['train']['scheduler'] = {'type': 'MultiStepLR', 'milestones': [2, 40], 'gamma': 0.5}
+    assert 'train.scheduler.milestones: no level reaches iteration 40: ' in warnings_of(forward_opt, run)
+    forward_opt['name'] = 'fitting'
+    forward_opt['train']['scheduler'] = {'type': 'MultiStepLR', 'milestones': [2, 4], 'gamma': 0.5}
+    assert 'train.scheduler' not in warnings_of(forward_opt, run)
 
 
 def warnings_of(opt: dict[str, Any], run: Run) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
+
+from basicsr.utils import get_root_logger
 
 from mssr_basicsr.foundation.checks import OptionError, require_int
 from mssr_basicsr.method.schedules import LevelTraining
@@ -59,10 +62,26 @@ class TrainingPlan:
                 raise OptionError('val.val_freq', val_freq, allowed)
         for key in ('print_freq', 'save_checkpoint_freq'):
             require_int(f'logger.{key}', opt['logger'].get(key), 1)
-        periods = train_opt['scheduler'].get('periods')
-        if periods is not None and sum(periods) < max(iterations):
-            allowed = f'periods that add up to {max(iterations)} or more (the schedule is for one level)'
-            raise OptionError('train.scheduler.periods', periods, allowed)
+        _check_schedule(train_opt['scheduler'], iterations)
 
     def __str__(self) -> str:
         return ', '.join(f'{training.num_iter} iterations at level {training.level}' for training in self.trainings)
+
+
+def _check_schedule(scheduler: Mapping[str, Any], iterations: Sequence[int]) -> None:
+    """Refuse a learning-rate schedule that ends before a level does; warn of one that is longer than any level.
+
+    The latter is what a stock YAML's is, for the whole training: the learning rate would not come down.
+    """
+    longest, periods = max(iterations), scheduler.get('periods')
+    if periods is not None and sum(periods) < longest:
+        allowed = f'periods that add up to {longest} or more (the schedule is for one level)'
+        raise OptionError('train.scheduler.periods', periods, allowed)
+    ends = {'periods': list(accumulate(periods or [])), 'milestones': scheduler.get('milestones') or []}
+    for key, iteration in ends.items():
+        beyond = [end for end in iteration if end > longest]
+        if beyond:
+            get_root_logger().warning(
+                f'train.scheduler.{key}: no level reaches iteration {beyond[0]}: the schedule restarts at each level, '
+                f'and the longest has {longest} iterations.'
+            )

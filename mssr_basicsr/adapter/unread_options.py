@@ -66,13 +66,13 @@ def report_unread_options(opt: Mapping[str, Any], model_type: str, base: type) -
                 continue
             for other, options in STAGE_OPTIONS.items():
                 if section and key in options:
-                    allowed = f'nothing, {model_type} does not read it ({other} does)'
+                    allowed = f'nothing, since only {other} reads it: remove it'
                     raise OptionError(f'train.{key}', found[key], allowed)
             if key in read:
                 continue
             nearest = closest(key, ours | read)
             if nearest in ours:
-                raise OptionError(f'{section}{key}', found[key], f'{section}{nearest}; there is no option of this name')
+                raise OptionError(f'{section}{key}', found[key], f'{section}{nearest} (there is no option {key})')
             unread.append(f'{section}{key}' + (f' (the nearest that is read is {nearest})' if nearest else ''))
     if unread:
         message = f'{model_type} with {base.__name__} reads none of these options: {", ".join(unread)}.'

@@ -17,7 +17,15 @@ from torch.nn.modules.conv import _ConvNd
 
 from mssr_basicsr.archs.feature_taps import find_feature_taps
 from mssr_basicsr.foundation.checkpoints import CheckpointError
-from mssr_basicsr.foundation.checks import OptionError, arguments_checked, closest, match_names, require_int
+from mssr_basicsr.foundation.checks import (
+    OptionError,
+    arguments_checked,
+    closest,
+    known_as,
+    match_names,
+    nearest_first,
+    require_int,
+)
 from mssr_basicsr.method import MAX_LEVELS
 from mssr_basicsr.method.criteria import Criterion
 from mssr_basicsr.method.level_map import LevelMap, buffer_tree, count, mask_of, num_kept, prune
@@ -69,9 +77,9 @@ def refuse_unknown(unknown: Mapping[str, Any], backbone: Any) -> None:
         known = [name for name in inspect.signature(MSSR).parameters if name != 'unknown']
         if isinstance(backbone, Mapping) and key in backbone:
             raise OptionError(f'network_g.{key}', found, f'network_g.backbone.{key} alone')
-        nearest = closest(key, known)
-        allowed = f'{nearest}; there is no option of this name' if nearest else f'one of {", ".join(known)}'
-        raise OptionError(f'network_g.{key}', found, f"{allowed} (the architecture's own go into network_g.backbone)")
+        allowed = closest(key, known) or f'one of {", ".join(known)}'
+        reason = f"(there is no option {key}; the architecture's own go into network_g.backbone)"
+        raise OptionError(f'network_g.{key}', found, f'{allowed} {reason}')
 
 
 def running_statistics(network: nn.Module) -> dict[str, Tensor]:
@@ -127,12 +135,13 @@ class MSSR(nn.Module):
         self._level = require_int('network_g.level', level, 0, self.smallest_level)
         if not isinstance(backbone, Mapping) or 'type' not in backbone:
             raise OptionError('network_g.backbone', backbone, 'the options of an architecture, with its type')
-        if backbone['type'] not in ARCH_REGISTRY and f'{backbone["type"]}_basicsr' not in ARCH_REGISTRY:
-            names = ', '.join(sorted(ARCH_REGISTRY.keys()))
-            allowed = f'{names}; others must be imported first: by their own train.py, or by mssr --import MODULE'
+        architecture = known_as(ARCH_REGISTRY, backbone['type'])
+        if architecture is None:
+            allowed = nearest_first(backbone['type'], [name for name, _ in ARCH_REGISTRY if name != 'MSSR'])
+            allowed += '; others must be imported first: by their own train.py, or by mssr --import MODULE'
             raise OptionError('network_g.backbone.type', backbone['type'], allowed)
         self.backbone_options = deepcopy(without_weight_files(backbone))
-        with arguments_checked('network_g.backbone', backbone, 'architecture'):
+        with arguments_checked('network_g.backbone', backbone, architecture):
             self.backbone: nn.Module = build_network(backbone)
 
         self.prunable_names = find_prunable(self.backbone, prunable, unprunable)
@@ -240,21 +249,25 @@ class MSSR(nn.Module):
         """
         if self._mask_is_current:
             return
+        lacking = self.why_lacking(self._level)
+        if lacking is not None:
+            allowed = f'a level that the loaded MSSR checkpoint has, trained with this sparsity ({lacking})'
+            raise OptionError('network_g.level', self._level, allowed)
         masks = mask_of(self.get_level_map(), self._level)
-        total = sum(mask.numel() for mask in masks.values())
-        kept, expected = count(masks), num_kept(total, self.sparsity[self._level])
-        if abs(kept - expected) > max(1, 1e-3 * total):
-            raise OptionError(
-                'network_g.level',
-                self._level,
-                f'a level that the loaded level map has; in it, this one keeps {kept} of {total} prunable weights, and '
-                f'sparsity[{self._level}] = {self.sparsity[self._level]} asks for {expected} (was an MSSR checkpoint '
-                'loaded, was its forward stage trained up to this level, and with this sparsity?)',
-            )
         for name, buffer in self.mask.named_buffers():
             buffer.copy_(masks[name])
         self._masked_weights = None
         self._mask_is_current = True
+
+    def why_lacking(self, level: int) -> str | None:
+        """None if the level map has ``level`` with the sparsity asked for; otherwise what it has instead."""
+        masks = mask_of(self.get_level_map(), level)
+        total = sum(mask.numel() for mask in masks.values())
+        kept, expected = count(masks), num_kept(total, self.sparsity[level])
+        if abs(kept - expected) <= max(1, 1e-3 * total):
+            return None
+        asked = f'network_g.sparsity[{level}] = {self.sparsity[level]} asks for {expected}'
+        return f'its level {level} keeps {kept} of {total} prunable weights; {asked}'
 
     def train(self, mode: bool = True) -> MSSR:
         """As for ``nn.Module``; also drops the masked weights that are cached for eval mode.

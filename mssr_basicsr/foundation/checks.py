@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Callable, TypeVar
 
 Options = TypeVar('Options')
+_SUFFIX = '_basicsr'  # what BasicSR's registries may append to the names of its own classes
 
 
 class OptionError(ValueError):
@@ -48,6 +50,18 @@ def read_options(declared: type[Options], section: str, found: Mapping[str, Any]
 def closest(name: str, names: Iterable[str]) -> str | None:
     """The one of ``names`` that ``name`` most likely misspells, None if none is close."""
     return next(iter(difflib.get_close_matches(name, list(names), 1, 0.75)), None)
+
+
+def nearest_first(found: Any, registered: Iterable[str]) -> str:
+    """The names in a registry of BasicSR's as a text, sorted; if ``found`` misspells one, that one comes first."""
+    names = sorted({name[: -len(_SUFFIX)] if name.endswith(_SUFFIX) else name for name in registered})
+    nearest = closest(str(found), names)
+    return ', '.join(names) if nearest is None else f'{nearest}; or else {", ".join(names)}'
+
+
+def known_as(registry: Any, name: Any) -> Any:
+    """The class that one of BasicSR's registries knows as ``name``, with or without BasicSR's suffix; or None."""
+    return next((registry.get(key) for key in (name, f'{name}{_SUFFIX}') if key in registry), None)
 
 
 def require_one_of(option: str, found: Any, allowed: Iterable[str]) -> str:
@@ -91,12 +105,21 @@ def require_iterations(option: str, found: Any, num_levels: int) -> list[int]:
 
 
 @contextmanager
-def arguments_checked(option: str, found: Mapping[str, Any], what: str) -> Iterator[None]:
-    """Turn the TypeError of building ``what`` from ``found``, for unknown or missing arguments, into an OptionError."""
+def arguments_checked(option: str, found: Mapping[str, Any], built: Any) -> Iterator[None]:
+    """Turn the TypeError of calling the class ``built`` with the arguments ``found`` into an OptionError.
+
+    An argument that does not exist is named, with those that do.
+    """
     try:
         yield
     except TypeError as error:
-        raise OptionError(option, dict(found), f'the arguments of the {what} ({error})') from error
+        parameters = inspect.signature(built).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            for key in found.keys() - {'type', *parameters}:
+                reason = f'{built.__name__} takes {", ".join(parameters) or "nothing"}'
+                allowed = closest(key, parameters) or 'nothing'
+                raise OptionError(f'{option}.{key}', found[key], f'{allowed} ({reason})') from error
+        raise OptionError(option, found, f'the arguments of {built.__name__} ({error})') from error
 
 
 def match_names(option: str, patterns: Sequence[str], names: Sequence[str]) -> list[str]:

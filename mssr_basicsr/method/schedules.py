@@ -75,7 +75,7 @@ def build_expansion(options: Any, delta_sizes: Sequence[int]) -> list[LevelTrain
     require_type('train.expansion', options, EXPANSION_REGISTRY, allowed)
     arguments = dict(options)
     schedule_class = EXPANSION_REGISTRY.get(arguments.pop('type'))
-    with arguments_checked('train.expansion', options, 'schedule'):
+    with arguments_checked('train.expansion', options, schedule_class):
         schedule: ExpansionSchedule = schedule_class(**arguments)
     plan = schedule.plan(delta_sizes)
     levels = [len(delta_sizes) - 1] + [training.level for training in plan]

@@ -46,13 +46,15 @@ class BackwardStage(LevelwiseTraining):
     def make_plan(self) -> list[LevelTraining]:
         network = self.network
         delta_sizes = [count(delta_of(network.get_level_map(), k)) for k in range(network.smallest_level + 1)]
-        if sum(delta_sizes[:-1]) == 0:
-            allowed = "the forward stage's last checkpoint (nothing is pruned in this one)"
+        lacking = None
+        if 0 in delta_sizes[:-1]:
+            level = delta_sizes.index(0)
+            lacking = f'this one has been pruned to level {level} only' if level else 'nothing is pruned in this one'
+        for level in range(1, network.smallest_level + 1):
+            lacking = lacking or network.why_lacking(level)
+        if lacking is not None:
+            allowed = f"the forward stage's last checkpoint ({lacking})"
             raise OptionError('path.pretrain_network_g', self.opt['path']['pretrain_network_g'], allowed)
-        for level in range(1, network.smallest_level + 1):  # raises unless the checkpoint's level map has them all
-            network.level = level
-            network.update_mask()
-        network.level = 0
         return build_expansion(self.options.expansion, delta_sizes)
 
     def init_training_settings(self) -> None:

@@ -41,6 +41,10 @@ class ForwardStage(LevelwiseTraining):
         if options.first_level == 1 and self.opt['path'].get('pretrain_network_g') is None:
             allowed = 'a checkpoint of the backbone, with train.first_level: 1'
             raise OptionError('path.pretrain_network_g', None, allowed)
+        if options.first_level == 0 and self.opt['path'].get('pretrain_network_g') is not None:
+            get_root_logger().info(
+                'Level 0 trains from path.pretrain_network_g; to prune that network as it is, set train.first_level: 1.'
+            )
         levels = range(options.first_level, self.network.smallest_level + 1)
         level_iter = require_iterations('train.level_iter', options.level_iter, len(levels))
         last = level_iter[0] if options.first_level == 0 else 0

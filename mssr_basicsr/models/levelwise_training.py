@@ -28,7 +28,7 @@ from mssr_basicsr.adapter.stage_options import StageOptions
 from mssr_basicsr.adapter.training_plan import TrainingPlan
 from mssr_basicsr.archs.mssr_arch import running_statistics
 from mssr_basicsr.foundation.checkpoints import read_checkpoint
-from mssr_basicsr.foundation.checks import OptionError, arguments_checked, read_options, require_type
+from mssr_basicsr.foundation.checks import OptionError, arguments_checked, known_as, read_options, require_type
 from mssr_basicsr.foundation.saving import remove_leftovers, saved_whole, written_whole
 from mssr_basicsr.losses.pixel_and_distillation_loss import PixelAndDistillationLoss
 from mssr_basicsr.method.frozen_weights import FrozenWeights
@@ -217,9 +217,8 @@ class LevelwiseTraining(NestedLevels):
             return None
         require_type(f'train.{key}', found, LOSS_REGISTRY.keys(), 'the options of a loss, with its type')
         pixel_opt = self._train_opt.get('pixel_opt') or {}
-        options = {'loss_weight': pixel_opt.get('loss_weight', 1.0), **found}
-        with arguments_checked(f'train.{key}', options, 'loss'):
-            return build_loss(options).to(self.device)
+        with arguments_checked(f'train.{key}', found, known_as(LOSS_REGISTRY, found['type'])):
+            return build_loss({'loss_weight': pixel_opt.get('loss_weight', 1.0), **found}).to(self.device)
 
     def _warn_of_unprunable(self) -> None:
         total = sum(parameter.numel() for parameter in self.network.backbone.parameters())

@@ -10,7 +10,7 @@ from basicsr.utils.registry import MODEL_REGISTRY
 
 from mssr_basicsr.adapter.backbone_options import show_backbone_options
 from mssr_basicsr.adapter.unread_options import refuse_numbers_as_strings, report_unread_options
-from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.foundation.checks import OptionError, known_as, nearest_first
 from mssr_basicsr.models.backward_stage import BackwardStage
 from mssr_basicsr.models.forward_stage import ForwardStage
 from mssr_basicsr.models.nested_levels import NestedLevels
@@ -65,12 +65,11 @@ def find_base_model(name: Any) -> type:
     Raises:
         OptionError: none is registered under that name, or it does not derive from BasicSR's SRModel.
     """
-    allowed = ', '.join(sorted(key for key, model in MODEL_REGISTRY if _can_be_extended(model)))
-    registered = [key for key in (name, f'{name}_basicsr') if key in MODEL_REGISTRY]
-    if not registered:
+    allowed = nearest_first(name, [key for key, model in MODEL_REGISTRY if _can_be_extended(model)])
+    model_class = known_as(MODEL_REGISTRY, name)
+    if model_class is None:
         allowed += '; to use another, import the package that registers it first, as its own train.py does'
         raise OptionError('base_model_type', name, allowed)
-    model_class = MODEL_REGISTRY.get(registered[0])
     if not _can_be_extended(model_class):
         reason = 'it is one of the MSSR models' if inspect.isfunction(model_class) else 'it is not an SRModel'
         raise OptionError('base_model_type', name, f'{allowed} ({name} cannot be extended: {reason})')

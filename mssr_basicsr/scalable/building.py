@@ -13,6 +13,7 @@ import xxhash
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mssr_basicsr.foundation.checks import known_as
 from mssr_basicsr.foundation.on_demand import load_basicsr
 from mssr_basicsr.method.level_map import buffer_tree
 from mssr_basicsr.scalable.container import Header
@@ -38,14 +39,14 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
     _refuse_paths(options)
     arguments = dict(options)
     name = arguments.pop('type')
-    registered = [key for key in (name, f'{name}_basicsr') if key in ARCH_REGISTRY]
-    if not registered:
+    architecture = known_as(ARCH_REGISTRY, name)
+    if architecture is None:
         message = f'backbone: {name} is not registered with BasicSR; first import the package that registers it'
         raise ScalableFileError(f'{message} (mssr ... --import MODULE)')
     with torch.random.fork_rng(devices=[]), torch.device('cpu'), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'torch.meshgrid')  # of BasicSR's SwinIR: nothing that a user could change
         try:
-            network: nn.Module = ARCH_REGISTRY.get(registered[0])(**arguments)
+            network: nn.Module = architecture(**arguments)
         except _TooLarge as error:
             raise ScalableFileError(f'backbone: {name}({arguments}) is not what the header lists ({error})') from error
         except Exception as error:  # whatever an architecture does with options that it was not made for
