@@ -194,15 +194,17 @@ print(f'done {rank}', flush=True)
 
 @pytest.mark.slow
 def test_gloo_ends_before_python_does(tmp_path: Path) -> None:
-    """A distributed network is alive to the end, as in a training script; threads are counted after everything else."""
+    """A distributed network is alive to the end, as in a training script; threads are counted after everything else.
+
+    All threads are, since gloo's have no name of their own in torch 2.8.
+    """
     (tmp_path / 'script.py').write_text("""
 import atexit, pathlib, sys
 import torch
 from basicsr.utils import dist_util
 
 def count_threads():
-    names = [path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')]
-    print('gloo threads:', sum('gloo' in name for name in names), flush=True)
+    print('threads:', len(list(pathlib.Path('/proc/self/task').iterdir())), flush=True)
 
 atexit.register(count_threads)  # which runs last
 dist_util.init_dist('pytorch')
@@ -214,8 +216,8 @@ network(torch.ones(1, 1)).sum().backward()
 del network
 """)
     launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1', 'script.py']
-    assert 'gloo threads: 0' in run(tmp_path, *launch)
-    assert 'gloo threads: 0' not in run(tmp_path, *launch, 'stay')
+    ended, staying = (int(run(tmp_path, *launch, *more).rpartition('threads:')[2]) for more in ([], ['stay']))
+    assert ended < staying
 
 
 def test_color_conversions(monkeypatch: pytest.MonkeyPatch) -> None:

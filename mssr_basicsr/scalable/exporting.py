@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.on_demand import optional_package
@@ -28,6 +28,24 @@ def _without_log() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _without_type_as() -> Iterator[None]:
+    """While the context is open, ``x.type_as(y)`` is ``x`` itself where the types agree, without an operation.
+
+    BasicSR's EDSR and RCAN convert their mean so, and torch 2.8's exporter fails at what is no conversion.
+    """
+    original = Tensor.type_as
+
+    def type_as(tensor: Tensor, other: Tensor) -> Tensor:
+        return tensor if tensor.dtype == other.dtype else original(tensor, other)
+
+    Tensor.type_as = type_as  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        Tensor.type_as = original  # type: ignore[method-assign]
 
 
 class Exported(NamedTuple):
@@ -64,20 +82,25 @@ def to_onnx(
     with ScalableModel(source, level, network=network, engine='torch') as model:
         upscaler = model.upscaler
     example = torch.rand(1, upscaler.channels, 2 * max(8, upscaler.multiple), 3 * max(8, upscaler.multiple))
-    with tempfile.TemporaryDirectory() as folder, _without_log():
+    with tempfile.TemporaryDirectory() as folder, _without_log(), _without_type_as():
         path = Path(folder, 'level.onnx')
-        torch.onnx.export(
-            model.network,
-            (example,),
-            path,
-            input_names=['input'],
-            output_names=['output'],
-            dynamic_shapes=({2: 'height', 3: 'width'},),
-            opset_version=opset,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            torch.onnx.export(
+                model.network,
+                (example,),
+                path,
+                input_names=['input'],
+                output_names=['output'],
+                dynamic_shapes=({2: 'height', 3: 'width'},),
+                opset_version=opset,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            if opset is None:
+                raise
+            raise OptionError('--opset', opset, 'one that this torch can export the network to, or none') from error
         found = onnx.load(path).opset_import[0].version
         if opset not in (None, found):  # the exporter only logs that it could not convert
             raise OptionError('--opset', opset, f'{found}, or one that this onnx can convert it to')
