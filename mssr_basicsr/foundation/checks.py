@@ -115,7 +115,7 @@ def arguments_checked(option: str, found: Mapping[str, Any], built: Any) -> Iter
     except TypeError as error:
         parameters = inspect.signature(built).parameters
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            for key in found.keys() - {'type', *parameters}:
+            for key in [key for key in found if key not in ('type', *parameters)]:
                 reason = f'{built.__name__} takes {", ".join(parameters) or "nothing"}'
                 allowed = closest(key, parameters) or 'nothing'
                 raise OptionError(f'{option}.{key}', found[key], f'{allowed} ({reason})') from error

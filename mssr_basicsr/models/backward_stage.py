@@ -46,15 +46,14 @@ class BackwardStage(LevelwiseTraining):
     def make_plan(self) -> list[LevelTraining]:
         network = self.network
         delta_sizes = [count(delta_of(network.get_level_map(), k)) for k in range(network.smallest_level + 1)]
-        lacking = None
-        if 0 in delta_sizes[:-1]:
-            level = delta_sizes.index(0)
-            lacking = f'this one has been pruned to level {level} only' if level else 'nothing is pruned in this one'
         for level in range(1, network.smallest_level + 1):
-            lacking = lacking or network.why_lacking(level)
-        if lacking is not None:
-            allowed = f"the forward stage's last checkpoint ({lacking})"
-            raise OptionError('path.pretrain_network_g', self.opt['path']['pretrain_network_g'], allowed)
+            lacking = network.why_lacking(level)
+            if lacking is not None:
+                if not any(delta_sizes[level - 1 : -1]):  # neither this level nor a smaller one has been made
+                    done = f'this one has been pruned to level {level - 1} only'
+                    lacking = done if level > 1 else 'nothing is pruned in this one'
+                allowed = f"the forward stage's last checkpoint ({lacking})"
+                raise OptionError('path.pretrain_network_g', self.opt['path']['pretrain_network_g'], allowed)
         return build_expansion(self.options.expansion, delta_sizes)
 
     def init_training_settings(self) -> None:
