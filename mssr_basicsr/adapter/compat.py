@@ -20,9 +20,9 @@ from typing import Any, Callable
 from mssr_basicsr.adapter import cpu
 from mssr_basicsr.adapter.dataset_errors import datasets_name_files
 from mssr_basicsr.adapter.option_files import read_yaml
-from mssr_basicsr.adapter.patching import patch, replaced
 from mssr_basicsr.foundation.checkpoints import first_line
 from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.foundation.patching import patch, replaced
 
 _FUNCTIONAL_TENSOR = 'torchvision.transforms.functional_tensor'
 

@@ -16,7 +16,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
-from mssr_basicsr.adapter.patching import patch, replaced
+from mssr_basicsr.foundation.patching import patch, replaced
 
 
 def load_resume_state_on_cpu(load_resume_state: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

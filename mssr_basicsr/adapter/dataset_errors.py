@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable
 
-from mssr_basicsr.adapter.patching import patch
 from mssr_basicsr.foundation.checkpoints import first_line
 from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.foundation.patching import patch
 
 
 def datasets_name_files(get: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.on_demand import optional_package
+from mssr_basicsr.foundation.patching import replaced
 from mssr_basicsr.foundation.saving import require_output, write_whole
 from mssr_basicsr.scalable.model import ScalableModel
 
@@ -30,22 +31,15 @@ def _without_log() -> Iterator[None]:
         logging.disable(before)
 
 
-@contextmanager
-def _without_type_as() -> Iterator[None]:
-    """While the context is open, ``x.type_as(y)`` is ``x`` itself where the types agree, without an operation.
+_type_as = Tensor.type_as
+
+
+def _type_as_where_types_differ(tensor: Tensor, other: Tensor) -> Tensor:
+    """``tensor.type_as(other)``, but without an operation where there is nothing to convert.
 
     BasicSR's EDSR and RCAN convert their mean so, and torch 2.8's exporter fails at what is no conversion.
     """
-    original = Tensor.type_as
-
-    def type_as(tensor: Tensor, other: Tensor) -> Tensor:
-        return tensor if tensor.dtype == other.dtype else original(tensor, other)
-
-    Tensor.type_as = type_as  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        Tensor.type_as = original  # type: ignore[method-assign]
+    return tensor if tensor.dtype == other.dtype else _type_as(tensor, other)
 
 
 class Exported(NamedTuple):
@@ -82,7 +76,8 @@ def to_onnx(
     with ScalableModel(source, level, network=network, engine='torch') as model:
         upscaler = model.upscaler
     example = torch.rand(1, upscaler.channels, 2 * max(8, upscaler.multiple), 3 * max(8, upscaler.multiple))
-    with tempfile.TemporaryDirectory() as folder, _without_log(), _without_type_as():
+    converting = replaced(Tensor, 'type_as', _type_as_where_types_differ)
+    with tempfile.TemporaryDirectory() as folder, _without_log(), converting:
         path = Path(folder, 'level.onnx')
         try:
             torch.onnx.export(

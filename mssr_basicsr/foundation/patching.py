@@ -1,4 +1,4 @@
-"""Replacing a function of BasicSR in place, permanently or temporarily."""
+"""Replacing a function of another package in place, permanently or temporarily."""
 
 from __future__ import annotations
 
