@@ -25,7 +25,7 @@ def test_the_report_is_made_from_the_results() -> None:
     assert report.report(study.read_results()) == (ROOT / 'docs' / 'results.md').read_text('utf-8')
 
 
-def test_every_table_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_table_of_the_report() -> None:
     """Once all has been run, each network has a row, with NIQE in place of SSIM for a GAN."""
     metrics = {name: {'psnr': 30.0, 'psnr_rounded': 29.9, 'ssim': 0.9, 'niqe': 5.0} for name in report.SETS}
     levels = [

@@ -249,19 +249,18 @@ class MSSR(nn.Module):
         """
         if self._mask_is_current:
             return
-        lacking = self.why_lacking(self._level)
+        masks = mask_of(self.get_level_map(), self._level)
+        lacking = self.why_lacking(self._level, masks)
         if lacking is not None:
             allowed = f'a level that the loaded MSSR checkpoint has, trained with this sparsity ({lacking})'
             raise OptionError('network_g.level', self._level, allowed)
-        masks = mask_of(self.get_level_map(), self._level)
         for name, buffer in self.mask.named_buffers():
             buffer.copy_(masks[name])
         self._masked_weights = None
         self._mask_is_current = True
 
-    def why_lacking(self, level: int) -> str | None:
-        """None if the level map has ``level`` with the sparsity asked for; otherwise what it has instead."""
-        masks = mask_of(self.get_level_map(), level)
+    def why_lacking(self, level: int, masks: Mapping[str, Tensor]) -> str | None:
+        """None if the masks of ``level`` have the sparsity asked for; otherwise what the level map has instead."""
         total = sum(mask.numel() for mask in masks.values())
         kept, expected = count(masks), num_kept(total, self.sparsity[level])
         if abs(kept - expected) <= max(1, 1e-3 * total):

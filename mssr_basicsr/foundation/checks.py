@@ -114,11 +114,12 @@ def arguments_checked(option: str, found: Mapping[str, Any], built: Any) -> Iter
         yield
     except TypeError as error:
         parameters = inspect.signature(built).parameters
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            for key in [key for key in found if key not in ('type', *parameters)]:
-                reason = f'{built.__name__} takes {", ".join(parameters) or "nothing"}'
-                allowed = closest(key, parameters) or 'nothing'
-                raise OptionError(f'{option}.{key}', found[key], f'{allowed} ({reason})') from error
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        unknown = [key for key in found if key not in ('type', *parameters)]
+        if unknown and not takes_any:
+            allowed = closest(unknown[0], parameters) or 'nothing'
+            reason = f'{built.__name__} takes {", ".join(parameters) or "nothing"}'
+            raise OptionError(f'{option}.{unknown[0]}', found[unknown[0]], f'{allowed} ({reason})') from error
         raise OptionError(option, found, f'the arguments of {built.__name__} ({error})') from error
 
 

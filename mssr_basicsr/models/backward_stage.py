@@ -16,7 +16,7 @@ from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.saving import write_whole
 from mssr_basicsr.losses.pixel_and_distillation_loss import PixelAndDistillationLoss
 from mssr_basicsr.method.frozen_weights import FrozenWeights
-from mssr_basicsr.method.level_map import count, delta_of
+from mssr_basicsr.method.level_map import count, delta_of, mask_of
 from mssr_basicsr.method.recovery import recover_weights
 from mssr_basicsr.method.schedules import LevelTraining, build_expansion
 from mssr_basicsr.models.levelwise_training import LevelwiseTraining, frozen_copy
@@ -47,7 +47,7 @@ class BackwardStage(LevelwiseTraining):
         network = self.network
         delta_sizes = [count(delta_of(network.get_level_map(), k)) for k in range(network.smallest_level + 1)]
         for level in range(1, network.smallest_level + 1):
-            lacking = network.why_lacking(level)
+            lacking = network.why_lacking(level, mask_of(network.get_level_map(), level))
             if lacking is not None:
                 if not any(delta_sizes[level - 1 : -1]):  # neither this level nor a smaller one has been made
                     done = f'this one has been pruned to level {level - 1} only'

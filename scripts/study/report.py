@@ -140,8 +140,8 @@ def networks(
     for name, known in published.items():
         quality = [f'{value:.2f}' for value in known.psnr]
         rows.append([f'{name}, published, trained on {known.data}', f'{known.parameters:,}', '', *quality, '', '', ''])
-    head = [f'{metric} {SETS[0]}, {SETS[1]}, {SETS[2]}'.split(', ') for metric in ('PSNR', second.upper())]
-    return table(['network', 'parameters', 'iterations', *head[0], *head[1]], rows)
+    columns = [f'PSNR {SETS[0]}', *SETS[1:], f'{second.upper()} {SETS[0]}', *SETS[1:]]
+    return table(['network', 'parameters', 'iterations', *columns], rows)
 
 
 def psnr_by_level(records: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
