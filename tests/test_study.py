@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -47,6 +48,38 @@ def test_every_table_of_the_report() -> None:
     assert '| **a tenth, all levels in one set of weights**, level 4 |' in text
     (head, *_) = [line for line in text.partition('## A GAN')[2].splitlines() if line.startswith('| network')]
     assert head == '| network | parameters | iterations | PSNR Set5 | Set14 | BSD100 | NIQE Set5 | Set14 | BSD100 |'
+
+
+def test_the_targets_are_judged() -> None:
+    """Two seeds whose levels are 0.2 dB apart, the second 0.1 dB ahead of the first; a ticket is 0.06 dB ahead."""
+
+    def levels(ahead: float) -> list[dict[str, Any]]:
+        published = report.PUBLISHED['FSRCNN'].psnr
+        return [
+            {
+                'level': level,
+                'parameters': 12_911,
+                'metrics': {
+                    name: {'psnr': fsrcnn + 0.15 + 0.2 * (4 - level) + ahead, 'psnr_rounded': fsrcnn + ahead}
+                    for name, fsrcnn in zip(report.SETS, published)
+                },
+            }
+            for level in range(5)
+        ]
+
+    tickets = levels(0)
+    tickets[2]['metrics']['Set14']['psnr'] += 0.06
+    first = report.targets({'long_backward_seed1': {'levels': levels(0), 'tickets': tickets}}).splitlines()
+    assert 'over FSRCNN (12,000, trained on 91 + General-100) by 0.1 dB on all three sets: missed' in first[0]
+    assert '+0.15 / +0.15 / +0.15 dB, or +0.00 / +0.00 / +0.00 dB with Y rounded' in first[0]
+    assert 'missed by 1; the largest deficit is 0.060 dB, the mean difference -0.004 dB' in first[2]
+    assert 'more than 0 dB (one seed) on each set: met by all; the smallest step is +0.200 dB' in first[3]
+    assert 'at least 37.60 dB on Set5: met, with 37.95 dB' in first[4]
+    both = report.targets(
+        {f'long_backward_seed{seed}': {'levels': levels(0.1 * seed), 'tickets': levels(0)} for seed in (1, 2)}
+    ).splitlines()
+    assert 'by 0.1 dB on all three sets: met. The difference is +0.25' in both[0]
+    assert 'seeds, 0.100 dB, on each set: met by all; the smallest step is +0.200 dB' in both[6]
 
 
 def test_what_basicsr_measured_is_corrected() -> None:
