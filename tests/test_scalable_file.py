@@ -444,10 +444,10 @@ class Mine(nn.Module):
         layers = nn.Conv2d(3, 4, 3), nn.PReLU(4), nn.Conv2d(4, 4, 3), nn.PReLU(4), nn.Conv2d(4, 48, 3)
         self.body = nn.ModuleList(layers)
 model = ScalableModel('model.mssr', level=0, network=Mine())
-print(model.level, 'basicsr' in sys.modules)
+print(model.level, model.network.training, 'basicsr' in sys.modules)
 """
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == '0 False\n'
+    assert done.stdout == '0 False False\n'
 
 
 # ------------------------------ what is refused ------------------------------ #

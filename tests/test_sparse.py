@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import json
 import os
 import pickle
 import signal
 import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +266,8 @@ def test_torch_computes_what_the_runtime_does_not_support() -> None:
         model.network(x[:, :2])
     assert_close(model.network.double()(x.double()), reference.double()(x.double()))
     model.expand(0)  # dense since it is double
-    assert_close(model.network(x.double()), reference.double()(x.double()) * 0 + model.network(x.double()))
+    reference = ScalableModel(io.BytesIO(pack(network(), 2)), 0, engine='torch').network
+    assert_close(model.network(x.double()), reference.double()(x.double()))
 
 
 @needs_kernel
@@ -288,6 +292,83 @@ def test_changed_weights_are_noticed() -> None:
         state = {key: value * 0 for key, value in model.network.state_dict().items()}
         model.network.load_state_dict(state)
         assert_close(model.network(x), model.network.mean.expand(1, 3, 16, 16))
+
+
+def replace_last(model: nn.Module) -> None:
+    torch.manual_seed(1)
+    model.conv_last = nn.Conv2d(model.conv_last.in_channels, 3, 3, padding=1)
+
+
+def drop_block(model: nn.Module) -> None:
+    model.body[0] = nn.Identity()
+
+
+def scale_block(model: nn.Module) -> None:
+    model.body[0].res_scale = 0.5
+
+
+def hook_block(model: nn.Module) -> None:
+    model.body[0].register_forward_hook(lambda module, inputs, output: output / 2)
+
+
+@needs_kernel
+@pytest.mark.parametrize('change', [replace_last, drop_block, scale_block, hook_block])
+def test_a_changed_network_is_noticed(change: Callable[[nn.Module], None]) -> None:
+    """Whether it is changed before its first run or after."""
+    before, after, x = toy_model(), toy_model(), torch.rand(1, 3, 20, 30)
+    dense = ScalableModel(io.BytesIO(pack(network(), 2)), 2, engine='torch')
+    with torch.no_grad():
+        unchanged = after.network(x)
+        for model in (before, after, dense):
+            change(model.network)
+        expected = dense.network(x)
+        assert not torch.allclose(unchanged, expected, atol=1e-4)
+        assert_close(before.network(x), expected)
+        assert_close(after.network(x), expected)
+
+
+@needs_kernel
+def test_torchs_defaults_do_not_matter() -> None:
+    model, x = toy_model(), torch.rand(1, 3, 20, 30)
+    with torch.no_grad():
+        expected = model.network(x)
+        try:
+            torch.set_default_dtype(torch.float16)
+            assert torch.equal(model.network(x), expected)
+            model.network.float()
+            torch.set_default_dtype(torch.float32)
+            with torch.device('meta'):
+                assert torch.equal(model.network(x), expected)
+                model.network.float()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert any(isinstance(layer, SparseConv2d) for layer in model.network.modules())
+
+
+@needs_kernel
+def test_inference_mode() -> None:
+    """What is loaded or grown in inference mode is like what is loaded outside."""
+    data, image = pack(network(), 2), np.random.default_rng(0).integers(0, 255, (12, 14, 3), np.uint8)
+    expected = [ScalableModel(io.BytesIO(data), level).upscale(image) for level in (1, 2)]
+    with torch.inference_mode():
+        model = ScalableModel(io.BytesIO(data), 2)
+        assert np.array_equal(model.upscale(image), expected[1])
+        model.expand(0)
+    model.shrink(1)
+    assert np.array_equal(model.upscale(image), expected[0])
+
+
+@needs_kernel
+def test_nothing_keeps_a_network_alive() -> None:
+    """Neither a graph that was traced nor the programs of single layers, which run by themselves in other networks."""
+    traced, alone = toy_model().network, toy_model().network.conv_last
+    with torch.no_grad():
+        traced(torch.rand(1, 3, 20, 30))
+        assert run_layer(alone, torch.rand(1, alone.in_channels, 20, 30)) is not None
+    gone = [weakref.ref(traced), weakref.ref(alone)]
+    del traced, alone
+    gc.collect()
+    assert [module() for module in gone] == [None, None]
 
 
 @needs_kernel

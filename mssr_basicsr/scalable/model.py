@@ -32,7 +32,7 @@ class ScalableModel:
         max_bytes: how many bytes of the file to read at most.
         max_parameters: how many parameters to have at most, including those that are never pruned.
         network: the backbone, if you build it yourself; then BasicSR is not needed. All its weights and other
-            parameters are overwritten.
+            parameters are overwritten, and it is put in eval mode.
         engine: ``auto``: on a CPU, outside training, convolutions take the sparse form where that is faster: they store
             what the level keeps and skip its zeros (docs/runtime.md). ``state_dict()`` is unaffected; moving or
             training the network makes them dense again. ``torch``: all weights are dense.
@@ -44,6 +44,7 @@ class ScalableModel:
         MissingPackageError: BasicSR is not installed, and no ``network`` was given.
     """
 
+    @torch.inference_mode(False)  # whose tensors could not be changed outside of it
     def __init__(
         self,
         source: Source,
@@ -78,7 +79,7 @@ class ScalableModel:
         if network is None:
             return build_for(self.header, self.file.size or self.header.section(self._level).end)
         check_network(self.header, network)
-        return network
+        return network.eval()
 
     @property
     def header(self) -> Header:
@@ -141,6 +142,7 @@ class ScalableModel:
         self.weights = [LevelledWeight(self.network, weight.name, sparse) for weight in self.header.weights]
         self._place(self._level, delta)
 
+    @torch.inference_mode(False)
     def expand(self, level: int | None = None) -> None:
         """Grow in place to a larger level (default: by one), by reading only the sections in between.
 
@@ -158,6 +160,7 @@ class ScalableModel:
             self._place(next_level, self._read_section(next_level))
             self._level = next_level
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def shrink(self, level: int | None = None) -> None:
         """Shrink in place to a smaller level (default: by one): its weights stay, all others become zero."""

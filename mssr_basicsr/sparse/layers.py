@@ -60,7 +60,7 @@ class SparseConv2d(nn.Conv2d):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseConv2d:
-        probe = fn(torch.empty(0))
+        probe = fn(torch.empty(0, dtype=torch.float32, device='cpu'))
         if (probe.dtype, probe.device.type) != (torch.float32, 'cpu'):
             self.make_dense()
         nn.Conv2d._apply(self, fn, recurse)

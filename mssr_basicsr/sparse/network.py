@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import Any
-from weakref import WeakKeyDictionary
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -36,8 +37,14 @@ class _Cache:
     def plan(self, traced: fx.GraphModule) -> None:
         """Make ready to run this graph, with the layers' forms as they are."""
         self.programs.clear()
+        self.given_up.clear()
         self.traced, self.parts = traced, plan(traced, runs_sparse)
         self.over = _over(self.parts)
+
+
+class _Graph(NamedTuple):
+    traced: fx.GraphModule | None  # None: it cannot be traced, which is not tried again
+    structure: list[Any]  # of the network that was traced
 
 
 class _Local(threading.local):
@@ -46,7 +53,7 @@ class _Local(threading.local):
 
 
 _local = _Local()
-_graphs: WeakKeyDictionary[nn.Module, fx.GraphModule | None] = WeakKeyDictionary()
+_graphs: WeakKeyDictionary[nn.Module, _Graph] = WeakKeyDictionary()
 _graphs_lock = threading.Lock()  # two tracers at once would each put back what the other has changed
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -84,23 +91,50 @@ def usable(module: nn.Module, x: Any) -> bool:
         and (x.dtype, x.device.type, x.layout, x.ndim) == (torch.float32, 'cpu', torch.strided, 4)
         and x.numel() > 0
         and not module.training
-        and not torch.is_autocast_enabled('cpu')
+        and not _autocasts_on_cpu()
         and not torch.compiler.is_compiling()
         and not torch._C._get_tracing_state()
         and torch._C._len_torch_dispatch_stack() == 0
         and not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())))
+        and not any(p.is_inference() for p in module.parameters())  # whose changes cannot be noticed
         and kernel() is not None
     )
 
 
+def _autocasts_on_cpu() -> bool:
+    try:
+        return torch.is_autocast_enabled('cpu')
+    except TypeError:  # torch before 2.4
+        return torch.is_autocast_cpu_enabled()
+
+
 def _graph_of(network: nn.Module, x: Tensor) -> fx.GraphModule | None:
-    """The network's graph, traced once, whichever thread runs it first, and again if a tensor in it is replaced."""
+    """The network's graph, traced by whichever thread runs it first, and again when the network has been changed."""
     with _graphs_lock:
-        traced = _graphs.get(network)
-        if network not in _graphs or (traced is not None and not _has_constants_of(traced, network)):
-            traced = trace(network)
-            _graphs[network] = traced if traced is not None and _computes_the_same(traced, network, x) else None
-        return _graphs[network]
+        known = _graphs.get(network)
+        if known is not None:
+            traced = known.traced
+            if traced is None or (known.structure == _structure_of(network) and _has_constants_of(traced, network)):
+                return traced
+        traced = trace(network)
+        if traced is not None and not _computes_the_same(traced, network, x):
+            traced = None
+        _graphs[network] = _Graph(traced, _structure_of(network))
+        return traced
+
+
+def _structure_of(network: nn.Module) -> list[Any]:
+    """What a trace sees beside tensors: the modules, and their attributes that are plain values or functions."""
+    return [
+        (name, ref(module), {key: value for key, value in module.__dict__.items() if _is_plain(value)})
+        for name, module in network.named_modules()
+    ]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, FunctionType, BuiltinFunctionType))
 
 
 def _has_constants_of(traced: fx.GraphModule, network: nn.Module) -> bool:
@@ -171,8 +205,11 @@ def accelerate(network: nn.Module) -> None:
 
 def _run(network: nn.Module, x: Tensor) -> Tensor | None:
     """The network's output for ``x``; None if torch must compute it."""
-    if not any(isinstance(layer, SparseConv2d) for layer in network.modules()) or not _finite(x):
+    layers = list(network.modules())
+    if not any(isinstance(layer, SparseConv2d) for layer in layers) or not _finite(x):
         return None
+    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers if layer is not network):
+        return None  # a graph would not call them; the network's own are called around this forward
     cache, traced = _cache_of(network), _graph_of(network, x)
     if traced is None or x.shape[1:] in cache.given_up:
         return None

@@ -34,19 +34,20 @@ class Program:
         found = kernel()
         assert found is not None
         self._kernel: Kernel = found
-        self.segment = segment
+        # Not the steps themselves: they hold the layers, of which a program may be the value in a weak dictionary.
+        self._outputs = tuple(segment.outputs)
         self._kept_alive: list[Any] = []
         self.shapes: dict[str, Shape] = dict(shapes)
         self._vectors = {name: -(-shape[2] // found.lanes) for name, shape in shapes.items()}
         for step in segment.steps:
             self._infer(step)
-        self._operations = [
+        operations = [
             *(Step(PACK, name, ()) for name in segment.inputs),
             *segment.steps,
             *(Step(UNPACK, '', (name,)) for name in segment.outputs),
         ]
-        self._schedule()
-        self._build()
+        self._schedule(operations)
+        self._build(operations)
 
     def _infer(self, step: Step) -> None:
         """The shape of the step's output."""
@@ -66,27 +67,27 @@ class Program:
             raise ValueError(f'{step.output}: shapes do not fit')
         self.shapes[step.output], self._vectors[step.output] = shape, vectors * f
 
-    def _schedule(self) -> None:
+    def _schedule(self, operations: list[Step]) -> None:
         """Which rows each operation computes when, and how many rows of each value are in memory at a time.
 
         Each operation in turn computes the next band of rows, as far as its inputs allow. A row is kept until the last
         operation that reads it has passed.
         """
         done = dict.fromkeys(self.shapes, 0)  # rows of each value that are there
-        used = [0] * len(self._operations)  # rows of its input that each operation is through with
+        used = [0] * len(operations)  # rows of its input that each operation is through with
         readers: dict[str, list[int]] = {name: [] for name in self.shapes}
-        for i, op in enumerate(self._operations):
+        for i, op in enumerate(operations):
             for name in op.reads:
                 readers[name].append(i)
         self.rows = dict.fromkeys(self.shapes, 1)
         steps = []
-        heights = [self.shapes[op.inputs[0] if op.inputs else op.output][1] for op in self._operations]
+        heights = [self.shapes[op.inputs[0] if op.inputs else op.output][1] for op in operations]
         lowest = min(heights)
         across = -(-min(self._vectors.values()) // self._kernel.vectors)
         band = self._kernel.rows * max(1, -(-_PARTS // across))
         bands = [-(-band * height // lowest) for height in heights]
         while any(at < height for at, height in zip(used, heights)):
-            for i, op in enumerate(self._operations):
+            for i, op in enumerate(operations):
                 height = heights[i]
                 if used[i] == height:
                     continue
@@ -102,9 +103,9 @@ class Program:
                 if op.output:
                     done[op.output] = last * op.factor
                     needed = [
-                        (used[r] - _halo(self._operations[r]))
-                        if op.output in self._operations[r].inputs
-                        else used[r] * self._operations[r].factor
+                        (used[r] - _halo(operations[r]))
+                        if op.output in operations[r].inputs
+                        else used[r] * operations[r].factor
                         for r in readers[op.output]
                     ]
                     if needed:
@@ -113,7 +114,7 @@ class Program:
                 used[i] = last
         self._steps = np.array(steps, np.int32)
 
-    def _build(self) -> None:
+    def _build(self, operations: list[Step]) -> None:
         """The arrays that kernel.c reads."""
         self.nbytes, offsets = 0, {}
         for name, (channels, _, _) in self.shapes.items():
@@ -126,8 +127,8 @@ class Program:
             name: Value(0, *shape, self._vectors[name], self.rows[name]) for name, shape in self.shapes.items()
         }
         self._shifts: list[tuple[npt.NDArray[Any], int, str]] = []  # where each goes, its sign and its name
-        self._array = (Operation * len(self._operations))()
-        for op, entry in zip(self._operations, self._array):
+        self._array = (Operation * len(operations))()
+        for op, entry in zip(operations, self._array):
             entry.kind, entry.inputs, entry.factor = op.kind, len(op.inputs), op.factor
             entry.activation, entry.scale = op.activation, op.scale
             for i, name in enumerate(op.inputs):
@@ -178,7 +179,7 @@ class Program:
                 raise ValueError(f'{name}: not one number per channel')
             place[:] = sign * shifts[name].detach().numpy().ravel()
         inputs = [x.contiguous() for x in inputs]
-        outputs = [torch.empty(self.shapes[name]) for name in self.segment.outputs]
+        outputs = [torch.empty(self.shapes[name], dtype=torch.float32, device='cpu') for name in self._outputs]
         base = -(-arena.ctypes.data // 64) * 64
         for name, value in self._values.items():
             value.data = base + self._offsets[name]
