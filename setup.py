@@ -116,7 +116,7 @@ setup(
     # `tensorboard` distribution would overwrite.
     install_requires=[
         'basicsr',
-        'torch>=2.1',
+        'torch>=2.4',
         'numpy',
         'opencv-python',
         'lmdb',

@@ -127,7 +127,7 @@ def test_a_bad_image_does_not_stop_the_batch(
     Path('in/9.png').symlink_to('nowhere')
     from mssr_basicsr.scalable.upscaling import Upscaler
 
-    upscale, errors = Upscaler.upscale, [torch.OutOfMemoryError('no memory\nis left'), cv2.error('Bad argument')]
+    upscale, errors = Upscaler.upscale, [torch.cuda.OutOfMemoryError('no memory\nis left'), cv2.error('Bad argument')]
 
     def failing(upscaler: Any, *args: Any, **kwargs: Any) -> Any:
         failing.calls += 1  # type: ignore[attr-defined]

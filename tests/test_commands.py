@@ -134,7 +134,9 @@ FAULTS = {
     'extract m.mssr -o y.pth --level 7': 'level 7: this model has levels 0 to 2',
     'extract m.mssr -o y.pth --spandrel': '--spandrel: found EDSR; allowed: RCAN, RRDBNet, SRVGGNetCompact, SwinIR',
     'extract m.mssr -o x.mssr --spandrel': '--spandrel: found x.mssr; allowed: a name that ends in .pth',
-    'export m.mssr --onnx y.onnx --opset 3': '--opset: found 3; allowed: ',
+    'export m.mssr --onnx y.onnx --opset 3': (
+        'onnx: torch 2.7 or newer is needed' if torch.__version__ < (2, 7) else '--opset: found 3; allowed: '
+    ),
     'plot m.mssr -o x.xyz': '--output: found x.xyz; allowed: a name that ends in .',
     'plot m.mssr none.mssr -o x.png': 'none.mssr: No such file or directory',
     'upscale m.mssr none.png -o x.png': 'none.png: No such file or directory',

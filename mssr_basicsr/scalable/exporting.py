@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mssr_basicsr.foundation.checks import OptionError
-from mssr_basicsr.foundation.on_demand import optional_package
+from mssr_basicsr.foundation.on_demand import MissingPackageError, optional_package
 from mssr_basicsr.foundation.patching import replaced
 from mssr_basicsr.foundation.saving import require_output, write_whole
 from mssr_basicsr.scalable.model import ScalableModel
@@ -67,10 +67,13 @@ def to_onnx(
         network: as for :class:`ScalableModel`.
 
     Raises:
-        ValueError: a wrong file, level or output, or onnx or onnxscript is not installed; the text says which.
+        ValueError: a wrong file, level or output, torch before 2.7, or onnx or onnxscript is not installed; the text
+            says which.
         OSError: a file cannot be read or written.
     """
     require_output(output, source, option='--onnx')
+    if torch.__version__ < (2, 7):  # type: ignore[operator]
+        raise MissingPackageError('onnx: torch 2.7 or newer is needed: pip install "mssr-basicsr[onnx]"')
     onnx = optional_package('onnx', 'onnx')
     optional_package('onnxscript', 'onnx')  # torch's exporter is written in it
     with ScalableModel(source, level, network=network, engine='torch') as model:

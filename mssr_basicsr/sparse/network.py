@@ -91,7 +91,7 @@ def usable(module: nn.Module, x: Any) -> bool:
         and (x.dtype, x.device.type, x.layout, x.ndim) == (torch.float32, 'cpu', torch.strided, 4)
         and x.numel() > 0
         and not module.training
-        and not _autocasts_on_cpu()
+        and not torch.is_autocast_enabled('cpu')
         and not torch.compiler.is_compiling()
         and not torch._C._get_tracing_state()
         and torch._C._len_torch_dispatch_stack() == 0
@@ -99,13 +99,6 @@ def usable(module: nn.Module, x: Any) -> bool:
         and not any(p.is_inference() for p in module.parameters())  # whose changes cannot be noticed
         and kernel() is not None
     )
-
-
-def _autocasts_on_cpu() -> bool:
-    try:
-        return torch.is_autocast_enabled('cpu')
-    except TypeError:  # torch before 2.4
-        return torch.is_autocast_cpu_enabled()
 
 
 def _graph_of(network: nn.Module, x: Tensor) -> fx.GraphModule | None:
