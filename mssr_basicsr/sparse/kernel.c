@@ -254,7 +254,7 @@ static void *work(void *argument)
     struct run *run = argument;
     vec *scratch = aligned_alloc(64, run->scratch);
     if (!scratch)
-        atomic_store(&run->failed, 1); /* the others do the work, if they can */
+        atomic_store(&run->failed, 1); /* the call fails; the others wait for this thread at each step */
     while (!atomic_load(&run->ready))
         sched_yield();
     for (int32_t s = 0; s < run->num_steps; s++) {
