@@ -17,6 +17,7 @@ from conftest import TOY_EDSR, call, network
 from mssr_basicsr import ScalableFile, evaluate, extract, load_checkpoint, pack, plot, to_onnx, verify
 from mssr_basicsr.commands.completion import complete
 from mssr_basicsr.commands.main import build_parser, main
+from mssr_basicsr.foundation.saving import write_whole
 
 METRICS = {'0': {'toy': {'psnr': 31.25}}, '2': {'toy': {'psnr': 30.5}}}
 
@@ -94,6 +95,36 @@ def test_another_file_is_overwritten(here: Path) -> None:
     Path('old.mssr').write_text('something else')
     assert main(['extract', 'm.mssr', '--level', '2', '-o', 'old.mssr']) == 0
     assert verify('old.mssr')['levels'] == [2]
+
+
+@pytest.mark.parametrize('command', ['extract m.mssr --level 2 -o {}.pth', 'upscale m.mssr a.png -o {}.png'])
+def test_through_a_link_its_target_is_written(command: str, here: Path) -> None:
+    kept = Path('other disk', 'kept')
+    kept.parent.mkdir()
+    kept.write_text('something else')
+    link = Path(command.format('link').split()[-1])
+    link.symlink_to(kept)
+    assert main(command.format('link').split()) == 0
+    assert link.is_symlink()
+    assert main(command.format('plain').split()) == 0
+    assert kept.read_bytes() == Path(command.format('plain').split()[-1]).read_bytes()
+    assert [path.name for path in kept.parent.iterdir()] == ['kept']
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_what_is_no_regular_file_is_never_replaced(
+    command: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f'{name}{Path(COMMANDS[command]).suffix}' for name in ('pipe', 'link')]
+    os.mkfifo(names[0])
+    Path(names[1]).symlink_to(names[0])
+    for name in names:
+        said = error(command.format(name), capsys)
+        assert said.endswith(f'found {name!r}; allowed: a file; this is a device, a pipe or a socket.')
+        assert Path(name).is_fifo()
+        with pytest.raises(OSError, match='it is a device, a pipe or a socket'):
+            write_whole(name, b'')
+    assert Path(names[1]).is_symlink()
 
 
 @pytest.mark.parametrize('command', ['extract', 'export', 'plot', 'pack', 'upscale'])

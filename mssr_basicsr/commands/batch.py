@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mssr_basicsr.foundation.checks import OptionError
-from mssr_basicsr.foundation.saving import require_other_file
+from mssr_basicsr.foundation.saving import require_other_file, require_regular_file
 from mssr_basicsr.scalable.images import WRITABLE_SUFFIXES, list_images
 
 
@@ -32,7 +32,7 @@ def plan_batch(source: Path, output: str, others: Sequence[Path] = ()) -> Batch:
         others: other files that the command reads; they are never overwritten either.
 
     Raises:
-        ValueError: the output is one of the inputs, or neither an image nor a folder, or there are no images.
+        ValueError: an output is one of the inputs, or neither a file nor a folder, or there are no images.
         OSError: the source is not there.
     """
     inputs, passed_over = list_images(source)
@@ -60,6 +60,7 @@ def plan_batch(source: Path, output: str, others: Sequence[Path] = ()) -> Batch:
             require_other_file(path, taken[os.path.realpath(path)])
         if path.exists():  # it may be another name of an input: a hard link, or one on a disk that ignores case
             require_other_file(path, *inputs, *others)
+            require_regular_file(path)
     return Batch(list(zip(inputs, targets)), passed_over)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from mssr_basicsr.foundation.checks import OptionError
 
 PREFIX = '.saving-'  # of the names that files have before they are whole
+_NO_REGULAR_FILE = 'a device, a pipe or a socket'
 
 
 @contextmanager
@@ -54,10 +55,15 @@ def written_whole(folder: Path) -> list[Path]:
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file, complete or not at all, and flush it to the disk; OSError if this fails."""
-    path = Path(path)
+    """Write a file, complete or not at all, and flush it to the disk; OSError if this fails.
+
+    A link stays a link: the file that it leads to is written. What is there and no regular file is never replaced.
+    """
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
     temporary = path.with_name(f'{PREFIX}{secrets.token_hex(6)}')  # a name of our own may be longer than names can be
     with _failure_explained(path):
+        if path.exists() and not path.is_file():
+            raise OSError(f'it is {_NO_REGULAR_FILE}')
         try:
             with open(temporary, 'wb') as stream:
                 stream.write(data)
@@ -82,10 +88,16 @@ def require_other_file(
             raise OptionError(option, str(output), f'a file other than the input {path}')
 
 
+def require_regular_file(output: str | os.PathLike[str], option: str = '--output') -> None:
+    """Raise OptionError if ``output`` is there, but cannot be replaced by a file."""
+    if os.path.exists(output) and not os.path.isfile(output):
+        found = 'a folder' if os.path.isdir(output) else _NO_REGULAR_FILE
+        raise OptionError(option, str(output), f'a file; this is {found}')
+
+
 def require_output(output: str | os.PathLike[str], *inputs: str | os.PathLike[str], option: str = '--output') -> None:
     """Raise OptionError unless ``output`` can be written and is none of the ``inputs``; called before work starts."""
-    if os.path.isdir(output):
-        raise OptionError(option, str(output), 'a file; this is a folder')
+    require_regular_file(output, option)
     if not Path(output).parent.is_dir():
         raise OptionError(option, str(output), f'a file in an existing folder; {Path(output).parent} does not exist')
     require_other_file(output, *inputs, option=option)
