@@ -18,7 +18,7 @@ from conftest import BACKBONES, assert_same, call, network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mssr_basicsr import ScalableFile, ScalableFileError, ScalableModel, pack
+from mssr_basicsr import ScalableFile, ScalableFileError, ScalableModel, level_state, pack
 from mssr_basicsr.commands.main import main
 from mssr_basicsr.scalable.building import AllocationLimit, _TooLarge, build_backbone
 from mssr_basicsr.scalable.container import join_file
@@ -376,21 +376,45 @@ def test_a_download_in_progress_can_be_expanded(tmp_path: Path) -> None:
         assert_same(model.network.state_dict(), packed.export(0))
 
 
+class Pipe(io.RawIOBase):
+    """A stream that cannot seek, and gives few bytes at a time, as a socket does."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = io.BytesIO(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self.data.readinto(memoryview(buffer)[:777])
+
+
 def test_a_stream_that_cannot_seek_is_read_in_its_order() -> None:
-    class Pipe(io.RawIOBase):
-        def __init__(self, data: bytes) -> None:
-            self.data = io.BytesIO(data)
-
-        def readable(self) -> bool:
-            return True
-
-        def readinto(self, buffer: Any) -> int:
-            return self.data.readinto(memoryview(buffer)[:777])  # few at a time, as a socket gives
-
     packed = network()
     model = ScalableModel(Pipe(pack(packed, 2)), level=2)  # type: ignore[arg-type]
     model.expand(0)
     assert_same(model.network.state_dict(), packed.export(0))
+
+
+def test_a_stream_that_its_owner_moved_is_read_where_the_section_is() -> None:
+    packed = network()
+    stream = io.BytesIO(pack(packed, 2))
+    model = ScalableModel(stream, level=2)
+    stream.seek(0)
+    model.expand()
+    stream.read()
+    model.expand()
+    assert_same(model.network.state_dict(), packed.export(0))
+
+
+@pytest.mark.parametrize('name', ['EDSR', 'SwinIR'])  # SwinIR computes buffers, and so has to be built
+def test_the_state_of_a_level_in_a_stream(name: str) -> None:
+    packed = network(BACKBONES[name])
+    data = pack(packed, 2)
+    inside = io.BytesIO(b'other data' + data)
+    inside.seek(10)
+    for stream in (io.BytesIO(data), inside, Pipe(data)):
+        assert_same(level_state(stream, 1), packed.export(1))
 
 
 def test_a_section_that_cannot_be_read_leaves_the_level_before(tmp_path: Path) -> None:

@@ -242,14 +242,13 @@ class ScalableFile:
         section = self.header.section(level)
         if self.size is not None and section.end > self.size:  # it may have grown since: a download that went on
             self.size = self._stream.seek(0, io.SEEK_END) - self._origin
-            self._position = self.size
             if section.end > self.size:
                 raise self.cut_short(level)
         start = section.start - section.padding
-        if self._position != start:
-            if not self._seekable:
-                raise ScalableFileError(f'{self.name}: level {level} is not the next one, and the stream cannot seek')
+        if self._seekable:  # always: whoever gave us the stream may have moved it since
             self._stream.seek(self._origin + start)
+        elif self._position != start:
+            raise ScalableFileError(f'{self.name}: level {level} is not the next one, and the stream cannot seek')
         padding = read_exactly(self._stream, section.padding)
         frame = read_exactly(self._stream, section.size)
         self._position = start + len(padding) + len(frame)
@@ -268,7 +267,6 @@ class ScalableFile:
         section = self.header.section(level)
         self._stream.seek(self._origin)
         data = read_exactly(self._stream, section.end)
-        self._position = len(data)
         self.bytes_read += len(data)
         if len(data) < section.end:
             raise self.cut_short(level)

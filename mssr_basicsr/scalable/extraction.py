@@ -29,6 +29,19 @@ class FileTensors(ScalableModel):
         return tensors_of(self.header, self.file.size or self.header.section(self._level).end)
 
 
+class _StateTensors(FileTensors):
+    """The same with the buffers that the architecture computes: if there are any, it is the backbone that is built."""
+
+    def _prepare_network(self, network: nn.Module | None) -> nn.Module:
+        if not self.header.computed:
+            return super()._prepare_network(network)
+        try:
+            return ScalableModel._prepare_network(self, network)
+        except MissingPackageError as error:
+            what = f'{self.header.backbone["type"]} computes {self.header.computed[0]}, which is not in the file'
+            raise MissingPackageError(f'{what}: {error}') from error
+
+
 class Extracted(NamedTuple):
     """What :func:`extract` wrote."""
 
@@ -40,7 +53,7 @@ def level_state(source: Source, level: int | None = None) -> dict[str, Tensor]:
     """The plain state dict of a level, which the unmodified backbone loads with ``strict=True``.
 
     Args:
-        source: a path, or a seekable stream.
+        source: a path, or a binary stream positioned at the file's first byte.
         level: default: the largest in the file.
 
     Raises:
@@ -48,14 +61,8 @@ def level_state(source: Source, level: int | None = None) -> dict[str, Tensor]:
         MissingPackageError: the architecture computes buffers (attention masks), which are not in the file, and BasicSR
             is not installed.
     """
-    with ScalableFile(source) as file:
-        header = file.header
-    try:
-        with (ScalableModel if header.computed else FileTensors)(source, level, engine='torch') as model:
-            return {name: tensor.detach() for name, tensor in model.network.state_dict().items()}
-    except MissingPackageError as error:
-        what = f'{header.backbone["type"]} computes {header.computed[0]}, which is not in the file'
-        raise MissingPackageError(f'{what}: {error}') from error
+    with _StateTensors(source, level, engine='torch') as model:
+        return {name: tensor.detach() for name, tensor in model.network.state_dict().items()}
 
 
 def extract(
