@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 import yaml
 from conftest import TOY_EDSR, call, network
 
-from mssr_basicsr import ScalableFile, evaluate, extract, load_checkpoint, pack, plot, to_onnx, verify
+from mssr_basicsr import ScalableFile, ScalableModel, evaluate, extract, load_checkpoint, pack, plot, to_onnx, verify
 from mssr_basicsr.commands.completion import complete
 from mssr_basicsr.commands.main import build_parser, main
 from mssr_basicsr.foundation.saving import write_whole
@@ -326,6 +328,30 @@ def test_evaluate_gives_what_pack_measures(here: Path, capsys: pytest.CaptureFix
     measured = evaluate('x.mssr', Path('gt'))
     assert list(measured) == ['0', '1', '2']
     assert f'level 1: PSNR {measured["1"]["psnr"]:.4f} dB on gt' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('dtype', ['fp32', 'int8'])
+def test_the_psnr_of_equal_images_is_infinite(dtype: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    built = network()
+    for tensor in (built.backbone.conv_last.weight, built.backbone.conv_last.bias):
+        torch.nn.init.zeros_(tensor)  # every image becomes the mean of EDSR's training data
+    torch.save({'params': built.state_dict()}, 'net.pth')
+    for folder in ('lq', 'gt'):
+        Path(folder).mkdir()
+    cv2.imwrite('lq/a.png', np.zeros((12, 11, 3), np.uint8))
+    mean = ScalableModel(io.BytesIO(pack(built, 2))).upscale(np.zeros((12, 11, 3), np.uint8), bgr=True)
+    cv2.imwrite('gt/a.png', mean)
+
+    packing = ['pack', 'net.pth', '--opt', 'net.yml', '-o', 'x.mssr', '--gt', 'gt', '--lq', 'lq', '--dtype', dtype]
+    assert main(packing) == 0
+    cost = '' if dtype == 'fp32' else ' as I8, +0.0000 dB compared with F32'
+    assert f'level 1: PSNR inf dB on gt{cost}\n' in capsys.readouterr().out
+    assert ScalableFile('x.mssr').header.metrics['1'] == {'gt': {'ssim': pytest.approx(1)}}
+    assert main(['upscale', 'x.mssr', 'lq', '-o', 'out', '--gt', 'gt', '--json']) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found['mean']['psnr'] is found['images'][0]['psnr'] is None
+    assert main(['upscale', 'x.mssr', 'lq', '-o', 'out', '--gt', 'gt']) == 0
+    assert 'PSNR inf dB, SSIM 1.0000 on Y of 1 images' in capsys.readouterr().out
 
 
 @pytest.mark.slow

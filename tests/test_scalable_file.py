@@ -505,6 +505,24 @@ def test_texts_and_metrics_are_fit_to_be_printed() -> None:
 
     assert "found '\\x1b[2J'; allowed: printable characters" in error({'0': {'\x1b[2J': {'psnr': 1.0}}})
     assert "metrics: found 'much'; allowed: a number" in error({'0': {'set': {'psnr': 'much'}}})
+    assert "metrics: found '1000" in error({'0': {'set': {'psnr': 10**400}}})
+
+
+@pytest.mark.parametrize('number', ['1e999', '-1e999', 'Infinity', 'NaN'])
+def test_numbers_of_a_header_are_finite(number: str) -> None:
+    file = pack(network(), 2)
+    sections = [file[section.start : section.end] for section in ScalableFile(io.BytesIO(file)).header.sections]
+    for key in ('metrics', 'backbone', 'unknown'):
+        text = json.dumps({**header_of(file), key: {'type': 'EDSR', '0': {'set': {'psnr': 'number'}}}})
+        with pytest.raises(ScalableFileError, match=f'header is not JSON .{number} is not a finite number'):
+            ScalableFile(io.BytesIO(join_file(compress_text(text.replace('"number"', number).encode()), sections)))
+
+
+def test_a_file_has_no_metric_that_is_not_finite() -> None:
+    """A training's, too: those that BasicSR measures become the file's."""
+    metrics = {'0': {'set': {'psnr': float('inf'), 'ssim': 1.0, 'niqe': float('nan')}}, '1': {'set': {'psnr': 30.5}}}
+    header = ScalableFile(io.BytesIO(pack(network(), 2, metrics))).header
+    assert header.metrics == {'0': {'set': {'ssim': 1.0}}, '1': {'set': {'psnr': 30.5}}}
 
 
 def test_options_of_a_file_are_no_paths() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
+
+from mssr_basicsr.commands.json_text import as_json
 
 HELP = 'time and memory of each level on this CPU'
 EXAMPLES = ('mssr benchmark net_g.mssr --size 640x360 --threads 1',)
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f'--{name}: found {getattr(arguments, name)}; allowed: 1 or more')
     levels = measure_levels(arguments.file, (int(width), int(height)), arguments.threads, arguments.rounds)
     found = {'file': str(arguments.file), 'size': arguments.size, 'engine': engine_name(), 'levels': levels}
-    print(json.dumps(found, indent=2) if arguments.json else _as_text(found))
+    print(as_json(found) if arguments.json else _as_text(found))
     return 0
 
 

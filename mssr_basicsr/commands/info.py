@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+
+from mssr_basicsr.commands.json_text import as_json
 
 HELP = 'metadata and the table of levels: parameters, bytes, PSNR'
 EXAMPLES = ('mssr info net_g.mssr',)
@@ -24,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     with ScalableFile(arguments.file) as file:
         found = {**file.describe(), 'engine': engine_name()}
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(as_json(found))
         return 0
     options = ', '.join(f'{key}={value}' for key, value in found['backbone'].items() if key != 'type')
     state = 'whole' if found['file_bytes'] == found['whole_bytes'] else f'of {found["whole_bytes"]:,}'

@@ -76,11 +76,16 @@ def run(arguments: argparse.Namespace) -> int:
         merged = {level: {**metrics.get(level, {}), name: values} for level, values in measured.items()}
         data = pack(network, scale, merged, dtype, metadata)
         for level, values in measured.items():
-            cost = values['psnr'] - before[level]['psnr']
+            cost = _difference(values['psnr'], before[level]['psnr'])
             line = f'level {level}: PSNR {values["psnr"]:.4f} dB on {name}'
             print(line + ('' if dtype == 'F32' else f' as {dtype}, {cost:+.4f} dB compared with F32'))
     write_whole(output, data)
     return info.run(argparse.Namespace(file=output, json=arguments.json))
+
+
+def _difference(value: float, before: float) -> float:
+    """``value`` minus ``before``; of equal ones 0, even of infinite ones."""
+    return 0.0 if value == before else value - before
 
 
 def _key_and_text(argument: str) -> tuple[str, str]:

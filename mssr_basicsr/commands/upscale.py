@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import re
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mssr_basicsr.commands.errors import one_line
+from mssr_basicsr.commands.json_text import as_json
 from mssr_basicsr.foundation.checks import OptionError, require_int
 from mssr_basicsr.sparse import ENGINES
 
@@ -151,7 +151,7 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
     parameters, read = header.num_parameters(level), header.section(level).end
     if arguments.json:
         found = {'level': level, 'parameters': parameters, 'bytes_read': read, 'images': records, 'mean': means}
-        print(json.dumps({**found, 'failures': failures}, indent=2))
+        print(as_json({**found, 'failures': failures}))
     else:
         count = f'{len(records)} of {len(jobs)} images upscaled'
         print(f'level {level}: {parameters:,} parameters, {read:,} bytes read; {count}')

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+
+from mssr_basicsr.commands.json_text import as_json
 
 HELP = 'check every byte of the file'
 EXAMPLES = ('mssr verify net_g.mssr',)
@@ -22,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = verify(arguments.file)
     largest, smallest = found['levels'][0], found['levels'][-1]
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(as_json(found))
     else:
         sound = arguments.file.stat().st_size - found['unusable_bytes']
         what = 'whole' if found['whole'] else 'a whole prefix'

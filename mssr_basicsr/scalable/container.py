@@ -12,6 +12,7 @@ import math
 import os
 import re
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Union
@@ -312,7 +313,7 @@ def read_header(stream: BinaryIO, name: str, size: int | None = None) -> tuple[H
         raise ScalableFileError(f'{name}: the header is corrupted (checksum)')
     try:
         # What is read of JSON takes up to twenty times the text's memory, so that a small file's is kept short.
-        fields = json.loads(decompress(frame, (1 << 15) + 32 * length), parse_constant=_refuse)
+        fields = json.loads(decompress(frame, (1 << 15) + 32 * length), parse_constant=_refuse, parse_float=_finite)
     except ScalableFileError as error:
         raise ScalableFileError(f'{name}: header: {error}') from error
     except (ValueError, RecursionError) as error:
@@ -328,7 +329,13 @@ class _Contradiction(Exception):
 
 
 def _refuse(constant: str) -> float:
-    raise ValueError(f'{constant} is not a number')
+    raise ValueError(f'{constant} is not a finite number')
+
+
+def _finite(number: str) -> float:
+    """The number, which is not so large that it would be infinite."""
+    value = float(number)
+    return value if math.isfinite(value) else _refuse(number[:80])
 
 
 def _parse(fields: Any, start: int) -> Header:
@@ -428,7 +435,7 @@ def _metrics(levels: dict[str, Any]) -> dict[str, Any]:
     for datasets in levels.values():
         for values in _require(datasets, dict, 'metrics').values():
             for value in _require(values, dict, 'metrics').values():
-                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > sys.float_info.max:
                     raise _Contradiction(f'metrics: found {str(value)[:80]!r}; allowed: a number')
     return levels
 

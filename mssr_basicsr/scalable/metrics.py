@@ -16,7 +16,7 @@ _GREY = (0.114, 0.587, 0.299)  # the same for a grey of 0 to 255
 
 
 def published_metrics(image: Image, truth: Image, border: int, round_y: bool = False) -> dict[str, float]:
-    """``psnr`` (dB) and ``ssim`` of an upscaled image.
+    """``psnr`` (dB) and ``ssim`` of an upscaled image; of equal images the PSNR is infinite, as BasicSR's.
 
     Args:
         image: (H, W) grey or (H, W, 3) BGR, from 0 to 255, of any dtype.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -45,7 +46,7 @@ def pack(
         network: after the backward stage.
         scale: its upscaling factor, which is checked by running it on a small image.
         metrics: metrics of the levels: by level (as a string), then validation set, then metric. The file keeps six
-            digits of each.
+            digits of each, and none that is not finite, such as the PSNR of equal images.
         dtype: the type of the prunable weights in the file: ``F32`` is lossless; ``F16`` and ``BF16`` round to nearest;
             ``I8`` are integers with one scale per output channel (:func:`quantise`), the same at every level. All other
             parameters and buffers keep theirs.
@@ -78,7 +79,7 @@ def pack(
     if computed:
         fields |= {'computed': list(computed), 'computed_checksum': computed_checksum(network.backbone, computed)}
     if metrics:
-        fields['metrics'] = _six_digits(metrics)
+        fields['metrics'] = _for_a_file(metrics)
     if metadata:
         fields['metadata'] = dict(metadata)
     counts, sections = [], []
@@ -119,10 +120,12 @@ def _computed(network: NestedNetwork, state: Mapping[str, Tensor]) -> tuple[str,
     return tuple(name for name in state if name in fresh and torch.equal(fresh[name], state[name]))
 
 
-def _six_digits(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _six_digits(item) for key, item in value.items()}
-    return float(f'{value:.6g}') if isinstance(value, float) else value
+def _for_a_file(metrics: Any) -> Any:
+    """Metrics with six digits each, without those that are not finite, which a file cannot hold."""
+    if isinstance(metrics, Mapping):
+        kept = {key: item for key, item in metrics.items() if not isinstance(item, float) or math.isfinite(item)}
+        return {key: _for_a_file(item) for key, item in kept.items()}
+    return float(f'{metrics:.6g}') if isinstance(metrics, float) else metrics
 
 
 def level_metrics(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
