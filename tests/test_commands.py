@@ -330,6 +330,26 @@ def test_evaluate_gives_what_pack_measures(here: Path, capsys: pytest.CaptureFix
     assert f'level 1: PSNR {measured["1"]["psnr"]:.4f} dB on gt' in capsys.readouterr().out
 
 
+def test_pack_prints_json_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path('gt').mkdir()
+    cv2.imwrite('gt/a.png', np.random.default_rng(1).integers(0, 256, (24, 22, 3), dtype=np.uint8))
+    levels, measured = {}, {}
+    for dtype in ('fp32', 'int8'):
+        output = f'{dtype}.mssr'
+        packing = ['pack', 'net.pth', '--opt', 'net.yml', '-o', output, '--gt', 'gt', '--dtype', dtype, '--json']
+        capsys.readouterr()
+        assert main(packing) == 0
+        said = capsys.readouterr()
+        levels[dtype], measured[dtype] = json.loads(said.out)['levels'], evaluate(output, Path('gt'))
+        assert f'level 1: PSNR {measured[dtype]["1"]["psnr"]:.4f} dB on gt' in said.err
+    assert not any('compared_with_F32' in row for row in levels['fp32'])
+    for row in levels['int8']:
+        rounded, exact = (measured[dtype][str(row['level'])] for dtype in ('int8', 'fp32'))
+        expected = {key: pytest.approx(rounded[key] - exact[key], abs=1e-9) for key in ('psnr', 'ssim')}
+        assert row['compared_with_F32'] == {'gt': expected}
+        assert row['compared_with_F32']['gt']['psnr'] != 0
+
+
 @pytest.mark.parametrize('dtype', ['fp32', 'int8'])
 def test_the_psnr_of_equal_images_is_infinite(dtype: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     built = network()

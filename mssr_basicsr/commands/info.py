@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from mssr_basicsr.commands.json_text import as_json
 
@@ -18,21 +19,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """``mssr info``: metadata and the table of levels: parameters, bytes, PSNR."""
+    found = describe(arguments.file)
+    print(as_json(found) if arguments.json else as_text(found))
+    return 0
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What the file holds, as :meth:`ScalableFile.describe` says it, and the ``engine`` that would run it here."""
     from mssr_basicsr import ScalableFile
-    from mssr_basicsr.scalable.description import level_table
     from mssr_basicsr.sparse.library import engine_name
 
-    with ScalableFile(arguments.file) as file:
-        found = {**file.describe(), 'engine': engine_name()}
-    if arguments.json:
-        print(as_json(found))
-        return 0
+    with ScalableFile(path) as file:
+        return {**file.describe(), 'engine': engine_name()}
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """What :func:`describe` found, for people."""
+    from mssr_basicsr.scalable.description import level_table
+
     options = ', '.join(f'{key}={value}' for key, value in found['backbone'].items() if key != 'type')
     state = 'whole' if found['file_bytes'] == found['whole_bytes'] else f'of {found["whole_bytes"]:,}'
-    print(f'{found["file"]}: {found["backbone"]["type"]} x{found["scale"]} ({options})')
-    print(f'{found["file_bytes"]:,} bytes ({state}), values {found["dtype"]}')
-    print(f'engine: {found["engine"]}')
-    for key, text in found['metadata'].items():
-        print(f'{key}: {text}')
-    print(level_table(found['levels']))
-    return 0
+    lines = [
+        f'{found["file"]}: {found["backbone"]["type"]} x{found["scale"]} ({options})',
+        f'{found["file_bytes"]:,} bytes ({state}), values {found["dtype"]}',
+        f'engine: {found["engine"]}',
+        *(f'{key}: {text}' for key, text in found['metadata'].items()),
+        level_table(found['levels']),
+    ]
+    return '\n'.join(lines)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import sys
 from pathlib import Path
 
 from mssr_basicsr.commands import info
+from mssr_basicsr.commands.json_text import as_json
 
 HELP = 'turn a checkpoint into a .mssr file'
 EXAMPLES = ('mssr pack net_g_latest.pth --opt backward.yml -o net_g.mssr --dtype int8 --gt Set5/',)
@@ -68,24 +70,33 @@ def run(arguments: argparse.Namespace) -> int:
     if dtype != 'F32':
         metrics = {}  # they are of the exact values
     data = pack(network, scale, metrics, dtype, metadata)
+    changes: dict[str, dict[str, float]] = {}  # what rounding the weights does to each level's metrics
     if arguments.gt is not None:
         measured = evaluate(io.BytesIO(data), arguments.gt, arguments.lq)
-        exact = data if dtype == 'F32' else pack(network, scale)
-        before = measured if dtype == 'F32' else evaluate(io.BytesIO(exact), arguments.gt, arguments.lq)
+        if dtype != 'F32':
+            exact = evaluate(io.BytesIO(pack(network, scale)), arguments.gt, arguments.lq)
+            changes = {
+                level: {key: _difference(value, exact[level][key]) for key, value in values.items()}
+                for level, values in measured.items()
+            }
         name = arguments.gt.resolve().name
         merged = {level: {**metrics.get(level, {}), name: values} for level, values in measured.items()}
         data = pack(network, scale, merged, dtype, metadata)
         for level, values in measured.items():
-            cost = _difference(values['psnr'], before[level]['psnr'])
-            line = f'level {level}: PSNR {values["psnr"]:.4f} dB on {name}'
-            print(line + ('' if dtype == 'F32' else f' as {dtype}, {cost:+.4f} dB compared with F32'))
+            compared = f' as {dtype}, {changes[level]["psnr"]:+.4f} dB compared with F32' if changes else ''
+            said = f'level {level}: PSNR {values["psnr"]:.4f} dB on {name}{compared}'
+            print(said, file=sys.stderr if arguments.json else sys.stdout)
     write_whole(output, data)
-    return info.run(argparse.Namespace(file=output, json=arguments.json))
+    found = info.describe(output)
+    for level, change in changes.items():
+        found['levels'][int(level)]['compared_with_F32'] = {name: change}
+    print(as_json(found) if arguments.json else info.as_text(found))
+    return 0
 
 
-def _difference(value: float, before: float) -> float:
-    """``value`` minus ``before``; of equal ones 0, even of infinite ones."""
-    return 0.0 if value == before else value - before
+def _difference(value: float, exact: float) -> float:
+    """``value`` minus ``exact``; of equal ones 0, even of infinite ones."""
+    return 0.0 if value == exact else value - exact
 
 
 def _key_and_text(argument: str) -> tuple[str, str]:
