@@ -93,7 +93,7 @@ def test_names_that_differ_only_in_the_extension_keep_it(here: Path) -> None:
         ('in/a.png', 'hardlink.png', "found 'hardlink.png'; allowed: a file other than the input in/a.png"),
         ('in', 'linked', "found 'linked/a.png'; allowed: a file other than the input in/a.png"),
         ('in/a.png', 'gt/a.png', "found 'gt/a.png'; allowed: a file other than the input gt/a.png"),
-        ('in', 'plain/out', "found 'plain/out'; allowed: a path inside a folder; plain is a file"),
+        ('in', 'plain/out', "found 'plain/out/a.png'; allowed: a path inside a folder; plain is a file"),
         ('empty', 'out', r'empty: found nothing; allowed: images \(.*\.jpg.*\.gif.*\)'),
         ('texts', 'out', r'texts: found 1 files, none of which is an image by its name'),
     ],

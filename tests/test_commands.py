@@ -113,6 +113,37 @@ def test_through_a_link_its_target_is_written(command: str, here: Path) -> None:
     assert [path.name for path in kept.parent.iterdir()] == ['kept']
 
 
+@pytest.mark.parametrize(
+    'command',
+    [
+        'extract m.mssr --level 2 -o {}.pth',
+        pytest.param('export m.mssr --onnx {}.onnx', marks=pytest.mark.slow),
+        'plot m.mssr -o {}.png',
+        'pack net.pth --opt net.yml -o {}.mssr',
+        'upscale m.mssr a.png -o {}.png',
+    ],
+)
+def test_missing_folders_are_made(command: str, here: Path) -> None:
+    output = Path(command.format('new/folder/x').split()[-1])
+    assert main(command.format('new/folder/x').split()) == 0
+    assert output.is_file()
+
+
+@pytest.mark.skipif(not Path('/proc/self').is_dir(), reason='there is no folder in which even root cannot write')
+@pytest.mark.parametrize('folder', ['/proc', '/proc/new', 'link'])
+@pytest.mark.parametrize('command', COMMANDS)
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    command: str, folder: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path('link').symlink_to('/proc')
+    output = f'{folder}/x{Path(COMMANDS[command]).suffix}'
+    monkeypatch.setattr('mssr_basicsr.scalable.container.read_header', pytest.fail)
+    monkeypatch.setattr('mssr_basicsr.archs.checkpoint.read_checkpoint', pytest.fail)
+    said = error(command.format(output), capsys)
+    assert said.split(':')[0] in ('--output', '--onnx')
+    assert f': found {output!r}; allowed: a path in a folder that can be written in; ' in said
+
+
 @pytest.mark.parametrize('command', COMMANDS)
 def test_what_is_no_regular_file_is_never_replaced(
     command: str, here: Path, capsys: pytest.CaptureFixture[str]
@@ -160,7 +191,8 @@ FAULTS = {
     'info a.png': 'a.png: not a scalable model file',
     'verify none.mssr': 'none.mssr: No such file or directory',
     'extract m.mssr -o x': '--output: found x; allowed: a name that ends in .pth, .safetensors or .mssr',
-    'extract m.mssr -o gone/x.pth': "--output: found 'gone/x.pth'; allowed: a file in an existing folder",
+    'extract m.mssr -o a.png/x.pth': "--output: found 'a.png/x.pth'; allowed: a path inside a folder; a.png is a file",
+    'extract m.mssr -o broken/x.pth': "--output: found 'broken/x.pth'; allowed: a path inside a folder; broken is ",
     'extract m.mssr -o x.pth --level 1': "--output: found 'x.pth'; allowed: a file; this is a folder",
     'pack net.pth --opt net.yml -o x': "--output: found 'x'; allowed: a file; this is a folder",
     'export m.mssr --onnx x': "--onnx: found 'x'; allowed: a file; this is a folder",
@@ -198,6 +230,7 @@ FAULTS = {
 def test_a_failure_is_one_line(command: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in ('x', 'x.pth', 'records'):
         Path(folder).mkdir()
+    Path('broken').symlink_to('gone')
     Path('text.png').write_text('no image\n')
     Path('records/net.pth').write_bytes(Path('net.pth').read_bytes())
     Path('records/levels.json').write_text('[{"level": 0, "metr')

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mssr_basicsr.foundation.checks import OptionError
-from mssr_basicsr.foundation.saving import require_other_file, require_regular_file
+from mssr_basicsr.foundation.saving import require_other_file, require_regular_file, require_writable_folder
 from mssr_basicsr.scalable.images import WRITABLE_SUFFIXES, list_images
 
 
@@ -32,7 +32,7 @@ def plan_batch(source: Path, output: str, others: Sequence[Path] = ()) -> Batch:
         others: other files that the command reads; they are never overwritten either.
 
     Raises:
-        ValueError: an output is one of the inputs, or neither a file nor a folder, or there are no images.
+        ValueError: an output is one of the inputs, or cannot be written; or there are no images.
         OSError: the source is not there.
     """
     inputs, passed_over = list_images(source)
@@ -51,9 +51,6 @@ def plan_batch(source: Path, output: str, others: Sequence[Path] = ()) -> Batch:
         targets = [target]
     if target.is_file() and targets != [target]:
         raise OptionError('--output', output, 'a folder; this is a file')
-    standing = next(parent for parent in targets[0].parents if parent.exists())
-    if not standing.is_dir():
-        raise OptionError('--output', output, f'a path inside a folder; {standing} is a file')
     taken = {os.path.realpath(path): path for path in (*inputs, *others)}
     for path in targets:
         if os.path.realpath(path) in taken:
@@ -61,6 +58,8 @@ def plan_batch(source: Path, output: str, others: Sequence[Path] = ()) -> Batch:
         if path.exists():  # it may be another name of an input: a hard link, or one on a disk that ignores case
             require_other_file(path, *inputs, *others)
             require_regular_file(path)
+    for path in {path.parent: path for path in targets}.values():
+        require_writable_folder(path)
     return Batch(list(zip(inputs, targets)), passed_over)
 
 

@@ -131,7 +131,6 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
         picture = read_image(source)
         check_writable(target, *(side * header.scale for side in picture.pixels.shape[:2]))
         result = upscaler.upscale(picture.pixels, arguments.tile, bgr=True, progress=tiles)
-        target.parent.mkdir(parents=True, exist_ok=True)
         lost = picture.lost + write_image(target, result, picture.icc)
         if lost:
             tqdm.write(f'mssr: {names.get(target, target)}: not kept: {"; ".join(lost)}', file=sys.stderr)

@@ -57,13 +57,15 @@ def written_whole(folder: Path) -> list[Path]:
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file, complete or not at all, and flush it to the disk; OSError if this fails.
 
-    A link stays a link: the file that it leads to is written. What is there and no regular file is never replaced.
+    Missing folders are made. A link stays a link: the file that it leads to is written. What is there and no regular
+    file is never replaced.
     """
-    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
+    path = _followed(path)
     temporary = path.with_name(f'{PREFIX}{secrets.token_hex(6)}')  # a name of our own may be longer than names can be
     with _failure_explained(path):
         if path.exists() and not path.is_file():
             raise OSError(f'it is {_NO_REGULAR_FILE}')
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, 'wb') as stream:
                 stream.write(data)
@@ -95,11 +97,22 @@ def require_regular_file(output: str | os.PathLike[str], option: str = '--output
         raise OptionError(option, str(output), f'a file; this is {found}')
 
 
+def require_writable_folder(output: str | os.PathLike[str], option: str = '--output') -> None:
+    """Raise OptionError unless the folder of ``output`` can be written in, or made; nothing is left behind."""
+    standing = next(parent for parent in _followed(output).parents if os.path.lexists(parent))
+    if not standing.is_dir():
+        raise OptionError(option, str(output), f'a path inside a folder; {standing} is a file')
+    try:
+        tempfile.TemporaryFile(prefix=PREFIX, dir=standing).close()
+    except OSError as error:
+        allowed = f'a path in a folder that can be written in; {standing} cannot ({error.strerror})'
+        raise OptionError(option, str(output), allowed) from error
+
+
 def require_output(output: str | os.PathLike[str], *inputs: str | os.PathLike[str], option: str = '--output') -> None:
     """Raise OptionError unless ``output`` can be written and is none of the ``inputs``; called before work starts."""
     require_regular_file(output, option)
-    if not Path(output).parent.is_dir():
-        raise OptionError(option, str(output), f'a file in an existing folder; {Path(output).parent} does not exist')
+    require_writable_folder(output, option)
     require_other_file(output, *inputs, option=option)
 
 
@@ -111,6 +124,11 @@ def remove_leftovers(*folders: str) -> None:
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink()
+
+
+def _followed(path: str | os.PathLike[str]) -> Path:
+    """The path, or where it leads if it is a link."""
+    return Path(os.path.realpath(path) if os.path.islink(path) else path)
 
 
 def _flush_folder(folder: Path) -> None:
