@@ -158,6 +158,11 @@ def test_metrics_are_of_the_images_that_have_a_ground_truth(
     assert [Path(image['input']).name for image in said['images'] if 'psnr' in image] == ['a.png']
     assert len(said['failures']) == 1
     assert said['failures'][0].startswith("in/b.png: --gt: found 'gt'; allowed: one file there called b")
+    assert os.listdir('out') == ['a.png']  # b was not upscaled in vain
+    Path('gt/b.png').write_text('no image')
+    assert main(['upscale', str(file), 'in', '-o', 'out', '--gt', 'gt']) == 1
+    assert 'in/b.png: gt/b.png: not an image' in capsys.readouterr().err
+    assert os.listdir('out') == ['a.png']
 
 
 def test_files_of_other_kinds_are_named(here: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:

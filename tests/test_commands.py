@@ -244,6 +244,21 @@ def test_a_failure_is_one_line(command: str, message: str, here: Path, capsys: p
 
 
 @pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ('m.mssr -o x.txt', '--output: found x.txt; allowed: a name that ends in .'),
+        ('m.mssr bare.mssr -o x.png', 'bare.mssr: found no PSNR; allowed: a file packed with --gt'),
+    ],
+)
+def test_plot_times_nothing_in_vain(
+    arguments: str, message: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path('bare.mssr').write_bytes(pack(network(), 2))
+    monkeypatch.setattr('mssr_basicsr.scalable.measuring.measure_levels', pytest.fail)
+    assert error(f'plot {arguments} --time', capsys).startswith(message)
+
+
+@pytest.mark.parametrize(
     ('raised', 'line'),
     [
         (

@@ -129,6 +129,7 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
 
     def upscale(source: Path, target: Path) -> dict[str, Any]:
         picture = read_image(source)
+        truth = None if arguments.gt is None else read_image(_truth(arguments.gt, truths, source)).pixels
         check_writable(target, *(side * header.scale for side in picture.pixels.shape[:2]))
         result = upscaler.upscale(picture.pixels, arguments.tile, bgr=True, progress=tiles)
         lost = picture.lost + write_image(target, result, picture.icc)
@@ -139,8 +140,7 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
             'output': names.get(target, str(target)),
             'lost': lost,
         }
-        if arguments.gt is not None:
-            truth = read_image(_truth(arguments.gt, truths, source)).pixels
+        if truth is not None:
             record.update(metrics(result, truth, header.scale))
         return record
 

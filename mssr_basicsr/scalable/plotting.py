@@ -38,14 +38,19 @@ def draw_psnr(
     axis.grid(alpha=0.3, which='both')
 
 
-def save_figure(figure: Any, output: str | os.PathLike[str], dpi: int = 150) -> None:
-    """Write a matplotlib figure in the format of its suffix, completely or not at all."""
+def figure_format(figure: Any, output: str | os.PathLike[str]) -> str:
+    """The format that ``output``'s suffix means; ValueError if it is none that matplotlib can write."""
     suffix, allowed = Path(output).suffix[1:].lower(), figure.canvas.get_supported_filetypes()
     if suffix not in allowed:
         names = ', '.join(f'.{name}' for name in sorted(allowed))
         raise ValueError(f'--output: found {output}; allowed: a name that ends in {names}')
+    return suffix
+
+
+def save_figure(figure: Any, output: str | os.PathLike[str], dpi: int = 150) -> None:
+    """Write a matplotlib figure in the format of its suffix, completely or not at all."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dpi, format=suffix)
+    figure.savefig(buffer, dpi=dpi, format=figure_format(figure, output))
     write_whole(output, buffer.getvalue())
 
 
@@ -63,18 +68,14 @@ def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
     """
     require_output(output, *files)
     figure, axis = new_figure(figsize=(7, 4.5))
+    figure_format(figure, output)
     sizes = 'ms for 320 x 180 pixels on this CPU' if time else 'KB read from the file, up to each level'
-    for path in files:
-        with ScalableFile(path) as file:
-            levels = [row for row in file.describe()['levels'] if row['present'] or not time]
-        names = sorted({name for row in levels for name, values in row['metrics'].items() if 'psnr' in values})
-        if not names:
-            raise ValueError(f'{path}: found no PSNR; allowed: a file packed with --gt')
-        kilobytes = {row['level']: row['cumulative_bytes'] / 1000 for row in levels}
-        places = _milliseconds(path) if time else kilobytes
-        for name in names:
-            rows = [row for row in levels if 'psnr' in row['metrics'].get(name, {})]
-            points = [(places[row['level']], row['metrics'][name]['psnr']) for row in rows]
+    sets_of_files = [_levels_by_set(path, time) for path in files]  # of all, before any is timed
+    for path, sets in zip(files, sets_of_files):
+        milliseconds = _milliseconds(path) if time else {}
+        for name, rows in sets.items():
+            places = [milliseconds[row['level']] if time else row['cumulative_bytes'] / 1000 for row in rows]
+            points = [(place, row['metrics'][name]['psnr']) for place, row in zip(places, rows)]
             draw_psnr(axis, {f'{name}, {Path(path).stem}': points}, sizes)
             for row, point in zip(rows, points):
                 axis.annotate(f'{row["level"]}', point, textcoords='offset points', xytext=(4, 5))
@@ -82,6 +83,20 @@ def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
         set_formatter(lambda size, _: f'{size:g}')  # 30 and not 3 x 10^1
     axis.legend()
     save_figure(figure, output)
+
+
+def _levels_by_set(path: str | os.PathLike[str], present: bool) -> dict[str, list[dict[str, Any]]]:
+    """A file's records of levels with a PSNR, by validation set; if ``present``, of the levels that are in the file.
+
+    Raises:
+        ValueError: there is none.
+    """
+    with ScalableFile(path) as file:
+        levels = [row for row in file.describe()['levels'] if row['present'] or not present]
+    names = sorted({name for row in levels for name, values in row['metrics'].items() if 'psnr' in values})
+    if not names:
+        raise ValueError(f'{path}: found no PSNR; allowed: a file packed with --gt')
+    return {name: [row for row in levels if 'psnr' in row['metrics'].get(name, {})] for name in names}
 
 
 def _milliseconds(path: str | os.PathLike[str]) -> dict[int, float]:
