@@ -531,10 +531,19 @@ def test_options_of_a_file_are_no_paths() -> None:
 
 
 def test_an_architecture_may_not_take_more_memory_than_it_is_allowed() -> None:
-    with pytest.raises(_TooLarge, match='a tensor of 4,000,000,000,000 bytes'), AllocationLimit(10**6, 10**6):
+    with pytest.raises(_TooLarge, match='a tensor of 4,000,000,000,000 bytes'), AllocationLimit(10**6, 10**6, 9):
         torch.empty(10**12)
-    with pytest.raises(_TooLarge), AllocationLimit(single=400, total=1000):
+    with pytest.raises(_TooLarge), AllocationLimit(single=400, total=1000, tensors=9):
         [torch.zeros(100) for _ in range(3)]
+    with pytest.raises(_TooLarge, match='more tensors'), AllocationLimit(single=400, total=1000, tensors=9):
+        [torch.zeros(0) for _ in range(10)]
+
+
+def test_an_architecture_may_not_make_more_tensors_than_the_header_accounts_for() -> None:
+    """Those without elements take no memory, but time: these, which no list in the header states, two seconds."""
+    backbone = {'type': 'SRVGGNetCompact', 'num_in_ch': 0, 'num_feat': 0, 'num_conv': 1000, 'upscale': 2}
+    with pytest.raises(ScalableFileError, match=r'SRVGGNetCompact.* is not what the header lists \(more tensors\)'):
+        ScalableModel(io.BytesIO(with_header(pack(network(), 2), backbone=backbone)))
 
 
 @pytest.mark.slow

@@ -72,7 +72,10 @@ def build_for(header: Header, size: int) -> nn.Module:
     elements = _believed_elements(header, size)
     largest = max(tensor.numel for tensor in header.weights + header.others)
     computed = MAX_COMPUTED_BYTES if header.computed else 0
-    with AllocationLimit(single=max(8 * largest, computed), total=16 * elements + 2 * computed + (1 << 16)):
+    listed = len(header.weights + header.others) + len(header.computed)
+    with AllocationLimit(
+        single=max(8 * largest, computed), total=16 * elements + 2 * computed + (1 << 16), tensors=4 * listed + 64
+    ):
         network = build_backbone(header.backbone)
     check_network(header, network)
     return network
@@ -147,15 +150,18 @@ def _refuse_paths(value: Any) -> None:
 
 
 class _TooLarge(Exception):
-    """An architecture needs more memory than the header accounts for."""
+    """An architecture needs more memory, or more tensors, than the header accounts for."""
 
 
 class AllocationLimit(TorchDispatchMode):
-    """While the context is open, no new tensor may exceed ``single`` bytes, nor all together ``total`` bytes."""
+    """While the context is open, no new tensor may exceed ``single`` bytes, nor all together ``total`` bytes.
 
-    def __init__(self, single: int, total: int) -> None:
+    There may be at most ``tensors`` of them: without elements, they take no memory, but time.
+    """
+
+    def __init__(self, single: int, total: int, tensors: int) -> None:
         super().__init__()
-        self.single, self.left = single, total
+        self.single, self.left, self.tensors_left = single, total, tensors
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -171,5 +177,8 @@ class AllocationLimit(TorchDispatchMode):
         if isinstance(wanted, Tensor):
             size = math.prod(wanted.shape) * wanted.element_size()
             self.left -= size
+            self.tensors_left -= 1
+            if self.tensors_left < 0:
+                raise _TooLarge('more tensors')
             if size > self.single or self.left < 0:
                 raise _TooLarge(f'a tensor of {size:,} bytes')
