@@ -49,6 +49,9 @@ export function readHeader(bytes) {
 // {name: {dtype, shape, data}} of a level, data being little-endian and row-major.
 export function readLevel(bytes, level) {
   const header = readHeader(bytes);
+  const smallest = header.sections.length - 1;
+  const known = Number.isInteger(level) && 0 <= level && level <= smallest;
+  require(known, `level ${level}: this model has levels 0 to ${smallest}`);
   const weights = header.weights.map(([name, shape]) => {
     const elements = product(shape);
     return { name, shape, perChannel: elements / (shape[0] || 1), data: new Float32Array(elements), taken: new Uint8Array(elements) };
@@ -236,8 +239,10 @@ function toSafetensors(tensors) {
 }
 
 if (process.argv[1] && realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
-  const [file, level, output] = process.argv.slice(2);
+  const [file, level, output, ...more] = process.argv.slice(2);
+  const complete = file !== undefined && (level === undefined) === (output === undefined) && more.length === 0;
+  require(complete, 'usage: node read_mssr.mjs FILE.mssr [LEVEL OUT.safetensors]');
   const bytes = new Uint8Array(readFileSync(file));
   if (output === undefined) console.log(JSON.stringify(readHeader(bytes), null, 2));
-  else writeFileSync(output, toSafetensors(readLevel(bytes, Number(level))));
+  else writeFileSync(output, toSafetensors(readLevel(bytes, /^\d+$/.test(level) ? Number(level) : level)));
 }

@@ -223,6 +223,25 @@ def test_the_reader_in_javascript_detects_damage_and_missing_levels(tmp_path: Pa
         assert done.returncode != 0 and problem in done.stderr
 
 
+@pytest.mark.skipif(not can_run_the_reader(), reason='needs node, and its Zstandard decoder or the program zstd')
+@pytest.mark.parametrize(
+    ('arguments', 'problem'),
+    [
+        *(
+            ([level, 'out'], f'level {level}: this model has levels 0 to {SMALLEST}')
+            for level in ('9', 'four', '-1', '1.5')
+        ),
+        (['', 'out'], f'level : this model has levels 0 to {SMALLEST}'),
+        (['1'], 'usage: node read_mssr.mjs FILE.mssr [LEVEL OUT.safetensors]'),
+    ],
+)
+def test_the_reader_in_javascript_refuses_what_is_no_level(arguments: list[str], problem: str, tmp_path: Path) -> None:
+    command = ['node', READER, DATA / 'f32.mssr', *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGING, cwd=tmp_path)
+    assert done.returncode != 0 and problem in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 if __name__ == '__main__':
     DATA.mkdir(exist_ok=True)
     for kind, dtype in KINDS.items():
