@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -213,6 +214,31 @@ def test_verify(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 'the section of level 0 is corrupted' in capsys.readouterr().err
     file.write_bytes(whole + b'?')
     assert main(['verify', str(file)]) == 1
+
+
+def test_a_pipe_is_read_once(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in mssr verify <(curl URL)."""
+    whole = file.read_bytes()
+
+    def call(command: str, data: bytes, status: int, *more: str) -> Any:
+        reading, writing = os.pipe()
+        try:
+            assert os.write(writing, data) == len(data)
+            os.close(writing)
+            assert main([command, f'/dev/fd/{reading}', *more]) == status
+        finally:
+            os.close(reading)
+        return capsys.readouterr()
+
+    said = call('info', whole, 0)
+    assert f'\n{len(whole):,} bytes if whole (a stream does not say how many it has), values F32\n' in said.out
+    assert f': OK, levels 0 to 2, {len(whole):,} bytes (whole)\n' in call('verify', whole, 0).out
+    said = call('verify', whole + b'more', 1)
+    assert f': OK, levels 0 to 2, {len(whole):,} bytes (whole)\n' in said.out
+    assert 'the last 4 bytes are unusable, since no level has them' in said.err
+    assert f'needs the first {len(whole):,} bytes; there are {len(whole) - 1:,}' in call('verify', whole[:-1], 1).err
+    call('extract', whole, 0, '--level', '1', '-o', str(tmp_path / 'level.pth'))
+    assert_same(torch.load(tmp_path / 'level.pth')['params'], network().export(1))
 
 
 def test_extract(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

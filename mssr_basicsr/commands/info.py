@@ -38,10 +38,14 @@ def as_text(found: dict[str, Any]) -> str:
     from mssr_basicsr.scalable.description import level_table
 
     options = ', '.join(f'{key}={value}' for key, value in found['backbone'].items() if key != 'type')
-    state = 'whole' if found['file_bytes'] == found['whole_bytes'] else f'of {found["whole_bytes"]:,}'
+    size, whole = found['file_bytes'], f'{found["whole_bytes"]:,}'
+    if size is None:
+        state = f'{whole} bytes if whole (a stream does not say how many it has)'
+    else:
+        state = f'{size:,} bytes ({"whole" if size == found["whole_bytes"] else f"of {whole}"})'
     lines = [
         f'{found["file"]}: {found["backbone"]["type"]} x{found["scale"]} ({options})',
-        f'{found["file_bytes"]:,} bytes ({state}), values {found["dtype"]}',
+        f'{state}, values {found["dtype"]}',
         f'engine: {found["engine"]}',
         *(f'{key}: {text}' for key, text in found['metadata'].items()),
         level_table(found['levels']),

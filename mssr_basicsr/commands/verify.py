@@ -25,9 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(as_json(found))
     else:
-        sound = arguments.file.stat().st_size - found['unusable_bytes']
         what = 'whole' if found['whole'] else 'a whole prefix'
-        print(f'{found["file"]}: OK, levels {largest} to {smallest}, {sound:,} bytes ({what})')
+        print(f'{found["file"]}: OK, levels {largest} to {smallest}, {found["bytes"]:,} bytes ({what})')
     if found['unusable_bytes']:
         reason = 'since no level has them' if found['whole'] else f'since level {largest - 1} has more'
         raise ScalableFileError(f'{found["file"]}: the last {found["unusable_bytes"]:,} bytes are unusable, {reason}')

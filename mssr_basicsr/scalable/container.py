@@ -273,6 +273,14 @@ class ScalableFile:
             raise self.cut_short(level)
         return data
 
+    def bytes_after(self, level: int) -> int:
+        """How many bytes follow the section of ``level``. From a stream that cannot seek, they are read to know it."""
+        if self.size is None:
+            self.size = self._position
+            while more := self._stream.read(1 << 16):
+                self.size += len(more)
+        return self.size - self.header.section(level).end
+
     def cut_short(self, level: int) -> ScalableFileError:
         """The error that says how much of the file ``level`` needs."""
         end = self.header.section(level).end

@@ -62,7 +62,7 @@ def level_state(source: Source, level: int | None = None) -> dict[str, Tensor]:
             is not installed.
     """
     with _StateTensors(source, level, engine='torch') as model:
-        return {name: tensor.detach() for name, tensor in model.network.state_dict().items()}
+        return _detached(model)
 
 
 def extract(
@@ -87,20 +87,24 @@ def extract(
     if spandrel and suffix == '.mssr':
         raise ScalableFileError(f'--spandrel: found {output}; allowed: a name that ends in .pth or .safetensors')
     require_output(output, source)
-    with ScalableFile(source) as file:
-        smallest = file.header.smallest_level
-        chosen = min(file.available(), default=smallest) if level is None else level
-        if suffix == '.mssr':
-            data = file.read_prefix(chosen)
     if suffix == '.mssr':
+        with ScalableFile(source) as file:
+            smallest = file.header.smallest_level
+            chosen = min(file.available(), default=smallest) if level is None else level
+            data = file.read_prefix(chosen)
         with FileTensors(io.BytesIO(data), chosen, engine='torch'):  # nothing corrupted is passed on
             levels = range(chosen, smallest + 1)
     else:
-        state = level_state(source, chosen)
-        data = _checkpoint(for_spandrel(state, file.header.backbone) if spandrel else state, suffix)
-        levels = range(chosen, chosen + 1)
+        with _StateTensors(source, level, engine='torch') as model:
+            state = _detached(model)
+            data = _checkpoint(for_spandrel(state, model.header.backbone) if spandrel else state, suffix)
+            levels = range(model.level, model.level + 1)
     write_whole(output, data)
     return Extracted(levels, len(data))
+
+
+def _detached(model: ScalableModel) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in model.network.state_dict().items()}
 
 
 def _checkpoint(state: dict[str, Tensor], suffix: str) -> bytes:
@@ -115,14 +119,20 @@ def verify(source: Source) -> dict[str, Any]:
     """Read, decode and place every section that is present, and check it against its checksum.
 
     Returns:
-        JSON values: ``file``, the ``levels`` present, whether it is ``whole``, and ``unusable_bytes``, the number of
-        bytes after the last complete section.
+        JSON values: ``file``, the ``levels`` present, whether it is ``whole``, how many ``bytes`` these levels take,
+        and ``unusable_bytes``, the number of bytes after the last complete section.
 
     Raises:
-        ScalableFileError: something is corrupted, or the smallest level is missing.
+        ScalableFileError: something is corrupted, or the smallest level is missing; or any level, of a stream that
+            cannot seek, since only a length tells which are to be expected.
     """
     with FileTensors(source, engine='torch') as model:
         file, level = model.file, model.level
-    end = file.header.section(level).end
-    levels = [*range(level, file.header.smallest_level + 1)]
-    return {'file': file.name, 'levels': levels, 'whole': level == 0, 'unusable_bytes': (file.size or end) - end}
+        unusable = file.bytes_after(level)
+    return {
+        'file': file.name,
+        'levels': [*range(level, file.header.smallest_level + 1)],
+        'whole': level == 0,
+        'bytes': file.header.section(level).end,
+        'unusable_bytes': unusable,
+    }
