@@ -23,7 +23,7 @@ from conftest import BACKBONES, assert_same, network, pruned_mssr
 from mssr_basicsr import ScalableModel, pack
 from mssr_basicsr.commands.main import main
 from mssr_basicsr.commands.upscale import parse_size
-from mssr_basicsr.scalable import upscaling
+from mssr_basicsr.scalable import measuring, upscaling
 
 
 def model_of(name: str = 'EDSR', level: int = 1) -> ScalableModel:
@@ -239,6 +239,14 @@ def test_a_pipe_is_read_once(file: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert f'needs the first {len(whole):,} bytes; there are {len(whole) - 1:,}' in call('verify', whole[:-1], 1).err
     call('extract', whole, 0, '--level', '1', '-o', str(tmp_path / 'level.pth'))
     assert_same(torch.load(tmp_path / 'level.pth')['params'], network().export(1))
+
+
+def test_memory_is_counted_in_pages_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident, page = measuring._resident(), os.sysconf('SC_PAGE_SIZE')
+    if not resident:
+        pytest.skip('the system does not say')
+    monkeypatch.setattr(os, 'sysconf', lambda name: 16 * page)  # as on some ARM machines
+    assert measuring._resident() > 8 * resident
 
 
 def test_extract(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import statistics
 import threading
 import time
@@ -91,7 +92,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 def _resident() -> int:
     """Resident memory of this process in bytes; 0 if the system does not say."""
     try:
-        return int(Path('/proc/self/statm').read_text().split()[1]) * 4096
+        return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     except OSError:
         return 0
 
