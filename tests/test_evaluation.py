@@ -78,6 +78,32 @@ def test_a_grey_file_is_its_y(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ('small', 'truth', 'text'),
+    [
+        ((12, 10), (24, 20, 3), r'lq/a.png: found a grey image; allowed: a colour one, like .*gt/a\.png'),
+        ((24, 20, 3), (24, 20, 3), r'lq/a.png: found 20x24 pixels; allowed: 10x12, like .*gt/a\.png / 2'),
+        (None, (24, 20, 3), r'lq/a.png: the LR image of .*gt/a\.png is missing'),
+    ],
+)
+def test_lr_images_that_do_not_fit_are_named(small: Any, truth: Any, text: str, tmp_path: Path) -> None:
+    for name, shape in (('lq', small), ('gt', truth)):
+        (tmp_path / name).mkdir()
+        if shape:
+            cv2.imwrite(str(tmp_path / name / 'a.png'), np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match=text):
+        list(validation_pairs(tmp_path / 'gt', tmp_path / 'lq', 2))
+
+
+def test_the_lr_image_of_a_grey_one_may_be_stored_in_colour(tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (12, 10), dtype=np.uint8)
+    for name, image in (('lq', np.dstack([grey] * 3)), ('gt', np.zeros((25, 21), np.uint8))):
+        (tmp_path / name).mkdir()
+        cv2.imwrite(str(tmp_path / name / 'a.png'), image)
+    ((small, truth),) = validation_pairs(tmp_path / 'gt', tmp_path / 'lq', 2)
+    assert np.array_equal(small, grey) and truth.shape == (24, 20)
+
+
+@pytest.mark.parametrize(
     ('image', 'truth', 'text'),
     [
         ((20, 20), (20, 21), 'found 21x20 pixels; allowed: 20x20'),

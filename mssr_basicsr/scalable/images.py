@@ -419,6 +419,9 @@ def validation_pairs(gt: Path, lq: Path | None, scale: int) -> Iterator[tuple[Im
     """For each image in the folder ``gt``: (LR, ground truth cropped to a multiple of the scale), both grey or BGR.
 
     The LR image is the one with the same name in ``lq``, or made by :func:`resize_bicubic`.
+
+    Raises:
+        ValueError: an LR image is missing, or does not fit its ground truth; the text names both.
     """
     for file in list_images(gt)[0]:
         truth = read_eight_bits(file)
@@ -430,4 +433,9 @@ def validation_pairs(gt: Path, lq: Path | None, scale: int) -> Iterator[tuple[Im
         if not (lq / file.name).is_file():
             raise ValueError(f'{lq / file.name}: the LR image of {file} is missing')
         small = read_eight_bits(lq / file.name)
+        if truth.ndim > small.ndim:
+            raise ValueError(f'{lq / file.name}: found a grey image; allowed: a colour one, like {file}')
+        if small.shape[:2] != (height // scale, width // scale):
+            found, allowed = f'{small.shape[1]}x{small.shape[0]}', f'{width // scale}x{height // scale}'
+            raise ValueError(f'{lq / file.name}: found {found} pixels; allowed: {allowed}, like {file} / {scale}')
         yield small if small.ndim == truth.ndim else small[..., 0], truth
