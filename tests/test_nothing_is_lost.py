@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from basicsr.data.prefetch_dataloader import CPUPrefetcher
 from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, call, contents, forget_after, pruned_mssr
 
 from mssr_basicsr.archs.mssr_arch import MSSR
@@ -100,7 +102,57 @@ def test_changed_data_start_the_epoch_over(forward_opt: dict[str, Any], run: Run
     forward_opt['datasets']['train']['batch_size_per_gpu'] = 8  # 5 batches in an epoch, of which 8 are gone
     run(forward_opt, '--auto_resume')
     log = max(experiment.glob('*.log'), key=os.path.getmtime).read_text()
-    assert 'The data or the batch size has changed: epoch 0 starts over.' in log
+    assert 'The data or the batch size has changed: the epoch starts over.' in log
+
+
+def test_epochs_that_become_longer_do_not_end_a_resumed_run(forward_opt: dict[str, Any], run: Run) -> None:
+    """Iteration 8 is in the fourth of the short epochs; of the long ones, all iterations take only one."""
+    forward_opt['datasets']['train']['dataset_enlarge_ratio'] = 1  # 2 batches in an epoch
+    experiment = run(forward_opt)
+    complete = json.loads((experiment / 'models' / 'levels.json').read_text())
+    forget_after(experiment, 8)
+    forward_opt['datasets']['train']['dataset_enlarge_ratio'] = 10
+    run(forward_opt, '--auto_resume')
+    log = max(experiment.glob('*.log'), key=os.path.getmtime).read_text()
+    assert 'Resuming training from epoch: 0, iter: 8.' in log and 'iter:      12' in log
+    resumed = json.loads((experiment / 'models' / 'levels.json').read_text())
+    assert [record['iterations'] for record in resumed] == [record['iterations'] for record in complete] == [4, 4, 4]
+
+
+# ------------------------------ too few epochs ------------------------------ #
+
+
+def test_short_epochs_are_repeated_until_total_iter(forward_opt: dict[str, Any], run: Run) -> None:
+    """4 images make one batch of 3, and BasicSR counts two: it plans 6 + 1 epochs for 12 iterations."""
+    forward_opt['datasets']['train'].update(batch_size_per_gpu=3, dataset_enlarge_ratio=1)
+    experiment = run(forward_opt)
+    (log,) = experiment.glob('*.log')
+    assert 'Total epochs: 12, since each has 1 complete batches.' in log.read_text()
+    assert 'iter:      12' in log.read_text()
+
+
+def test_an_epoch_without_a_batch_is_refused(forward_opt: dict[str, Any], run: Run) -> None:
+    forward_opt['datasets']['train'].update(batch_size_per_gpu=5, dataset_enlarge_ratio=1)
+    with pytest.raises(OptionError, match=r'dataset_enlarge_ratio: found 1; allowed: .* has 4 images .* a batch 5'):
+        run(forward_opt)
+
+
+def test_a_training_that_ends_early_is_not_taken_for_finished(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script that plans too few epochs: in level 1 its data end. What was trained is saved, and can be resumed."""
+    uninterrupted = contents(run(forward_opt) / 'models')
+    forward_opt['name'] = 'early'
+    with monkeypatch.context() as patched:
+        given, following = iter(range(7)), CPUPrefetcher.next
+        patched.setattr(CPUPrefetcher, 'next', lambda loader: None if next(given, None) is None else following(loader))
+        with pytest.raises(OptionError, match=r'dataset_enlarge_ratio: found 10; .* after iteration 7 of 12'):
+            run(forward_opt)
+    models = Path('experiments/early/models')
+    assert sorted(path.name for path in models.glob('net_g_*')) == ['net_g_4.pth', 'net_g_7.pth', 'net_g_level0.pth']
+    assert [record.get('iterations') for record in json.loads((models / 'levels.json').read_text())] == [4]
+    run(forward_opt, '--auto_resume')
+    assert contents(models) == uninterrupted
 
 
 def test_a_save_of_an_earlier_run_is_not_paired_with_a_new_one(

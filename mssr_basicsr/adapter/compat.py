@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ def after_import() -> None:
     for module in (basicsr, basicsr.train, basicsr.test, basicsr.utils.options):
         patch(module, 'parse_options', name_wrong_yaml)
         patch(module, 'parse_options', accept_local_rank)
-        patch(module, 'parse_options', prepare_resuming)
+        patch(module, 'parse_options', prepare_script)
     patch(basicsr.utils.dist_util, '_init_dist_pytorch', cpu.launch_on_cpu)
     patch(basicsr.utils.dist_util, '_init_dist_slurm', cpu.launch_on_cpu)
     patch(basicsr.models.base_model.BaseModel, 'model_to_device', cpu.parallel_on_cpu)
@@ -103,11 +104,11 @@ def accept_local_rank(parse_options: Callable[..., Any], *args: Any, **kwargs: A
         return parse_options(*args, **kwargs)
 
 
-def prepare_resuming(parse_options: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Wraps ``parse_options``: the training script that calls it gets a ``load_resume_state`` with the fixes below.
+def prepare_script(parse_options: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Wraps ``parse_options``: functions of the training script that calls it get the fixes below.
 
-    ``basicsr/train.py`` usually runs as ``__main__``, where no import hook can replace that function. But it parses its
-    options before it looks for a state to resume from.
+    ``basicsr/train.py`` usually runs as ``__main__``, where no import hook can replace its functions. But it parses its
+    options before it looks for a state to resume from and before it creates the data loaders.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and 'load_resume_state' not in frame.f_globals:
@@ -116,6 +117,8 @@ def prepare_resuming(parse_options: Callable[..., Any], *args: Any, **kwargs: An
         script = sys.modules[frame.f_globals['__name__']]
         patch(script, 'load_resume_state', cpu.load_resume_state_on_cpu)
         patch(script, 'load_resume_state', name_unreadable_state)
+        if hasattr(script, 'create_train_val_dataloader'):
+            patch(script, 'create_train_val_dataloader', train_to_total_iter)
     return parse_options(*args, **kwargs)
 
 
@@ -126,6 +129,31 @@ def name_unreadable_state(load_resume_state: Callable[..., Any], opt: dict[str, 
     except Exception as error:
         allowed = f'a complete training state ({first_line(error)})'
         raise OptionError('path.resume_state', opt['path'].get('resume_state'), allowed) from error
+
+
+def train_to_total_iter(create_train_val_dataloader: Callable[..., Any], opt: dict[str, Any], logger: Any) -> Any:
+    """Wraps ``create_train_val_dataloader``: an MSSR network is trained for all of ``total_iter``.
+
+    BasicSR counts an incomplete batch at an epoch's end, which its loader drops, so it plans too few epochs where they
+    are short. An epoch without any batch is an OptionError. The number of batches is kept in ``opt`` for
+    :func:`mssr_basicsr.adapter.resuming.epoch_to_resume`.
+    """
+    created = create_train_val_dataloader(opt, logger)
+    if opt['network_g'].get('type') != 'MSSR':
+        return created
+    train_loader, train_sampler, val_loaders, total_epochs, total_iters = created
+    train_opt, num_batches = opt['datasets']['train'], len(train_loader)
+    if num_batches == 0:
+        allowed = (
+            f'a larger one: an epoch has {len(train_sampler)} images for each process, a batch '
+            f'{train_loader.batch_size}, and BasicSR drops an incomplete batch'
+        )
+        raise OptionError('datasets.train.dataset_enlarge_ratio', train_opt.get('dataset_enlarge_ratio', 1), allowed)
+    train_opt['num_batches'] = num_batches
+    needed = math.ceil(total_iters / num_batches)
+    if needed > total_epochs:
+        logger.info(f'Total epochs: {needed}, since each has {num_batches} complete batches.')
+    return train_loader, train_sampler, val_loaders, max(needed, total_epochs), total_iters
 
 
 def provide_color_conversions() -> None:

@@ -35,6 +35,20 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state['cuda'].cpu())
 
 
+def epoch_to_resume(epoch: int, current_iter: int, num_batches: int) -> int:
+    """The epoch in which a run continues after ``current_iter``: ``epoch``, unless that iteration is not in it.
+
+    Then the epochs had another length when the state was saved. BasicSR, which continues with the saved number, would
+    find all epochs done where they have become longer.
+
+    Args:
+        epoch: as saved.
+        current_iter: the last iteration that was trained.
+        num_batches: of an epoch, now.
+    """
+    return epoch if 0 <= current_iter - epoch * num_batches <= num_batches else current_iter // num_batches
+
+
 def resume_within_epoch(epoch: int, current_iter: int, state: dict[str, Any]) -> None:
     """Continue the interrupted epoch after the batch of ``current_iter``, with the random ``state`` of that moment.
 
@@ -58,7 +72,7 @@ def resume_within_epoch(epoch: int, current_iter: int, state: dict[str, Any]) ->
             for _ in range(had):
                 prefetcher.next()
         else:
-            logger.warning(f'The data or the batch size has changed: epoch {epoch} starts over.')
+            logger.warning('The data or the batch size has changed: the epoch starts over.')
         set_random_state(state)
 
     for prefetcher_class in prefetchers:

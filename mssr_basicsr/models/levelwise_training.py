@@ -22,7 +22,7 @@ from mssr_basicsr.adapter.ranks import (
     wait_for_all,
 )
 from mssr_basicsr.adapter.records import level_table
-from mssr_basicsr.adapter.resuming import random_state, resume_within_epoch
+from mssr_basicsr.adapter.resuming import epoch_to_resume, random_state, resume_within_epoch
 from mssr_basicsr.adapter.run_state import RunState, kept_between_iterations, put_back_kept, read_run_state
 from mssr_basicsr.adapter.stage_options import StageOptions
 from mssr_basicsr.adapter.training_plan import TrainingPlan
@@ -88,6 +88,7 @@ class LevelwiseTraining(NestedLevels):
     def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
         """As in BasicSR, within the level. As BasicSR calls it first in each iteration, levels begin here."""
         training, self.step = self.plan.locate(current_iter)
+        self.current_iter = current_iter
         if self.step == 1:
             before = self.plan.before(training)
             if before is None:
@@ -195,7 +196,7 @@ class LevelwiseTraining(NestedLevels):
         seed = torch.tensor([self.opt['manual_seed']], device=self.device)
         broadcast_from_rank_0({'manual_seed': seed})  # without one in the YAML each rank has drawn its own
         self.seed = int(seed.item())
-        self.step = 0
+        self.current_iter = self.step = 0
         self._untrained_at_first = self._untrained()
         super().init_training_settings()
         self.plan = TrainingPlan(self.make_plan())
@@ -253,6 +254,7 @@ class LevelwiseTraining(NestedLevels):
 
     def save(self, epoch: int, current_iter: int) -> None:
         if current_iter == -1:  # BasicSR's call after the last iteration
+            self._require_all_iterations()
             self.end_level(self.plan.last)
         if self.opt['rank'] == 0:  # of a run that was resumed from an earlier state: no longer of the network to come
             Path(self.opt['path']['training_states'], f'{current_iter}.state').unlink(missing_ok=True)
@@ -260,6 +262,19 @@ class LevelwiseTraining(NestedLevels):
         if current_iter == -1:
             self.write_result()
             wait_for_all()  # torchrun may stop rank 0 when the process of another rank ends
+
+    def _require_all_iterations(self) -> None:
+        """Unless ``total_iter`` is reached, save what there is and raise OptionError: a script ran too few epochs."""
+        total_iter, dataset_opt = self._train_opt['total_iter'], self.opt['datasets']['train']
+        if self.current_iter >= total_iter:
+            return
+        if self.current_iter > 0:
+            self.save(0, self.current_iter)  # epoch 0: which one is to follow depends on how long they will be
+        allowed = (
+            f'a larger one: the training ended after iteration {self.current_iter} of {total_iter}, since all epochs '
+            'that the training script plans are done. Then resume it'
+        )
+        raise OptionError('datasets.train.dataset_enlarge_ratio', dataset_opt.get('dataset_enlarge_ratio', 1), allowed)
 
     def save_network(self, net: Any, net_label: str, current_iter: int, param_key: str | list[str] = 'params') -> None:
         """As in BasicSR, with :meth:`extra_networks` beside ``net_g``; complete or absent, and failures are errors."""
@@ -295,8 +310,9 @@ class LevelwiseTraining(NestedLevels):
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
         """Continue from ``resume_state``: level, frozen weights, optimizers, records, random numbers, data."""
-        current_iter, paths = resume_state['iter'], self.opt['path']
+        current_iter, epoch, paths = resume_state['iter'], resume_state['epoch'], self.opt['path']
         training, step = self.plan.locate(current_iter)
+        self.current_iter = current_iter
         state = read_run_state(
             resume_state,
             paths['resume_state'],
@@ -319,9 +335,10 @@ class LevelwiseTraining(NestedLevels):
             rank = self.opt['rank']
             if state.kept:
                 put_back_kept(self, state.kept[rank % len(state.kept)])
-            resume_within_epoch(
-                resume_state['epoch'], current_iter, state.random_states[rank % len(state.random_states)]
-            )
+            resume_within_epoch(epoch, current_iter, state.random_states[rank % len(state.random_states)])
+        num_batches = self.opt['datasets']['train'].get('num_batches')
+        if num_batches is not None:
+            resume_state['epoch'] = epoch_to_resume(epoch, current_iter, num_batches)  # which BasicSR reads after this
 
     def _resume_extra_networks(self, checkpoint: dict[str, Any]) -> None:
         for key, network in self.extra_networks().items():
