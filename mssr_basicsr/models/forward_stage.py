@@ -13,6 +13,7 @@ from torch import nn
 from mssr_basicsr.adapter.ranks import broadcast_from_rank_0
 from mssr_basicsr.adapter.stage_options import ForwardOptions
 from mssr_basicsr.archs.feature_taps import check_feature_taps
+from mssr_basicsr.archs.mssr_arch import running_statistics
 from mssr_basicsr.foundation.checks import OptionError, require_int, require_iterations
 from mssr_basicsr.losses.pixel_and_distillation_loss import PixelAndDistillationLoss
 from mssr_basicsr.losses.self_distillation import SelfDistillation
@@ -109,6 +110,7 @@ class ForwardStage(LevelwiseTraining):
 
     def _mark_rewind_point(self) -> None:
         self.rewind_point.load_state_dict(self.network.backbone.state_dict())
+        broadcast_from_rank_0(running_statistics(self.rewind_point))  # each rank's last batch was another
 
     def freeze_weights(self, training: LevelTraining) -> FrozenWeights:
         """Pruned weights keep the values that they were pruned with, whatever the weight decay."""

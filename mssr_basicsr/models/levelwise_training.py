@@ -112,10 +112,13 @@ class LevelwiseTraining(NestedLevels):
     def end_level(self, training: LevelTraining) -> None:
         """Copy the level's result into the network, export it as a plain checkpoint and record it.
 
+        Running statistics are rank 0's, as they are in each of DDP's forward passes.
+
         Raises:
             FloatingPointError: on every rank, if a parameter of any is not finite; the text names it.
             RuntimeError: on every rank, if ranks differ or the result is not what the stage guarantees.
         """
+        broadcast_from_rank_0(running_statistics(self.result))  # each rank's last batch was another
         if self.ema_decay > 0:
             self.network.load_state_dict(self.net_g_ema.state_dict())
         self._require_finite(f'End of level {training.level}')
