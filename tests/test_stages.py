@@ -165,6 +165,26 @@ def test_a_stock_checkpoint_as_level_0(forward_opt: dict[str, Any], run: Run) ->
     assert all(record['metrics']['toyval']['psnr'] > 0 for record in records)
 
 
+def test_level_0_of_a_checkpoint_with_an_ema(forward_opt: dict[str, Any], run: Run) -> None:
+    """It is the EMA unless ``param_key_g`` names the other; what is pruned, exported and measured is the same."""
+    stock, other = build_network(TOY_EDSR).state_dict(), build_network(TOY_EDSR).state_dict()
+    forward_opt['train'].update(first_level=1, total_iter=8)
+    del forward_opt['train']['rewind_iter']
+    found = []
+    for checkpoint, key in (
+        ({'params': stock}, None),
+        ({'params': other, 'params_ema': stock}, None),
+        ({'params': stock, 'params_ema': other}, 'params'),
+    ):
+        torch.save(checkpoint, 'stock.pth')
+        forward_opt['path'] = {'pretrain_network_g': 'stock.pth', **({'param_key_g': key} if key else {})}
+        models = run(forward_opt) / 'models'
+        assert equal(load(models / 'net_g_level0.pth')['params'], stock)
+        assert equal(load(models / 'net_g_latest.pth')['rewind'], stock)
+        found.append(json.loads((models / 'levels.json').read_text()))
+    assert found[0] == found[1] == found[2]
+
+
 def test_each_level_may_have_its_own_iterations(
     forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run
 ) -> None:

@@ -71,8 +71,8 @@ class ForwardOptions(StageOptions):
         'Iterations of each trained level: one number for all, or a list with one per level; total_iter is their sum.'
     )
     first_level: int = option(
-        '1 uses the trained network path.pretrain_network_g as level 0 and as the rewind point, and starts by pruning '
-        'it.',
+        '1 uses the trained network path.pretrain_network_g (its params_ema, unless there is none or path.param_key_g '
+        'names other weights) as level 0 and as the rewind point, and starts by pruning it.',
         _first_level,
         0,
     )

@@ -37,6 +37,11 @@ class ForwardStage(LevelwiseTraining):
     options_class = ForwardOptions
     options: ForwardOptions
 
+    def __init__(self, opt: dict[str, Any]) -> None:
+        if (opt.get('train') or {}).get('first_level') == 1 and not opt['path'].get('resume_state'):
+            opt['path'].setdefault('param_key_g', 'params_ema')  # BasicSR takes params where there is no params_ema
+        super().__init__(opt)
+
     def make_plan(self) -> list[LevelTraining]:
         options = self.options
         if options.first_level == 1 and self.opt['path'].get('pretrain_network_g') is None:
@@ -82,6 +87,8 @@ class ForwardStage(LevelwiseTraining):
         network.set_level_map(whole)
         self._mark_rewind_point()
         if self.plan.first.level == 1:  # level 0 is not trained, so no training of it ends with these
+            if self.ema_decay > 0:  # BasicSR has loaded it from params_ema, whatever the network is loaded from
+                self.net_g_ema.load_state_dict(network.state_dict())
             self.validate_now(0)
             self.export_level(0)
 
