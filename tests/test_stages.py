@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import random
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
-from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, equal, load, load_network
+from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, contents, equal, load, load_network
 from torch import Tensor, nn
 
 from mssr_basicsr.archs.mssr_arch import MSSR
+from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.method.criteria import CRITERION_REGISTRY
 from mssr_basicsr.method.level_map import num_kept
 from mssr_basicsr.method.schedules import EXPANSION_REGISTRY, LevelTraining
+from mssr_basicsr.models import forward_stage
 from mssr_basicsr.models.backward_stage import BackwardStage
 from mssr_basicsr.models.forward_stage import ForwardStage
 from mssr_basicsr.models.levelwise_training import LevelwiseTraining
@@ -148,6 +152,48 @@ def test_ssd_with_each_target_with_and_without_ema(
     models = run(forward_opt) / 'models'
     teacher = load(models / 'net_g_latest.pth')['teacher']
     assert equal(teacher, load(models / 'net_g_level1.pth')['params'])
+
+
+class Repeating(nn.Module):
+    """A toy network that runs its blocks twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 3, 1, 1)) for _ in range(2))
+        self.tail = nn.Conv2d(3, 12, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in [*self.body, *self.body]:
+            x = block(x)
+        return nn.functional.pixel_shuffle(self.tail(x), 2)
+
+
+@pytest.mark.parametrize('first_level', [0, 1])
+def test_blocks_that_run_twice_cannot_be_distilled(
+    first_level: int, forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Repeating', Repeating)
+    torch.save({'params': Repeating().state_dict()}, 'stock.pth')
+    forward_opt['network_g']['backbone'] = {'type': 'Repeating'}
+    forward_opt['path']['pretrain_network_g'] = 'stock.pth'
+    forward_opt['train'].update(first_level=first_level, total_iter=12 - 4 * first_level, rewind_iter=0)
+    with pytest.raises(OptionError, match=r"network_g\.feature_taps: found 'body\.0, which runs 2 times'"):
+        run(forward_opt)
+
+
+def test_trying_out_the_distillation_draws_no_random_numbers(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where the network does: a resumed run, which tries it again, would draw others."""
+    models = run(forward_opt) / 'models'
+    undisturbed = contents(models)
+
+    def draw(network: nn.Module, taps: Any, x: Tensor) -> None:
+        torch.rand(1), random.random(), np.random.random()
+
+    monkeypatch.setattr(forward_stage, 'check_feature_taps', draw)
+    run(forward_opt)
+    assert contents(models) == undisturbed
 
 
 def test_a_stock_checkpoint_as_level_0(forward_opt: dict[str, Any], run: Run) -> None:

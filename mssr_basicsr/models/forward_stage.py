@@ -11,6 +11,7 @@ from basicsr.utils import get_root_logger
 from torch import nn
 
 from mssr_basicsr.adapter.ranks import broadcast_from_rank_0
+from mssr_basicsr.adapter.resuming import random_state, set_random_state
 from mssr_basicsr.adapter.stage_options import ForwardOptions
 from mssr_basicsr.archs.feature_taps import check_feature_taps
 from mssr_basicsr.archs.mssr_arch import running_statistics
@@ -62,7 +63,7 @@ class ForwardStage(LevelwiseTraining):
         super().init_training_settings()
         self.rewind_point = frozen_copy(self.network.backbone)
         self.teacher = frozen_copy(self.network.backbone)
-        self.self_distillation = self._build_self_distillation()
+        self.self_distillation, self._tried_out = self._build_self_distillation(), False
         if self.self_distillation is not None:
             self.cri_pix = PixelAndDistillationLoss(self.cri_pix, 'l_ssd', self.self_distillation.term)
 
@@ -143,16 +144,24 @@ class ForwardStage(LevelwiseTraining):
     @contextmanager
     def distilling(self, current_iter: int) -> Iterator[None]:
         """At smaller levels than 0, feed the network's features at random depths into the larger network."""
-        if self.self_distillation is None:
-            yield
-        elif self.network.level == 0:
-            if current_iter == 1:
-                check_feature_taps(self.teacher, self.network.feature_taps, self.lq[:1])
+        if self.self_distillation is not None and not self._tried_out:
+            self._try_out_distillation()
+            self._tried_out = True
+        if self.self_distillation is None or self.network.level == 0:
             yield
         else:
             seed = f'{self.seed}, iteration {current_iter}'
             with self.self_distillation.watching(self.network.backbone, self.lq, seed):
                 yield
+
+    def _try_out_distillation(self) -> None:
+        """Raise OptionError now, and not after the days of level 0, if self-distillation cannot work here.
+
+        This leaves the random generators alone, for a resumed run to have the same results.
+        """
+        state = random_state()
+        check_feature_taps(self.teacher, self.network.feature_taps, self.lq[:1])
+        set_random_state(state)
 
     # ------------------------------ saving ------------------------------ #
 
