@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from basicsr.archs import build_network
-from basicsr.utils.registry import ARCH_REGISTRY
+from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY
 from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, contents, equal, load, load_network
 from torch import Tensor, nn
 
@@ -179,6 +180,30 @@ def test_blocks_that_run_twice_cannot_be_distilled(
     forward_opt['train'].update(first_level=first_level, total_iter=12 - 4 * first_level, rewind_iter=0)
     with pytest.raises(OptionError, match=r"network_g\.feature_taps: found 'body\.0, which runs 2 times'"):
         run(forward_opt)
+
+
+class TwoLosses(nn.Module):
+    """As PerceptualLoss does, it returns two."""
+
+    def forward(self, image: Tensor, target: Tensor) -> tuple[Tensor, None]:
+        return (image - target).abs().mean(), None
+
+
+@pytest.mark.parametrize('first_level', [0, 1])
+def test_a_criterion_that_returns_no_tensor_is_refused_at_once(
+    first_level: int, forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after level 0, which distils nothing."""
+    monkeypatch.setitem(LOSS_REGISTRY._obj_map, 'TwoLosses', TwoLosses)
+    torch.save({'params': build_network(TOY_EDSR).state_dict()}, 'stock.pth')
+    forward_opt['path']['pretrain_network_g'] = 'stock.pth'
+    forward_opt['train'].update(first_level=first_level, total_iter=12 - 4 * first_level, rewind_iter=0)
+    forward_opt['train']['ssd_opt']['criterion'] = {'type': 'TwoLosses'}
+    expected = r"train\.ssd_opt\.criterion: found 'TwoLosses'; allowed: a loss that returns one tensor, not a tuple\."
+    with pytest.raises(OptionError, match=expected):
+        run(forward_opt)
+    (log,) = Path('experiments/forward').glob('*.log')
+    assert 'iter:       1' not in log.read_text()
 
 
 def test_trying_out_the_distillation_draws_no_random_numbers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from mssr_basicsr.archs.feature_taps import ImageFinisher, record_features
@@ -27,6 +28,20 @@ class SelfDistillation:
         self._images = slice(None)
         self._features: dict[str, Tensor] = {}
         self._x: Tensor | None = None
+
+    @torch.no_grad()
+    def try_out(self, x: Tensor) -> None:
+        """Compute the loss of the teacher's own features and image once, so that what cannot work fails now.
+
+        Nothing of it is kept: what the teacher need not compute is only known when it is trained.
+
+        Args:
+            x: input of the network, (N, C, H, W).
+        """
+        trial = SelfDistillation(self.loss, self.teacher, self.taps)
+        with trial.watching(self.teacher, x, 'trial'):
+            image = self.teacher(x)
+            trial.term(image, image)
 
     @contextmanager
     def watching(self, student: nn.Module, x: Tensor, seed: str) -> Iterator[None]:

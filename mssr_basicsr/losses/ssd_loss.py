@@ -87,4 +87,8 @@ class SSDLoss(nn.Module):
             with torch.no_grad():
                 targets.append(teacher())
         losses = [self.criterion(image, target) for image in images for target in targets]
+        for loss in losses:
+            if not isinstance(loss, Tensor):
+                allowed = f'a loss that returns one tensor, not a {type(loss).__name__}'
+                raise OptionError('train.ssd_opt.criterion', type(self.criterion).__name__, allowed)
         return self.loss_weight * torch.stack(losses).mean()

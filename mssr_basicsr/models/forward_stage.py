@@ -145,7 +145,7 @@ class ForwardStage(LevelwiseTraining):
     def distilling(self, current_iter: int) -> Iterator[None]:
         """At smaller levels than 0, feed the network's features at random depths into the larger network."""
         if self.self_distillation is not None and not self._tried_out:
-            self._try_out_distillation()
+            self._try_out(self.self_distillation)
             self._tried_out = True
         if self.self_distillation is None or self.network.level == 0:
             yield
@@ -154,13 +154,14 @@ class ForwardStage(LevelwiseTraining):
             with self.self_distillation.watching(self.network.backbone, self.lq, seed):
                 yield
 
-    def _try_out_distillation(self) -> None:
+    def _try_out(self, distillation: SelfDistillation) -> None:
         """Raise OptionError now, and not after the days of level 0, if self-distillation cannot work here.
 
         This leaves the random generators alone, for a resumed run to have the same results.
         """
         state = random_state()
         check_feature_taps(self.teacher, self.network.feature_taps, self.lq[:1])
+        distillation.try_out(self.lq[:1])
         set_random_state(state)
 
     # ------------------------------ saving ------------------------------ #
