@@ -83,6 +83,21 @@ def ended_with(folder: Path, name: str, rank: int) -> dict[str, Any]:
     return torch.load(folder / f'{name}_rank{rank}.pth', weights_only=True)  # type: ignore[no-any-return]
 
 
+def test_rank_0_alone_gathers_what_is_saved(tmp_path: Path) -> None:
+    """Real-ESRGAN's pools are large: no other rank needs memory for them."""
+    (tmp_path / 'gathering.py').write_text("""
+import os
+from basicsr.utils.dist_util import init_dist
+from mssr_basicsr.adapter.ranks import gather_on_rank_0
+init_dist('pytorch')
+open('gathered' + os.environ['RANK'], 'w').write(str(gather_on_rank_0('of rank ' + os.environ['RANK'])))
+""")
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'gathering.py']
+    call(*command, cwd=tmp_path, CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
+    assert (tmp_path / 'gathered0').read_text() == str(['of rank 0', 'of rank 1'])
+    assert (tmp_path / 'gathered1').read_text() == '[]'
+
+
 @pytest.mark.parametrize('setup', ['ssd, bf16', 'batch norm', 'gan'])
 def test_both_stages_on_two_ranks(
     setup: str, forward_opt: dict[str, Any], backward_opt: dict[str, Any], tmp_path: Path
@@ -106,6 +121,10 @@ def test_both_stages_on_two_ranks(
             assert all(torch.equal(one[key][name], other[key][name]) for name in one[key])
         sizes = {name: (levels >= 2).sum() for name, levels in one['network'].items() if name.startswith('level_map.')}
         assert sum(sizes.values()) == (270 if setup == 'batch norm' else 1692)  # a quarter of the weights
+        state = max(
+            tmp_path.glob(f'experiments/{opt["name"]}/training_states/*'), key=lambda path: path.stat().st_mtime
+        )
+        assert len(torch.load(state, weights_only=True)['mssr']['random_states']) == 2
         # No rank has ended before rank 0 has validated: torchrun may stop rank 0 when the process of another ends.
         assert (tmp_path / 'ended0').read_text() == (tmp_path / 'ended1').read_text()
     assert len(ended_with(tmp_path, 'forward', 0)['depths']) == (0 if setup == 'batch norm' else 16)

@@ -38,6 +38,16 @@ def gather(item: Any) -> list[Any]:
     return items
 
 
+def gather_on_rank_0(item: Any) -> list[Any]:
+    """The ``item`` of every rank, in order of rank, on rank 0; nothing on the others, which need no memory for it."""
+    rank, world_size = get_dist_info()
+    if world_size == 1:
+        return [item]
+    items = [None] * world_size if rank == 0 else None
+    dist.gather_object(item, items)
+    return items or []
+
+
 def wait_for_all() -> None:
     """Wait until every rank has arrived here. Does nothing in a single-process run."""
     if get_dist_info()[1] > 1:

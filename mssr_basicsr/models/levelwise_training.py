@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mssr_basicsr.adapter.ranks import (
     broadcast_from_rank_0,
-    gather,
+    gather_on_rank_0,
     require_agreement,
     require_finite,
     wait_for_all,
@@ -300,8 +300,8 @@ class LevelwiseTraining(NestedLevels):
             options=self.decisive_options(),
             records=self.records,
             untrained=self._untrained(),
-            random_states=gather(random_state()),
-            kept=gather(kept_between_iterations(self)) if exact else [],
+            random_states=gather_on_rank_0(random_state()),
+            kept=gather_on_rank_0(kept_between_iterations(self)) if exact else [],
         )
         if self.opt['rank'] == 0:
             with saved_whole(self.opt['path'], 'training_states') as folder:
