@@ -5,6 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # For glibc, see KEEP_FREED_MEMORY in study.py.
 export MALLOC_TOP_PAD_=100000000 MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=33554432
+# The options' num_gpu: auto takes all GPUs that it sees, which needs torchrun if these are several.
+CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*}
 
 step() { echo; echo "=== $(date +%T) $* (after $((SECONDS / 60)) min $((SECONDS % 60)) s)"; }
 

@@ -404,6 +404,18 @@ def test_gpus_that_are_not_there(forward_opt: dict[str, Any], run: Run, monkeypa
 
 
 @pytest.mark.usefixtures('no_training')
+def test_several_gpus_without_a_launcher(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BasicSR would stop after a third of the iterations, each with three times the batch."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 3)
+    forward_opt['num_gpu'] = 'auto'
+    with pytest.raises(OptionError, match=r'num_gpu: found 3; allowed: 1 \(auto takes all .*\), or .* with torchrun'):
+        run(forward_opt)
+
+
+@pytest.mark.usefixtures('no_training')
 def test_a_schedule_for_the_whole_training(forward_opt: dict[str, Any], run: Run) -> None:
     """A stock YAML's: with 4 iterations a level, the learning rate would not come down."""
     forward_opt['train']['scheduler'] = {

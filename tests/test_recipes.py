@@ -22,6 +22,7 @@ def build(recipe: str, folder: Path, **path: str) -> Any:
     with mock.patch.object(sys, 'argv', ['train.py', '-opt', str(OPTIONS / recipe)]):
         opt, _ = parse_options(str(folder), is_train=True)
     opt['path'].update(path)
+    opt['num_gpu'] = min(opt['num_gpu'], 1)  # several need a launcher
     return build_model(opt)
 
 

@@ -49,9 +49,10 @@ class NestedLevels(Base):
         if opt['num_gpu'] > 0 and not torch.cuda.is_available():
             raise OptionError('num_gpu', opt['num_gpu'], '0, auto (torch finds no GPU)')
         if opt['num_gpu'] > 1 and not opt['dist']:
-            logger = get_root_logger()
-            logger.warning(f'{opt["num_gpu"]} GPUs but no launcher: using only one; to use all, start with torchrun.')
-            opt['num_gpu'] = 1
+            if opt['is_train']:  # BasicSR counts epochs for one GPU, but its loader's batches are for all of them
+                allowed = '1 (auto takes all that CUDA_VISIBLE_DEVICES leaves), or any number with torchrun'
+                raise OptionError('num_gpu', opt['num_gpu'], allowed)
+            opt['num_gpu'] = 1  # BasicSR tests one image or clip at a time, so the other GPUs would do nothing
         val_opt = opt.get('val') or {}
         self._val_precision = check_precision('val.precision', val_opt.get('precision', 'fp32'))
         self.records: dict[int, LevelRecord] = {}
