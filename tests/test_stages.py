@@ -479,24 +479,41 @@ def test_a_frozen_weight_that_moved_is_noticed(
 # ------------------------------ testing, stock models ------------------------------ #
 
 
-def test_testing_every_level_and_one_level_with_the_stock_model(forward_opt: dict[str, Any], run: Run) -> None:
-    models = run(forward_opt) / 'models'
-    trained = json.loads((models / 'levels.json').read_text())
-    test_opt = {key: forward_opt[key] for key in ('scale', 'num_gpu', 'manual_seed', 'network_g', 'val')}
-    test_opt['datasets'] = {'test_1': deepcopy(forward_opt['datasets']['val'])}
-    test_opt['path'] = {'pretrain_network_g': str(models / 'net_g_latest.pth'), 'param_key_g': 'params_ema'}
-    test_opt['val'].update(save_img=True, suffix=None)
+def testing_options(forward_opt: dict[str, Any], stage: str) -> dict[str, Any]:
+    """Options of a test with the checkpoint that ``stage`` ended with, without name and model type."""
+    opt = {key: forward_opt[key] for key in ('scale', 'num_gpu', 'manual_seed', 'network_g', 'val')}
+    opt['datasets'] = {'test_1': deepcopy(forward_opt['datasets']['val'])}
+    checkpoint = f'experiments/{stage}/models/net_g_latest.pth'
+    opt['path'] = {'pretrain_network_g': checkpoint, 'param_key_g': 'params_ema'}
+    opt['val'].update(save_img=True, suffix=None)
+    return opt
+
+
+def test_testing_every_level_and_one_level_with_the_stock_model(
+    forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run
+) -> None:
+    run(forward_opt)
+    trained = json.loads((run(backward_opt) / 'models' / 'levels.json').read_text())
+    test_opt = testing_options(forward_opt, 'backward')
 
     results = run({**deepcopy(test_opt), 'name': 'all', 'model_type': 'MSSRModel'})
     records = json.loads((results / 'levels.json').read_text())
     assert [record['level'] for record in records] == [0, 1, 2]
-    assert records[2]['metrics'] == trained[2]['metrics']
+    assert [record['metrics'] for record in records] == [record['metrics'] for record in trained]
     assert (results / 'visualization' / 'level1' / 'toyval_level1' / '0_all.png').is_file()
 
-    test_opt['network_g']['level'] = 2
+    test_opt['network_g']['level'] = 1
     results = run({**test_opt, 'name': 'stock', 'model_type': 'SRModel'})
     log = next(results.glob('*.log')).read_text()
-    assert f'psnr: {records[2]["metrics"]["toyval"]["psnr"]:.4f}' in log
+    assert f'psnr: {records[1]["metrics"]["toyval"]["psnr"]:.4f}' in log
+
+
+def test_the_levels_of_the_forward_stages_checkpoint_are_not_tested(forward_opt: dict[str, Any], run: Run) -> None:
+    """Only its smallest is as it was trained; the figures of the others would mean nothing."""
+    run(forward_opt)
+    test_opt = {**testing_options(forward_opt, 'forward'), 'name': 'all', 'model_type': 'MSSRModel'}
+    with pytest.raises(OptionError, match=r'path\.pretrain_network_g: found .*; it is from the forward stage; the lev'):
+        run(test_opt)
 
 
 def test_the_stock_model_trains_a_fixed_level(forward_opt: dict[str, Any], run: Run) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mssr_basicsr.adapter.option_files import read_yaml
-from mssr_basicsr.archs.mssr_arch import MSSR, is_plain
+from mssr_basicsr.archs.mssr_arch import MSSR, is_plain, require_nested
 from mssr_basicsr.foundation.checkpoints import (
     CheckpointError,
     first_line,
@@ -48,8 +48,7 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
         state = state_dict_of(loaded, 'params_ema')
         if is_plain(state):
             raise CheckpointError('it is not of an MSSR network (net_g_latest.pth of the backward stage is)')
-        if 'rewind' in loaded:
-            raise CheckpointError('it is from the forward stage; the levels are only nested after the backward stage')
+        require_nested(loaded)
         require_same_entries(state, network.state_dict())
         network.load_state_dict(state)
     except CheckpointError as error:

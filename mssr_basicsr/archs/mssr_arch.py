@@ -71,6 +71,15 @@ def is_plain(state_dict: Mapping[str, Any]) -> bool:
     return not any(key.startswith('level_map.') for key in state_dict)
 
 
+def require_nested(checkpoint: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a checkpoint is the forward stage's, which has trained its smallest level last.
+
+    The weights of its larger levels have been rewound and trained since those levels ended.
+    """
+    if 'rewind' in checkpoint:
+        raise CheckpointError('it is from the forward stage; the levels are only nested after the backward stage')
+
+
 def refuse_unknown(unknown: Mapping[str, Any], backbone: Any) -> None:
     """Raise OptionError for options that :class:`MSSR` does not have: misspelt ones, or the backbone's."""
     for key, found in unknown.items():
@@ -105,7 +114,8 @@ class MSSR(nn.Module):
         backbone: the options, with ``type``, of any architecture registered with BasicSR.
         sparsity: the removed share of the prunable weights at each level, from 0 (dense) to K (smallest).
         level: the level to run at. MSSR's own models set it themselves; set it here for a stock ``SRModel`` or
-            ``basicsr/test.py``. Above 0 this needs a checkpoint whose level map has that level.
+            ``basicsr/test.py``. Above 0 this needs a checkpoint whose level map has that level. One of the forward
+            stage only gives the smallest level as it was trained: use the backward stage's, or ``net_g_level{k}.pth``.
         prunable: name patterns of the weights that pruning may remove, among those of convolutions and linear layers.
             Default: all of them.
         unprunable: name patterns of weights to exclude from these.

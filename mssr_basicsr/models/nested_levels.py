@@ -20,7 +20,7 @@ from mssr_basicsr.adapter.records import LevelRecord, describe_level, level_tabl
 from mssr_basicsr.adapter.resuming import random_state, set_random_state
 from mssr_basicsr.adapter.stage_options import check_precision
 from mssr_basicsr.adapter.tensorboard import LevelBoard, LevelTags, pictures_of
-from mssr_basicsr.archs.mssr_arch import MSSR, is_plain
+from mssr_basicsr.archs.mssr_arch import MSSR, is_plain, require_nested
 from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.saving import saved_whole, write_whole
@@ -195,9 +195,15 @@ class NestedLevels(Base):
     def load_network(
         self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'
     ) -> None:
-        """As in BasicSR; a file that is not a checkpoint of the network is an OptionError that says why."""
+        """As in BasicSR; a file that is not a checkpoint of the network is an OptionError that says why.
+
+        To test all levels, the checkpoint must be the backward stage's.
+        """
         try:
-            state = state_dict_of(read_checkpoint(load_path), param_key)
+            loaded = read_checkpoint(load_path)
+            if not self.is_train:
+                require_nested(loaded)
+            state = state_dict_of(loaded, param_key)
             if strict:
                 require_same_entries(state, self._as_saved(net, state).state_dict())
             super().load_network(net, load_path, strict, param_key)
