@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from basicsr.archs import build_network
+from basicsr.metrics import calculate_psnr
 from basicsr.models.sr_model import SRModel
+from basicsr.utils.registry import METRIC_REGISTRY
 from conftest import BACKBONES, TOY_EDSR, Run, pruned_mssr
 
 from mssr_basicsr.foundation.checks import OptionError
@@ -145,6 +147,21 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
         'val.precision',
         16,
         'val.precision: found 16; allowed: bf16, fp32.',
+    ),
+    (
+        'val.precison',
+        'bf16',
+        "val.precison: found 'bf16'; allowed: val.precision (there is no option precison).",
+    ),
+    (
+        'val.metrics.psnr',
+        {'type': 'calculate_psnr_published', 'crop_border': 2, 'round_Y': True},
+        'val.metrics.psnr.round_Y: found True; allowed: round_y.',
+    ),
+    (
+        'val.metrics.psnr',
+        {'type': 'calculate_psnr_published', 'crop_border': 2, 'test_y_channel': True},
+        'val.metrics.psnr.test_y_channel: found True; allowed: nothing (calculate_psnr_published takes better, crop',
     ),
     (
         'train.ssd_opt.type',
@@ -454,7 +471,43 @@ def test_options_that_the_model_class_never_reads_are_named(forward_opt: dict[st
 
 
 @pytest.mark.usefixtures('no_training')
-def test_options_that_the_model_class_reads_are_not_named(forward_opt: dict[str, Any], run: Run) -> None:
+def test_misspelt_options_outside_train_are_named(forward_opt: dict[str, Any], run: Run) -> None:
+    forward_opt['path'].update(pretrain_network='x.pth', strict_load=False)
+    forward_opt['logger'].update(save_freq=4, wandb={'projct': 'mssr'})
+    forward_opt['datasets']['train']['use_flip'] = True
+    forward_opt['datasets']['val']['gt_sise'] = 32
+    forward_opt['val']['save_imgs'] = True
+    forward_opt['val']['metrics']['psnr']['test_Y_channel'] = True
+    said = warnings_of(forward_opt, run)
+    assert said.partition('reads none of these options: ')[2] == (
+        'path.pretrain_network (the nearest that is read is pretrain_network_g), '
+        'path.strict_load (the nearest that is read is strict_load_g), '
+        'val.save_imgs (the nearest that is read is save_img), '
+        'logger.save_freq, '
+        'logger.wandb.projct (the nearest that is read is project), '
+        'datasets.train.use_flip (the nearest that is read is use_hflip), '
+        'datasets.val.gt_sise (the nearest that is read is gt_size), '
+        'val.metrics.psnr.test_Y_channel (the nearest that is read is test_y_channel).'
+    )
+
+
+@pytest.mark.usefixtures('no_training')
+def test_options_that_something_reads_are_not_named(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among them those of a metric that passes on what it gets."""
+
+    def passes_on(img: Any, img2: Any, **others: Any) -> float:
+        return float(calculate_psnr(img, img2, **others))
+
+    monkeypatch.setattr(METRIC_REGISTRY, '_obj_map', {**METRIC_REGISTRY._obj_map, 'passes_on': passes_on})
+    forward_opt['val'].update(precision='fp32', suffix=None, pbar=False)
+    forward_opt['val']['metrics']['other'] = {'type': 'passes_on', 'crop_border': 2, 'better': 'higher'}
+    forward_opt['val']['metrics']['psnr']['better'] = 'higher'
+    forward_opt['path']['param_key_g'] = 'params'
+    forward_opt['logger']['wandb'] = {'project': None, 'resume_id': None}
+    forward_opt['datasets']['train'].update(pin_memory=False, num_prefetch_queue=1, filename_tmpl='{}', color='rgb')
+    forward_opt['datasets']['train'].update(mean=None, std=None, persistent_workers=False)
     assert 'reads none of these options' not in warnings_of(forward_opt, run)
 
 

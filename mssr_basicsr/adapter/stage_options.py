@@ -1,4 +1,4 @@
-"""The options that the two stages read under ``train``, each declared once: with default, bounds and meaning.
+"""The options that MSSR reads under ``train`` and ``val``, each declared once: with default, bounds and meaning.
 
 BasicSR's own options and those of the base model class are unaffected.
 """
@@ -104,4 +104,13 @@ class BackwardOptions(StageOptions):
     ticket_opt: Any = option(
         "Options, with the type, of a loss that compares a level's output with its own ticket's; it is added to the "
         'pixel loss. The tickets are the net_g_level{k}.pth beside path.pretrain_network_g. Default: none.'
+    )
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """What validation in both stages, and testing, reads under ``val``."""
+
+    precision: str = option(
+        "The precision of the validated network: fp32, or bf16 by torch's autocast.", check_precision, 'fp32'
     )

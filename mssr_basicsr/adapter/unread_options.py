@@ -1,35 +1,43 @@
-"""Nothing in the YAML is silently ignored: neither misspelt options nor options that the model class never reads.
+"""Nothing in the YAML is silently ignored: neither misspelt options nor options that no class reads.
 
-The code tells which options it reads. BasicSR's model classes look up options by name where they need them, some only
-in a later phase of training; but every name occurs in their code as a string. A name that occurs nowhere is not read.
+The code tells which options it reads. BasicSR's model and dataset classes look up options by name where they need them,
+some only in a later phase of training; but every name occurs in their code as a string. A name that occurs nowhere is
+not read. What BasicSR passes on as arguments, such as a loss's options, the class or function that takes them checks.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import dis
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from types import CodeType
+from collections.abc import Iterable, Iterator, Mapping, Set
+from types import CodeType, ModuleType
 from typing import Any
 
 from basicsr.utils import get_root_logger
+from basicsr.utils.registry import DATASET_REGISTRY, METRIC_REGISTRY
 
-from mssr_basicsr.adapter.stage_options import BackwardOptions, ForwardOptions
-from mssr_basicsr.foundation.checks import OptionError, closest
+from mssr_basicsr.adapter.stage_options import BackwardOptions, ForwardOptions, ValidationOptions
+from mssr_basicsr.foundation.checks import OptionError, closest, known_as
 
 # YAML reads 1e-4 as a string: a number with an exponent needs a point, 1.0e-4.
 _NUMBER = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+')
 _NAMES = ('name', 'suffix', 'type')  # their values are words, whatever they look like
 
-_UTILITIES = ('utils.options', 'utils.misc', 'utils.logger', 'utils.dist_util')
+_PIPELINES = ('train', 'test', 'models', 'utils.options', 'utils.misc', 'utils.logger', 'utils.dist_util')
+_DATA_PIPELINES = ('data', 'data.data_sampler', 'data.prefetch_dataloader')
+
+# BasicSR's pipelines look for these within the names of options; they are no options themselves.
+_PARTS_OF_PATHS = {'pretrain_network', 'strict_load', 'param_key', 'resume'}
 
 #: MSSR's own options under ``train``, by the stage that reads them.
 STAGE_OPTIONS = {
     'MSSRForwardModel': {field.name for field in dataclasses.fields(ForwardOptions)},
     'MSSRBackwardModel': {field.name for field in dataclasses.fields(BackwardOptions)},
 }
+_VALIDATION_OPTIONS = {field.name for field in dataclasses.fields(ValidationOptions)}
 
 
 def refuse_numbers_as_strings(options: Any, path: str = '') -> None:
@@ -46,7 +54,9 @@ def refuse_numbers_as_strings(options: Any, path: str = '') -> None:
 
 
 def report_unread_options(opt: Mapping[str, Any], model_type: str, base: type) -> None:
-    """Report every option at the top level of the YAML and under ``train`` that nothing reads.
+    """Report every option that nothing reads, in a section of the YAML in which BasicSR would ignore it.
+
+    These sections are the top level, ``train``, ``path``, ``val`` with its metrics, ``logger`` and ``datasets``.
 
     Args:
         opt: the whole YAML.
@@ -54,39 +64,85 @@ def report_unread_options(opt: Mapping[str, Any], model_type: str, base: type) -
         base: the model class that this one extends.
 
     Raises:
-        OptionError: an unread option is one of MSSR's own: almost an option of this stage, or one of the other stage.
-                All others together give one warning.
+        OptionError: an unread option is almost one of MSSR's own, or one of the other stage; or a metric would fail
+                since it does not take the option. All others together give one warning.
     """
-    own, read = STAGE_OPTIONS.get(model_type, set()), set(_strings_in_code(base))
-    unread = []
-    for section, found in (('', opt), ('train.', opt.get('train') or {})):
-        ours = own if section else {'base_model_type'}
-        for key in map(str, found):
-            if key in ours:
-                continue
-            for other, options in STAGE_OPTIONS.items():
-                if section and key in options:
-                    allowed = f'nothing, since only {other} reads it: remove it'
-                    raise OptionError(f'train.{key}', found[key], allowed)
-            if key in read:
-                continue
-            nearest = closest(key, ours | read)
-            if nearest in ours:
-                raise OptionError(f'{section}{key}', found[key], f'{section}{nearest} (there is no option {key})')
-            unread.append(f'{section}{key}' + (f' (the nearest that is read is {nearest})' if nearest else ''))
+    of_pipelines = set(_strings_in_code(_modules(_PIPELINES)))
+    of_model = set(_strings_in_code(_modules_of(base)))
+    read = of_pipelines | of_model
+    own = STAGE_OPTIONS.get(model_type, set())
+    for other, options in STAGE_OPTIONS.items():
+        for key in (opt.get('train') or {}).keys() & (options - own):
+            raise OptionError(f'train.{key}', opt['train'][key], f'nothing, since only {other} reads it: remove it')
+    unread = [
+        *_unread('', opt, read, {'base_model_type'}),
+        *_unread('train.', opt.get('train'), read, own),
+        *_unread('path.', opt.get('path'), (of_pipelines - _PARTS_OF_PATHS) | of_model),
+        *_unread('val.', opt.get('val'), read, _VALIDATION_OPTIONS),
+        *_unread('logger.', opt.get('logger'), read),
+        *_unread('logger.wandb.', (opt.get('logger') or {}).get('wandb'), read),
+    ]
+    for phase, data in (opt.get('datasets') or {}).items():
+        dataset = known_as(DATASET_REGISTRY, data.get('type'))
+        if dataset is not None:
+            modules = [*_modules(_DATA_PIPELINES), *_modules_of(dataset)]
+            unread += _unread(f'datasets.{phase}.', data, read | set(_strings_in_code(modules)))
+    for name, metric_opt in ((opt.get('val') or {}).get('metrics') or {}).items():
+        unread += _unread_by_metric(f'val.metrics.{name}.', metric_opt)
     if unread:
-        message = f'{model_type} with {base.__name__} reads none of these options: {", ".join(unread)}.'
-        get_root_logger().warning(message)
+        get_root_logger().warning(
+            f'{model_type} with {base.__name__} reads none of these options: {", ".join(unread)}.'
+        )
 
 
-def _strings_in_code(model_class: type) -> Iterator[str]:
-    """Every string in the code of ``model_class``, its base classes and the modules that these are defined in.
+def _unread(section: str, found: Any, read: Set[str], ours: Set[str] = frozenset()) -> Iterator[str]:
+    """The options in ``found`` that are neither ``read`` nor ``ours``, each with the nearest that is."""
+    for key in map(str, found if isinstance(found, Mapping) else ()):
+        if key in read or key in ours:
+            continue
+        nearest = closest(key, read | ours)
+        if nearest in ours:
+            raise OptionError(f'{section}{key}', found[key], f'{section}{nearest} (there is no option {key})')
+        yield f'{section}{key}' + (f' (the nearest that is read is {nearest})' if nearest else '')
 
-    And in the code of BasicSR's pipelines, which read options as well.
-    """
-    modules = [inspect.getmodule(one) for one in model_class.__mro__ if one is not object]
-    pipelines = [sys.modules[f'basicsr.{name}'] for name in ('train', 'test', 'models', *_UTILITIES)]
-    for module in {*modules, *pipelines, sys.modules.get('__main__')} - {None}:
+
+def _unread_by_metric(section: str, found: Mapping[str, Any]) -> Iterator[str]:
+    """As :func:`_unread`, for the options of a metric, which BasicSR passes to a function."""
+    metric = known_as(METRIC_REGISTRY, found.get('type'))
+    if metric is None:
+        return
+    parameters = inspect.signature(metric, follow_wrapped=False).parameters.values()
+    named = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+    named -= {'img', 'img2'}  # the images, which BasicSR passes as well
+    collected = next((parameter.name for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD), None)
+    if collected is None:
+        for key in [key for key in found if key not in {*named, 'type'}]:
+            allowed = closest(key, named) or f'nothing ({found["type"]} takes {", ".join(sorted(named))})'
+            raise OptionError(f'{section}{key}', found[key], allowed)
+    elif not _uses(metric, collected):
+        yield from _unread(section, found, named | {'type', 'better'})  # better is also BasicSR's own
+
+
+def _uses(function: Any, variable: str) -> bool:
+    """Whether the code of ``function`` uses its local ``variable``; True for what has no code to look at."""
+    code = getattr(function, '__code__', None)
+    return code is None or any(variable == one.argval for one in dis.get_instructions(code))
+
+
+def _modules(names: Iterable[str]) -> list[ModuleType]:
+    """The modules of BasicSR of these names."""
+    return [sys.modules[f'basicsr.{name}'] for name in names]
+
+
+def _modules_of(one: type) -> list[ModuleType]:
+    """The modules in which ``one`` and its base classes are defined, and the program that runs."""
+    modules = [inspect.getmodule(base) for base in one.__mro__ if base is not object]
+    return [module for module in (*modules, sys.modules.get('__main__')) if module is not None]
+
+
+def _strings_in_code(modules: Iterable[ModuleType]) -> Iterator[str]:
+    """Every string in the code of the functions and classes that the modules define."""
+    for module in set(modules):
         for value in vars(module).values():
             if getattr(value, '__module__', None) == vars(module)['__name__']:
                 functions = vars(value).values() if inspect.isclass(value) else [value]

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from mssr_basicsr.adapter.ranks import wait_for_all
 from mssr_basicsr.adapter.records import LevelRecord, describe_level, level_table
 from mssr_basicsr.adapter.resuming import random_state, set_random_state
-from mssr_basicsr.adapter.stage_options import check_precision
+from mssr_basicsr.adapter.stage_options import ValidationOptions
 from mssr_basicsr.adapter.tensorboard import LevelBoard, LevelTags, pictures_of
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain, require_nested
 from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
-from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.foundation.checks import OptionError, read_options
 from mssr_basicsr.foundation.saving import saved_whole, write_whole
 from mssr_basicsr.models.precision import computing
 
@@ -53,8 +53,7 @@ class NestedLevels(Base):
                 allowed = '1 (auto takes all that CUDA_VISIBLE_DEVICES leaves), or any number with torchrun'
                 raise OptionError('num_gpu', opt['num_gpu'], allowed)
             opt['num_gpu'] = 1  # BasicSR tests one image or clip at a time, so the other GPUs would do nothing
-        val_opt = opt.get('val') or {}
-        self._val_precision = check_precision('val.precision', val_opt.get('precision', 'fp32'))
+        self._val_precision = read_options(ValidationOptions, 'val', opt.get('val') or {}).precision
         self.records: dict[int, LevelRecord] = {}
         self._measured: dict[str, float] = {}
         self._pictures: dict[int, dict[str, Any]] = {}

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mssr_basicsr.adapter.stage_options import BackwardOptions, ForwardOptions, StageOptions
+from mssr_basicsr.adapter.stage_options import BackwardOptions, ForwardOptions, StageOptions, ValidationOptions
 from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.losses.ssd_loss import SSDLoss
 from mssr_basicsr.method.schedules import SequentialExpansion
@@ -26,8 +26,8 @@ Made by `python scripts/checks/document_options.py` from the code; do not edit.
 
 MSSR adds these options to BasicSR's YAML. Everything else in it stays as it is: datasets, losses, optimizers,
 schedulers, EMA, validation, logging, and the options of the base model class. Before training starts, a wrong value is
-an error that names the option, what was found and what is allowed. An option that nothing reads is reported, with the
-nearest existing one.
+an error that names the option, what was found and what is allowed. An option that nothing reads, at the top or under
+`train`, `path`, `val`, `val.metrics`, `logger` or `datasets`, is reported with the nearest existing one.
 
 ## At the top
 
@@ -65,6 +65,10 @@ validated at its end. Optimizers, EMA and the learning-rate schedule restart at 
 
 {expansion}
 
+## `val`
+
+{validation}
+
 To add your own criteria, schedules and losses: [extending.md](extending.md).
 """
 
@@ -79,6 +83,7 @@ def document() -> str:
         ssd=table(arguments(SSDLoss)),
         backward=table(row for row in declared(BackwardOptions) if row[0] not in common),
         expansion=table(arguments(SequentialExpansion)),
+        validation=table(declared(ValidationOptions)),
     )
 
 
