@@ -84,6 +84,29 @@ def test_backbones_that_cannot_be_pruned_are_refused(layers: nn.Module) -> None:
         find_prunable(layers, ['*'], [])
 
 
+@pytest.mark.parametrize(
+    ('changed', 'text'),
+    [
+        ({'conv_last.weight': torch.full((3, 8, 3, 3), torch.nan)}, 'gives NaN to 216 of conv_last.weight'),
+        ({'conv_last.weight': torch.zeros(3)}, 'gives conv_last.weight (3,) instead of (3, 8, 3, 3)'),
+        ({'conv_last.bias': torch.zeros(3)}, 'gives some to conv_last.bias, which is not prunable'),
+        ({'conv_last.weight': None}, 'gives conv_last.weight none'),
+    ],
+)
+def test_a_criterion_must_give_each_weight_a_score(changed: dict[str, Any], text: str) -> None:
+    """NaN would rank highest: of a layer of zeros scored by 0 / 0, all weights would stay."""
+
+    def wrong(weights: Any, masks: Any, generator: Any) -> dict[str, Tensor]:
+        scores = {**{name: weight.abs() for name, weight in weights.items()}, **changed}
+        return {name: score for name, score in scores.items() if score is not None}
+
+    network = MSSR(TOY_EDSR, SPARSITY)
+    with pytest.raises(OptionError) as error:
+        network.prune(1, wrong, torch.Generator())
+    found = "train.criterion: found 'wrong'; allowed: a criterion that gives each weight a score (this one "
+    assert str(error.value) == f'{found}{text}).'
+
+
 def test_in_eval_mode_masking_is_done_once_until_something_changes() -> None:
     network = pruned_mssr(TOY_EDSR).eval()
     network.level = 2

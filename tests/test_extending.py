@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY
-from conftest import Run
+from conftest import SPARSITY, TOY_EDSR, Run
 
+from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.method.criteria import CRITERION_REGISTRY
+from mssr_basicsr.method.level_map import mask_of
 from mssr_basicsr.method.schedules import EXPANSION_REGISTRY
 from mssr_basicsr.scalable import architectures
 
@@ -50,6 +53,14 @@ def test_criterion_loss_base_model_and_schedule_train(
     # Of the weights, half are recovered for level 0 and a quarter for level 1: 4 and 2 of the 6 iterations.
     records = json.loads((models / 'levels.json').read_text())
     assert [record.get('iterations') for record in records] == [4, 2, None]
+
+
+def test_the_criterion_removes_a_channel_of_zeros() -> None:
+    network = MSSR(TOY_EDSR, SPARSITY)
+    with torch.no_grad():
+        network.prunable_weights()['conv_first.weight'][0] = 0
+    network.prune(1, CRITERION_REGISTRY.get('magnitude_per_output_channel'), torch.Generator())
+    assert not mask_of(network.get_level_map(), 1)['conv_first.weight'][0].any()
 
 
 def test_an_architecture_trains_and_its_trunk_is_tapped(run: Run, forward_opt: dict[str, Any]) -> None:

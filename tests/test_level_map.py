@@ -37,6 +37,12 @@ def test_ties_go_to_the_first_weight_and_the_count_is_exact() -> None:
     assert pruned['a'].tolist() == [1, 1, 0, 0]
 
 
+def test_infinite_scores_rank_as_numbers_and_those_of_pruned_weights_not_at_all() -> None:
+    level_map = {'a': torch.tensor([0, 2, 2, 2, 0], dtype=torch.uint8)}
+    scores = {'a': torch.tensor([torch.inf, -torch.inf, torch.inf, -torch.inf, torch.nan])}
+    assert prune(level_map, scores, 2, keep=2)['a'].tolist() == [0, 2, 2, 1, 0]
+
+
 @pytest.mark.parametrize('criterion', ['global_magnitude', 'layer_magnitude', 'lamp', 'random'])
 @pytest.mark.parametrize('seed', range(3))
 def test_masks_are_nested_and_of_the_requested_size(criterion: str, seed: int) -> None:

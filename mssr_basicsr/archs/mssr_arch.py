@@ -27,7 +27,7 @@ from mssr_basicsr.foundation.checks import (
     require_int,
 )
 from mssr_basicsr.method import MAX_LEVELS
-from mssr_basicsr.method.criteria import Criterion
+from mssr_basicsr.method.criteria import Criterion, scores_of
 from mssr_basicsr.method.level_map import LevelMap, buffer_tree, count, mask_of, num_kept, prune
 from mssr_basicsr.scalable.architectures import known_of
 from mssr_basicsr.scalable.building import without_weight_files
@@ -212,9 +212,13 @@ class MSSR(nn.Module):
             level: the level to make; level ``level - 1`` must have been made and be the smallest so far.
             criterion: gives the scores; see :mod:`mssr_basicsr.method.criteria`.
             generator: for criteria that draw random numbers.
+
+        Raises:
+            OptionError: the criterion does not give each weight a score.
         """
         level_map, weights = self.get_level_map(), self.prunable_weights()
-        scores = criterion({name: w.detach() for name, w in weights.items()}, mask_of(level_map, level), generator)
+        detached = {name: weight.detach() for name, weight in weights.items()}
+        scores = scores_of(criterion, detached, mask_of(level_map, level), generator)
         total = sum(weight.numel() for weight in weights.values())
         self.set_level_map(prune(level_map, scores, level, num_kept(total, self.sparsity[level])))
 

@@ -2,8 +2,9 @@
 
 A criterion is a function ``criterion(weights, masks, generator)`` that gives each weight a score; the weights with
 the highest scores in the whole network survive. ``weights`` and ``masks`` (bool: still in the network) are mappings
-by weight name; scores of weights outside their mask are ignored. ``generator`` is a seeded ``torch.Generator`` on
-the CPU. Users add their own with ``@CRITERION_REGISTRY.register()`` and select it with ``train.criterion``.
+by weight name; scores of weights outside their mask are ignored, and those of others must not be NaN. ``generator``
+is a seeded ``torch.Generator`` on the CPU. Users add their own with ``@CRITERION_REGISTRY.register()`` and select it
+with ``train.criterion``.
 """
 
 from __future__ import annotations
@@ -14,11 +15,38 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.registry import Registry
 
 Criterion = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], torch.Generator], Mapping[str, Tensor]]
 
 CRITERION_REGISTRY = Registry('criterion')
+
+
+def scores_of(
+    criterion: Criterion, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], generator: torch.Generator
+) -> Mapping[str, Tensor]:
+    """The scores that ``criterion`` gives the weights.
+
+    Raises:
+        OptionError: there is not exactly one for each weight, or one is NaN, which would rank above all numbers; the
+            text names the criterion and the weights.
+    """
+    scores = criterion(weights, masks, generator)
+    for name in [*weights, *(name for name in scores if name not in weights)]:
+        if name not in scores:
+            fault = f'this one gives {name} none'
+        elif name not in weights:
+            fault = f'this one gives some to {name}, which is not prunable'
+        elif scores[name].shape != weights[name].shape:
+            fault = f'this one gives {name} {tuple(scores[name].shape)} instead of {tuple(weights[name].shape)}'
+        elif (num_nan := int(scores[name][masks[name]].isnan().sum())) > 0:
+            fault = f'this one gives NaN to {num_nan} of {name}'
+        else:
+            continue
+        called = getattr(criterion, '__name__', repr(criterion))
+        raise OptionError('train.criterion', called, f'a criterion that gives each weight a score ({fault})')
+    return scores
 
 
 @CRITERION_REGISTRY.register()

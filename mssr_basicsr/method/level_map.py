@@ -70,7 +70,8 @@ def prune(level_map: LevelMap, scores: Mapping[str, Tensor], level: int, keep: i
 
     Args:
         level_map: with the levels up to ``level - 1`` made; all weights of the last have a number >= ``level``.
-        scores: a float tensor for each weight; higher scores are more worth keeping.
+        scores: for each weight a tensor of numbers, infinite ones included; higher scores are more worth keeping. They
+            are ignored for weights that are not in level ``level - 1``.
         level: the level to make.
         keep: exactly how many weights it keeps over all layers; of equal scores, the first weight wins.
 
@@ -80,10 +81,8 @@ def prune(level_map: LevelMap, scores: Mapping[str, Tensor], level: int, keep: i
     """
     flat_map = torch.cat([levels.flatten() for levels in level_map.values()])
     flat_scores = torch.cat([scores[name].flatten().double() for name in level_map])
-    flat_scores[flat_map < level] = -torch.inf
-    ranking = torch.sort(flat_scores, descending=True, stable=True).indices
-    pruned = torch.ones_like(flat_map, dtype=torch.bool)
-    pruned[ranking[:keep]] = False
-    flat_map = torch.where(pruned & (flat_map >= level), flat_map.new_tensor(level - 1), flat_map)
+    alive = torch.nonzero(flat_map >= level).squeeze(1)
+    ranking = torch.sort(flat_scores[alive], descending=True, stable=True).indices
+    flat_map[alive[ranking[keep:]]] = level - 1
     sizes = [levels.numel() for levels in level_map.values()]
     return {name: flat.view_as(level_map[name]) for name, flat in zip(level_map, flat_map.split(sizes))}
