@@ -27,6 +27,7 @@ from mssr_basicsr.scalable.images import (
     write_image,
 )
 from mssr_basicsr.scalable.metrics import metrics
+from mssr_basicsr.scalable.pixels import to_depth
 from mssr_basicsr.scalable.upscaling import Upscaler
 
 HEIGHT, WIDTH = 6, 9
@@ -202,7 +203,8 @@ def test_every_kind_of_image_into_every_format(suffix: str, tmp_path: Path) -> N
             assert 'alpha' not in lost, name
 
         found = written_by(suffix, target)
-        if suffix in ('.webp', '.avif') or found.dtype == np.uint16:  # which have no grey, or none with alpha
+        np.testing.assert_array_equal(rgb(read_image(target).pixels), found, name)
+        if suffix in ('.webp', '.avif') or found.dtype != np.uint8:  # which have no grey, or none with alpha
             if expected.ndim == 2 and found.ndim == 3:
                 expected = expected[..., None].repeat(3, 2)
             elif expected.shape[2:] == (2,) and found.shape[2:] == (4,):
@@ -403,6 +405,18 @@ def test_the_colour_profile_is_kept_or_said_to_be_lost(tmp_path: Path) -> None:
     assert write_image(tmp_path / 'a.png', smooth(1, 65535).astype(np.uint16), grey) == []
     assert read_image(tmp_path / 'a.png').icc == grey
     assert write_image(tmp_path / 'a.webp', smooth(1).astype(np.uint8), grey) == ['the ICC profile']
+
+
+@pytest.mark.parametrize('dtype', ['uint8', 'uint16', 'float32'])
+@pytest.mark.parametrize('suffix', WRITABLE_SUFFIXES)
+def test_grey_with_alpha_can_be_read_again(suffix: str, dtype: str, tmp_path: Path) -> None:
+    image = smooth(2, 1 if dtype == 'float32' else np.iinfo(dtype).max).astype(dtype)
+    lost = write_image(tmp_path / f'a{suffix}', image)
+    found = read_image(tmp_path / f'a{suffix}').pixels
+    assert ('alpha' in lost) == (found.ndim == 2 or found.shape[2] == 3)
+    if 'alpha' not in lost and suffix != '.avif':
+        assert np.array_equal(found[..., -1], to_depth(image[..., 1], found.dtype))
+        assert np.array_equal(found[..., 0], to_depth(image[..., 0], found.dtype))
 
 
 def test_depths(tmp_path: Path) -> None:

@@ -341,7 +341,8 @@ def write_image(path: str | Path, image: Image, icc: bytes | None = None) -> lis
     """Write an image in the format of its suffix, completely or not at all.
 
     PNG, TIFF, WebP and BMP are lossless; JPEG and AVIF have quality 95 without chroma subsampling. TIFF holds all
-    depths, PNG up to 16 bits, the others 8; deeper values are rounded. JPEG and BMP have no alpha.
+    depths, PNG up to 16 bits, the others 8; deeper values are rounded. JPEG and BMP have no alpha. :func:`read_image`
+    can read what is written.
 
     Args:
         image: pixels as in :class:`Picture`.
@@ -363,8 +364,8 @@ def write_image(path: str | Path, image: Image, icc: bytes | None = None) -> lis
     if image.dtype.itemsize > np.dtype(form.deepest).itemsize:
         lost.append(f'{image.dtype} (converted to {form.deepest})')
         image = to_depth(image, form.deepest)
-    if form.name in ('WEBP', 'AVIF') or (form.name, image.dtype.name, image.shape[2:]) == ('PNG', 'uint16', (2,)):
-        image = as_colours(image)  # they, or their encoder, have no such greys
+    if form.name in ('WEBP', 'AVIF') or (image.dtype != np.uint8 and image.shape[2:] == (2,)):
+        image = as_colours(image)  # they have no greys; OpenCV, which decodes what is deep, has none with alpha
     if icc and (not form.icc or icc[16:20] != _profile_space(image)):
         lost.append('the ICC profile')
         icc = None
