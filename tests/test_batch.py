@@ -44,7 +44,7 @@ def picture(path: str, seed: int = 0) -> None:
 
 def touch(*names: str) -> None:
     for name in names:
-        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
 
 
@@ -68,8 +68,10 @@ def test_files_and_folders(here: Path) -> None:
 
 
 def test_files_that_are_not_images_are_reported(here: Path) -> None:
-    touch('in/a.png', 'in/notes.txt')
-    assert plan_batch(Path('in'), 'out').passed_over == [Path('in/notes.txt')]
+    touch('in/a.png', 'in/notes.txt', 'in/more/b.png', 'in/odd.png/c.png', 'in/out/a.png', 'in/.hidden/a.png')
+    others = [Path('in', name) for name in ('more', 'notes.txt', 'odd.png', 'out')]
+    assert plan_batch(Path('in'), 'out').passed_over == others
+    assert plan_batch(Path('in'), 'in/out').passed_over == others[:3]
 
 
 def test_names_that_differ_only_in_the_extension_keep_it(here: Path) -> None:
@@ -95,11 +97,13 @@ def test_names_that_differ_only_in_the_extension_keep_it(here: Path) -> None:
         ('in/a.png', 'gt/a.png', "found 'gt/a.png'; allowed: a file other than the input gt/a.png"),
         ('in', 'plain/out', "found 'plain/out/a.png'; allowed: a path inside a folder; plain is a file"),
         ('empty', 'out', r'empty: found nothing; allowed: images \(.*\.jpg.*\.gif.*\)'),
-        ('texts', 'out', r'texts: found 1 files, none of which is an image by its name'),
+        ('texts', 'out', r'texts: found 1 files, none of which is an image by its name; allowed'),
+        ('folders', 'out', r'folders: found 2 folders, which are not searched; allowed: images'),
+        ('both', 'out', r'both: found 1 files, none of .* by its name and 1 folders, which are not searched; allowed'),
     ],
 )
 def test_what_is_refused(source: str, output: str, message: str, here: Path) -> None:
-    touch('in/a.png', 'gt/a.png', 'texts/a.txt', 'plain')
+    touch('in/a.png', 'gt/a.png', 'texts/a.txt', 'plain', 'folders/1/a.png', 'folders/2/a.png', 'both/1/a', 'both/b')
     Path('empty').mkdir()
     Path('symlink.png').symlink_to('in/a.png')
     os.link('in/a.png', 'hardlink.png')
@@ -167,9 +171,9 @@ def test_metrics_are_of_the_images_that_have_a_ground_truth(
 
 def test_files_of_other_kinds_are_named(here: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture('in/a.png')
-    touch('in/notes.txt')
+    touch('in/notes.txt', 'in/more/a.png')
     assert main(['upscale', str(file), 'in', '-o', 'out']) == 0
-    assert 'skipped in in, not images by their names: notes.txt' in capsys.readouterr().err
+    assert 'skipped in in, not images by their names: more/, notes.txt\n' in capsys.readouterr().err
 
 
 def test_long_names(here: Path, file: Path) -> None:

@@ -17,7 +17,7 @@ class Batch(NamedTuple):
     """What one run of the command upscales."""
 
     jobs: list[tuple[Path, Path]]  #: input and output of each image
-    passed_over: list[Path]  #: files in the folder that are no images by their names
+    passed_over: list[Path]  #: what else is in the folder of images, other than the output
 
 
 def plan_batch(source: Path, output: str, others: Sequence[Path] = ()) -> Batch:
@@ -60,6 +60,7 @@ def plan_batch(source: Path, output: str, others: Sequence[Path] = ()) -> Batch:
             require_regular_file(path)
     for path in {path.parent: path for path in targets}.values():
         require_writable_folder(path)
+    passed_over = [path for path in passed_over if os.path.realpath(path) != os.path.realpath(target)]
     return Batch(list(zip(inputs, targets)), passed_over)
 
 

@@ -110,8 +110,9 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
     others = [arguments.file, *truths.values()]
     jobs, passed_over = plan_batch(source, output, others)
     if passed_over:
-        some = ', '.join(path.name for path in passed_over[:3]) + (', ...' if len(passed_over) > 3 else '')
-        print(f'mssr: skipped in {source}, not images by their names: {some}', file=sys.stderr)
+        some = [f'{path.name}/' if path.is_dir() else path.name for path in passed_over[:3]]
+        some += ['...'] * (len(passed_over) > 3)
+        print(f'mssr: skipped in {source}, not images by their names: {", ".join(some)}', file=sys.stderr)
     # torch takes seconds to import: not before the paths are known to be right.
     from mssr_basicsr import ScalableModel
     from mssr_basicsr.scalable.images import check_writable, read_image, write_image

@@ -92,9 +92,10 @@ class _Refused(ValueError):
 
 
 def list_images(source: Path) -> tuple[list[Path], list[Path]]:
-    """The images of a folder, sorted by name, and its other files; or a single file, whatever its name.
+    """The images of a folder, sorted by name, and what else is there; or a single file, whatever its name.
 
-    Files that begin with a dot are ignored; on disks that a Mac has written to, such files are not images.
+    Folders in it are not searched. What begins with a dot is ignored; on disks that a Mac has written to, such files
+    are not images.
 
     Raises:
         ValueError: no file in the folder has an image's extension.
@@ -103,12 +104,15 @@ def list_images(source: Path) -> tuple[list[Path], list[Path]]:
     if not source.is_dir():
         source.stat()  # OSError where there is none
         return [source], []
-    files = sorted(path for path in source.iterdir() if not path.is_dir() and not path.name.startswith('.'))
-    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    there = sorted(path for path in source.iterdir() if not path.name.startswith('.'))
+    images = [path for path in there if path.suffix.lower() in SUFFIXES and not path.is_dir()]
+    others = sorted({*there} - {*images})
     if not images:
-        found = f'{len(files)} files, none of which is an image by its name' if files else 'nothing'
-        raise ValueError(f'{source}: found {found}; allowed: images ({", ".join(SUFFIXES)})')
-    return images, [path for path in files if path.suffix.lower() not in SUFFIXES]
+        folders = sum(path.is_dir() for path in others)
+        found = [f'{len(others) - folders} files, none of which is an image by its name'] * (len(others) > folders)
+        found += [f'{folders} folders, which are not searched'] * (folders > 0)
+        raise ValueError(f'{source}: found {" and ".join(found) or "nothing"}; allowed: images ({", ".join(SUFFIXES)})')
+    return images, others
 
 
 # ------------------------------ reading ------------------------------ #
