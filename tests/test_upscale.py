@@ -23,7 +23,7 @@ from conftest import BACKBONES, assert_same, network, pruned_mssr
 from mssr_basicsr import ScalableModel, pack
 from mssr_basicsr.commands.main import main
 from mssr_basicsr.commands.upscale import parse_size
-from mssr_basicsr.scalable import measuring, upscaling
+from mssr_basicsr.scalable import measuring, plotting, upscaling
 
 
 def model_of(name: str = 'EDSR', level: int = 1) -> ScalableModel:
@@ -314,6 +314,20 @@ def test_plot(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     file.write_bytes(pack(network(), 2))
     assert main(['plot', str(file), '-o', str(tmp_path / 'plot.png')]) == 1
     assert 'found no PSNR; allowed: a file packed with --gt' in capsys.readouterr().err
+
+
+def test_plotted_files_of_the_same_name_are_told_apart(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ('a/net_g.mssr', 'b/net_g.mssr', 'b/other.mssr'):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_bytes(file.read_bytes())
+    figures: list[Any] = []
+    monkeypatch.setattr(plotting, 'save_figure', lambda figure, _: figures.append(figure))
+    plotting.plot(['a/net_g.mssr', 'b/net_g.mssr', 'b/other.mssr'], 'plot.png')
+    labels = figures[0].axes[0].get_legend_handles_labels()[1]
+    assert labels == ['toy, a/net_g.mssr', 'toy, b/net_g.mssr', 'toy, other']
 
 
 # ------------------------------ other programs ------------------------------ #

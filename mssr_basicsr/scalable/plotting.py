@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def save_figure(figure: Any, output: str | os.PathLike[str], dpi: int = 150) -> 
 def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], time: bool = False) -> None:
     """Draw PSNR over the bytes that each level reads, with a line for each ``.mssr`` file and validation set.
 
+    Files are labelled with their names, or with their paths if these have the same name.
+
     Args:
         files: ``.mssr`` files whose levels have been measured.
         output: the figure to write, in the format of its suffix; an existing file is overwritten.
@@ -71,12 +74,14 @@ def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
     figure_format(figure, output)
     sizes = 'ms for 320 x 180 pixels on this CPU' if time else 'KB read from the file, up to each level'
     sets_of_files = [_levels_by_set(path, time) for path in files]  # of all, before any is timed
+    stems = Counter(Path(path).stem for path in files)
     for path, sets in zip(files, sets_of_files):
+        label = Path(path).stem if stems[Path(path).stem] == 1 else str(path)
         milliseconds = _milliseconds(path) if time else {}
         for name, rows in sets.items():
             places = [milliseconds[row['level']] if time else row['cumulative_bytes'] / 1000 for row in rows]
             points = [(place, row['metrics'][name]['psnr']) for place, row in zip(places, rows)]
-            draw_psnr(axis, {f'{name}, {Path(path).stem}': points}, sizes)
+            draw_psnr(axis, {f'{name}, {label}': points}, sizes)
             for row, point in zip(rows, points):
                 axis.annotate(f'{row["level"]}', point, textcoords='offset points', xytext=(4, 5))
     for set_formatter in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
