@@ -94,8 +94,9 @@ def test_names_that_differ_only_in_the_extension_keep_it(here: Path) -> None:
         ('in/a.png', 'symlink.png', "found 'symlink.png'; allowed: a file other than the input in/a.png"),
         ('in/a.png', 'hardlink.png', "found 'hardlink.png'; allowed: a file other than the input in/a.png"),
         ('in', 'linked', "found 'linked/a.png'; allowed: a file other than the input in/a.png"),
+        ('two', 'plain/out', "found 'plain/out/a.png'; allowed: a path inside a folder; plain is none"),
         ('in/a.png', 'gt/a.png', "found 'gt/a.png'; allowed: a file other than the input gt/a.png"),
-        ('in', 'plain/out', "found 'plain/out/a.png'; allowed: a path inside a folder; plain is a file"),
+        ('in', 'plain/out', "found 'plain/out/a.png'; allowed: a path inside a folder; plain is none"),
         ('empty', 'out', r'empty: found nothing; allowed: images \(.*\.jpg.*\.gif.*\)'),
         ('texts', 'out', r'texts: found 1 files, none of which is an image by its name; allowed'),
         ('folders', 'out', r'folders: found 2 folders, which are not searched; allowed: images'),
@@ -104,6 +105,7 @@ def test_names_that_differ_only_in_the_extension_keep_it(here: Path) -> None:
 )
 def test_what_is_refused(source: str, output: str, message: str, here: Path) -> None:
     touch('in/a.png', 'gt/a.png', 'texts/a.txt', 'plain', 'folders/1/a.png', 'folders/2/a.png', 'both/1/a', 'both/b')
+    touch('two/a.png', 'two/b.png')
     Path('empty').mkdir()
     Path('symlink.png').symlink_to('in/a.png')
     os.link('in/a.png', 'hardlink.png')

@@ -58,7 +58,7 @@ def plan_batch(source: Path, output: str, others: Sequence[Path] = ()) -> Batch:
         if path.exists():  # it may be another name of an input: a hard link, or one on a disk that ignores case
             require_other_file(path, *inputs, *others)
             require_regular_file(path)
-    for path in {path.parent: path for path in targets}.values():
+    for path in {path.parent: path for path in reversed(targets)}.values():  # the first in each folder
         require_writable_folder(path)
     passed_over = [path for path in passed_over if os.path.realpath(path) != os.path.realpath(target)]
     return Batch(list(zip(inputs, targets)), passed_over)

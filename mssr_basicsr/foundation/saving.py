@@ -101,7 +101,7 @@ def require_writable_folder(output: str | os.PathLike[str], option: str = '--out
     """Raise OptionError unless the folder of ``output`` can be written in, or made; nothing is left behind."""
     standing = next(parent for parent in _followed(output).parents if os.path.lexists(parent))
     if not standing.is_dir():
-        raise OptionError(option, str(output), f'a path inside a folder; {standing} is a file')
+        raise OptionError(option, str(output), f'a path inside a folder; {standing} is none')
     try:
         tempfile.TemporaryFile(prefix=PREFIX, dir=standing).close()
     except OSError as error:
