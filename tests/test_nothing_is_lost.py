@@ -51,6 +51,8 @@ def test_a_resumed_forward_stage_ends_as_an_uninterrupted_one(
     run(forward_opt, '--auto_resume')
     assert contents(experiment / 'models') == uninterrupted
     assert not leftover.exists()
+    log = max(experiment.glob('*.log'), key=os.path.getmtime).read_text()
+    assert 'set train.first_level: 1' not in log  # which is about a network that a new run starts with
 
 
 @pytest.mark.parametrize('iteration', [2, 3, 4, 6])

@@ -44,11 +44,12 @@ class ForwardStage(LevelwiseTraining):
         super().__init__(opt)
 
     def make_plan(self) -> list[LevelTraining]:
-        options = self.options
-        if options.first_level == 1 and self.opt['path'].get('pretrain_network_g') is None:
+        options, paths = self.options, self.opt['path']
+        if options.first_level == 1 and paths.get('pretrain_network_g') is None:
             allowed = 'a checkpoint of the backbone, with train.first_level: 1'
             raise OptionError('path.pretrain_network_g', None, allowed)
-        if options.first_level == 0 and self.opt['path'].get('pretrain_network_g') is not None:
+        new = not paths.get('resume_state')  # of a resumed run, BasicSR sets pretrain_network_g
+        if new and options.first_level == 0 and paths.get('pretrain_network_g') is not None:
             get_root_logger().info(
                 'Level 0 trains from path.pretrain_network_g; to prune that network as it is, set train.first_level: 1.'
             )
