@@ -412,6 +412,24 @@ def test_the_testing_model_does_not_train(forward_opt: dict[str, Any], run: Run)
         run(forward_opt)
 
 
+def test_there_is_a_teacher_only_for_self_distillation(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a copy of the network, in the device's memory."""
+    teachers = []
+
+    def look(model: Any, current_iter: int) -> None:
+        teachers.append(hasattr(model, 'teacher'))
+        raise AssertionError('the training has started')
+
+    monkeypatch.setattr(SRModel, 'optimize_parameters', look)
+    warnings_of(forward_opt, run)
+    forward_opt['name'] = 'alone'
+    del forward_opt['train']['ssd_opt']
+    warnings_of(forward_opt, run)
+    assert teachers == [True, False]
+
+
 @pytest.mark.usefixtures('no_training')
 def test_gpus_that_are_not_there(forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)

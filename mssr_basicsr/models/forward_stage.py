@@ -63,7 +63,6 @@ class ForwardStage(LevelwiseTraining):
     def init_training_settings(self) -> None:
         super().init_training_settings()
         self.rewind_point = frozen_copy(self.network.backbone)
-        self.teacher = frozen_copy(self.network.backbone)
         self.self_distillation, self._tried_out = self._build_self_distillation(), False
         if self.self_distillation is not None:
             self.cri_pix = PixelAndDistillationLoss(self.cri_pix, 'l_ssd', self.self_distillation.term)
@@ -75,6 +74,7 @@ class ForwardStage(LevelwiseTraining):
         if not isinstance(loss, SSDLoss):
             raise OptionError('train.ssd_opt.type', self.options.ssd_opt['type'], 'SSDLoss or a class derived from it')
         loss.check_depths(taps)
+        self.teacher = frozen_copy(self.network.backbone)
         return SelfDistillation(loss, self.teacher, taps)
 
     def levels_to_validate(self) -> Sequence[int]:
@@ -95,11 +95,12 @@ class ForwardStage(LevelwiseTraining):
             self.export_level(0)
 
     def prepare_weights(self, training: LevelTraining) -> None:
-        """Make the current, larger network the teacher; then prune and rewind."""
+        """Make the current, larger network the teacher, if there is one; then prune and rewind."""
         level = training.level
         if level == 0:
             return
-        self.teacher.load_state_dict(self.network.export(level - 1))
+        if self.self_distillation is not None:
+            self.teacher.load_state_dict(self.network.export(level - 1))
         self._prune_to(level)
         if self.options.rewind == 'weights':
             masks = mask_of(self.network.get_level_map(), level)
