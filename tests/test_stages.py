@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from basicsr.archs import build_network
-from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY
+from basicsr.models.sr_model import SRModel
+from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY
 from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, contents, equal, load, load_network
 from torch import Tensor, nn
 
@@ -309,6 +310,35 @@ def test_a_diverged_training_stops_and_names_the_weight(
     monkeypatch.setattr(ForwardStage, 'optimize_parameters', diverge)
     with pytest.raises(FloatingPointError, match=r'End of level 0: body\.1\.conv1\.weight is not finite'):
         run(forward_opt)
+
+
+class ValidatesNetG(SRModel):
+    """Validates as BasicSR's VideoRecurrentModel does: ``net_g``, whether there is an EMA or not."""
+
+    def test(self) -> None:
+        self.net_g.eval()
+        with torch.no_grad():
+            self.output = self.net_g(self.lq)
+        self.net_g.train()
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        assert self.net_g.training and not self.net_g_ema.training
+        super().optimize_parameters(current_iter)
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_the_exported_weights_are_validated_whatever_the_model_class_validates(
+    precision: str, forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'ValidatesNetG', ValidatesNetG)
+    forward_opt['val'].update(precision=precision, val_freq=2)
+    measured = []
+    for base in ('SRModel', 'ValidatesNetG'):
+        models = run({**deepcopy(forward_opt), 'base_model_type': base}) / 'models'
+        measured.append([record['metrics'] for record in json.loads((models / 'levels.json').read_text())])
+        measured.append(load(models / 'net_g_latest.pth'))
+    assert measured[0] == measured[2]
+    assert all(equal(measured[1][key], measured[3][key]) for key in measured[1])
 
 
 # ------------------------------ backward ------------------------------ #

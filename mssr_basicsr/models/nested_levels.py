@@ -109,15 +109,20 @@ class NestedLevels(Base):
 
     @contextmanager
     def _training_left_as_it_was(self) -> Iterator[None]:
-        """While the context is open, ``net_g`` has no DDP wrapper, with which one rank would wait for the others."""
-        state, level, wrapped = random_state(), self.network.level, self.net_g
-        training = wrapped.training
-        self.net_g = self.network
+        """While the context is open, ``net_g`` is the :attr:`result`, without a DDP wrapper.
+
+        Some of BasicSR's model classes, such as VideoRecurrentModel, validate ``net_g`` even if there is an EMA. With a
+        DDP wrapper, one rank would wait for the others.
+        """
+        state, level, trained, result = random_state(), self.network.level, self.net_g, self.result
+        modes = [(net, net.training) for net in (trained, result)]
+        self.net_g = result
         try:
             yield
         finally:
-            self.net_g = wrapped
-            self.net_g.train(training)  # not every model class does
+            self.net_g = trained
+            for net, training in modes:
+                net.train(training)  # not every model class does
             self.set_level(level)
             set_random_state(state)
 
