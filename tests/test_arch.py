@@ -75,12 +75,27 @@ def test_patterns_choose_what_is_prunable() -> None:
     assert 'upsample.0.weight' not in network.prunable_names
 
 
-@pytest.mark.parametrize('layers', [nn.ReLU(), nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))])
-def test_backbones_that_cannot_be_pruned_are_refused(layers: nn.Module) -> None:
+def test_backbones_that_cannot_be_pruned_are_refused() -> None:
     """One without a layer to prune, and one whose two layers share a weight."""
-    if isinstance(layers, nn.Sequential):
-        layers[1].weight = layers[0].weight
-    with pytest.raises(OptionError, match=r'network_g\.backbone: found .*; allowed: a network (with|whose layers)'):
+    sharing = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    sharing[1].weight = sharing[0].weight
+    for layers, allowed in ((nn.ReLU(), 'with convolutions'), (sharing, 'whose layers share no weights')):
+        with pytest.raises(OptionError, match=rf'network_g\.backbone: found .*; allowed: a network {allowed}'):
+            find_prunable(layers, ['*'], [])
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.* is deprecated')
+@pytest.mark.parametrize('package', [nn.utils, nn.utils.parametrizations])
+@pytest.mark.parametrize('kind', ['weight_norm', 'spectral_norm'])
+def test_backbones_that_compute_their_weights_are_refused(package: Any, kind: str) -> None:
+    """Such a weight is made anew in each forward pass: a mask on it would be without effect, or not reach it."""
+    computing = getattr(package, kind, None)
+    if computing is None:
+        pytest.skip(f'{package.__name__} has no {kind} in torch {torch.__version__}')
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), computing(nn.Conv2d(8, 8, 3)), computing(nn.Conv2d(8, 3, 3)))
+    with pytest.raises(
+        OptionError, match=r'network_g\.backbone: .*whose weights are parameters \(1\.weight is computed'
+    ):
         find_prunable(layers, ['*'], [])
 
 

@@ -53,11 +53,16 @@ def find_prunable(backbone: nn.Module, prunable: Sequence[str], unprunable: Sequ
     These are the weights of convolutions and linear layers (never biases, norms or attention tables: our choice, as
     these are under 1 % of the parameters) that match a pattern of ``prunable`` and none of ``unprunable``.
     """
-    layers = [(name, layer) for name, layer in backbone.named_modules() if isinstance(layer, (_ConvNd, nn.Linear))]
-    names = [f'{name}.weight' for name, _ in layers]
+    layers = [name for name, layer in backbone.named_modules() if isinstance(layer, (_ConvNd, nn.Linear))]
+    names = [f'{name}.weight' for name in layers]
     if not names:
         raise OptionError('network_g.backbone', type(backbone).__name__, 'a network with convolutions or linear layers')
-    if len({id(layer.weight) for _, layer in layers}) < len(layers):
+    parameters = dict(backbone.named_parameters(remove_duplicate=False))
+    computed = [name for name in names if name not in parameters]
+    if computed:
+        allowed = f'a network whose weights are parameters ({computed[0]} is computed, as weight_norm does)'
+        raise OptionError('network_g.backbone', type(backbone).__name__, allowed)
+    if len({id(parameters[name]) for name in names}) < len(names):
         raise OptionError('network_g.backbone', type(backbone).__name__, 'a network whose layers share no weights')
     removed = set(match_names('network_g.unprunable', unprunable, names))
     kept = [name for name in match_names('network_g.prunable', prunable, names) if name not in removed]
