@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from basicsr.archs import build_network
 from basicsr.metrics import calculate_psnr
 from basicsr.models.sr_model import SRModel
-from basicsr.utils.registry import METRIC_REGISTRY
+from basicsr.utils.registry import ARCH_REGISTRY, METRIC_REGISTRY
 from conftest import BACKBONES, TOY_EDSR, Run, pruned_mssr
+from torch import Tensor, nn
 
+from mssr_basicsr.adapter.backbone_options import BackboneOptions, show_backbone_options
 from mssr_basicsr.foundation.checks import OptionError
 
 NETWORK = 'network_g'
@@ -403,6 +406,47 @@ def test_no_rewind_point_to_recover_from(backward_opt: dict[str, Any], run: Run,
     backward_opt['train']['recover'] = 'rewind'
     with pytest.raises(OptionError, match=r"train\.recover: found 'rewind'; allowed: ticket, zero \(.* has no rewind"):
         run(backward_opt)
+
+
+def test_model_classes_find_the_backbones_options() -> None:
+    """In whatever way they look for one, as without MSSR; the architecture gets those of MSSR alone."""
+    opt = {
+        NETWORK: {'type': 'MSSR', 'sparsity': [0, 0.5], 'backbone': {'type': 'SwinIR', 'window_size': 8, 'depth': 2}}
+    }
+    show_backbone_options(opt)
+    network_opt = opt[NETWORK]
+    assert 'window_size' in network_opt and 'patch_size' not in network_opt
+    assert network_opt['window_size'] == network_opt.get('window_size', 7) == 8
+    assert network_opt['type'] == 'MSSR' and network_opt.get('patch_size', 1) == 1
+    assert network_opt.pop('depth', 3) == 2 and 'depth' not in network_opt
+    assert list(network_opt) == ['type', 'sparsity', 'backbone'] == list(dict(**deepcopy(network_opt)))
+    for backbone in (None, {}):
+        with pytest.raises(KeyError, match='window_size'):
+            BackboneOptions(type='MSSR', backbone=backbone)['window_size']
+    with pytest.raises(KeyError, match='window_size'):
+        BackboneOptions(type='MSSR')['window_size']
+
+
+class Levelled(nn.Module):
+    """A toy network with an option that has the name of one of MSSR's."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 12, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(self.conv(x), 2)
+
+
+@pytest.mark.usefixtures('no_training')
+def test_a_backbone_may_have_an_option_called_level(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Levelled', Levelled)
+    forward_opt[NETWORK]['backbone'] = {'type': 'Levelled', 'level': 3}
+    del forward_opt[TRAIN]['ssd_opt']
+    with pytest.raises(AssertionError, match='the training has started'):
+        run(forward_opt)
 
 
 @pytest.mark.usefixtures('no_training')

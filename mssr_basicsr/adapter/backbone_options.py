@@ -11,18 +11,29 @@ from typing import Any
 class BackboneOptions(OrderedDict):  # type: ignore[type-arg]
     """``network_g``, where a key that MSSR does not have is looked up in the backbone's options.
 
-    ``opt['network_g']['window_size']``, as BasicSR's SwinIRModel reads it, is thus the backbone's. Iterating over the
-    mapping, and so the arguments that the architecture gets, includes only its own keys.
+    ``opt['network_g']['window_size']``, as BasicSR's SwinIRModel reads it, is thus the backbone's, and so it is by
+    ``get``, ``in`` and ``pop``. Iterating over the mapping, and so the arguments that the architecture gets, includes
+    only its own keys.
     """
 
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in self._of_backbone()
+
     def __missing__(self, key: str) -> Any:
-        return super().__getitem__('backbone')[key]
+        return self._of_backbone()[key]
 
     def get(self, key: str, default: Any = None) -> Any:
         try:
             return self[key]
-        except (KeyError, TypeError):  # TypeError: a backbone that is no mapping, which the architecture refuses
+        except KeyError:
             return default
+
+    def pop(self, key: str, *default: Any) -> Any:
+        return super().pop(key) if super().__contains__(key) else self._of_backbone().pop(key, *default)
+
+    def _of_backbone(self) -> MutableMapping[str, Any]:
+        backbone = super().get('backbone')
+        return backbone if isinstance(backbone, MutableMapping) else {}  # anything else is refused by the architecture
 
 
 def show_backbone_options(opt: MutableMapping[str, Any]) -> None:

@@ -43,7 +43,7 @@ class NestedLevels(Base):
     def __init__(self, opt: dict[str, Any]) -> None:
         if opt['network_g'].get('type') != 'MSSR':
             raise OptionError('network_g.type', opt['network_g'].get('type'), f'MSSR, with {opt["model_type"]}')
-        if 'level' in opt['network_g']:
+        if 'level' in list(opt['network_g']):  # not the backbone's, which may have an option of that name
             allowed = f'nothing, since {opt["model_type"]} sets the level (a fixed one is for other model classes)'
             raise OptionError('network_g.level', opt['network_g']['level'], allowed)
         if opt['num_gpu'] > 0 and not torch.cuda.is_available():
