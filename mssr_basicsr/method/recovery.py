@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# The abstract leaves the choice open; README, "What is our choice", has what was measured.
+# The abstract leaves the choice open; docs/training.md, "What the paper leaves open", has what was measured.
 RECOVERY_STARTS = ('ticket', 'rewind', 'zero')
 
 
