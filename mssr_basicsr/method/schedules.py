@@ -1,19 +1,8 @@
 """Expansion schedules: at which levels the backward stage trains to grow the network back, and how long at each.
 
 A schedule is a class that is built from the options under ``train.expansion`` and whose ``plan(delta_sizes)`` lists
-what to train. Users add their own with ``@EXPANSION_REGISTRY.register()``, for example one that skips levels, or one
-whose iterations are proportional to the size of each delta::
-
-    @EXPANSION_REGISTRY.register()
-    class ProportionalExpansion:
-        def __init__(self, total_iter: int) -> None:
-            self.total_iter = total_iter
-
-        def plan(self, delta_sizes: Sequence[int]) -> list[LevelTraining]:
-            levels = range(len(delta_sizes) - 2, -1, -1)
-            total = sum(delta_sizes[:-1])
-            iterations = [round(self.total_iter * delta_sizes[level] / total) for level in levels]
-            return [LevelTraining(level, num_iter) for level, num_iter in zip(levels, iterations)]
+what to train. Users add their own with ``@EXPANSION_REGISTRY.register()``, for example one that skips levels;
+docs/extending.md has one whose iterations are proportional to the size of each delta.
 """
 
 from __future__ import annotations
