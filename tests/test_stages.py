@@ -509,7 +509,7 @@ def test_a_frozen_weight_that_moved_is_noticed(
 # ------------------------------ testing, stock models ------------------------------ #
 
 
-def testing_options(forward_opt: dict[str, Any], stage: str) -> dict[str, Any]:
+def options_of_a_test(forward_opt: dict[str, Any], stage: str) -> dict[str, Any]:
     """Options of a test with the checkpoint that ``stage`` ended with, without name and model type."""
     opt = {key: forward_opt[key] for key in ('scale', 'num_gpu', 'manual_seed', 'network_g', 'val')}
     opt['datasets'] = {'test_1': deepcopy(forward_opt['datasets']['val'])}
@@ -524,7 +524,7 @@ def test_testing_every_level_and_one_level_with_the_stock_model(
 ) -> None:
     run(forward_opt)
     trained = json.loads((run(backward_opt) / 'models' / 'levels.json').read_text())
-    test_opt = testing_options(forward_opt, 'backward')
+    test_opt = options_of_a_test(forward_opt, 'backward')
 
     results = run({**deepcopy(test_opt), 'name': 'all', 'model_type': 'MSSRModel'})
     records = json.loads((results / 'levels.json').read_text())
@@ -541,7 +541,7 @@ def test_testing_every_level_and_one_level_with_the_stock_model(
 def test_the_levels_of_the_forward_stages_checkpoint_are_not_tested(forward_opt: dict[str, Any], run: Run) -> None:
     """Only its smallest is as it was trained; the figures of the others would mean nothing."""
     run(forward_opt)
-    test_opt = {**testing_options(forward_opt, 'forward'), 'name': 'all', 'model_type': 'MSSRModel'}
+    test_opt = {**options_of_a_test(forward_opt, 'forward'), 'name': 'all', 'model_type': 'MSSRModel'}
     with pytest.raises(OptionError, match=r'path\.pretrain_network_g: found .*; it is from the forward stage; the lev'):
         run(test_opt)
 
