@@ -520,3 +520,11 @@ def test_nothing_changes_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_process_on_the_cpu_is_left_to_basicsr() -> None:
     model = SimpleNamespace(device=torch.device('cpu'), opt={'dist': False})
     assert cpu.parallel_on_cpu(lambda model, net: net, model, 'net') == 'net'
+
+
+@pytest.mark.parametrize('network_opt', [{}, {'network_g': None}, {'network_g': {'type': 'EDSR'}}])
+def test_the_data_of_other_trainings_are_left_to_their_scripts(network_opt: dict[str, Any]) -> None:
+    """Whatever arguments their own functions take, and whatever these return."""
+    opt = {**network_opt, 'datasets': {'train': {}}}
+    assert compat.train_to_total_iter(lambda *args, **kwargs: (args, kwargs), opt, 1, two=2) == ((opt, 1), {'two': 2})
+    assert opt['datasets'] == {'train': {}}

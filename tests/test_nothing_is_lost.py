@@ -323,6 +323,8 @@ def write_wrong_file(kind: str, path: Path) -> None:
         torch.save(torch.zeros(3), path)
     elif kind == 'state':
         torch.save({'epoch': 0, 'iter': 4, 'optimizers': [], 'schedulers': []}, path)
+    elif kind == 'bare':
+        torch.save(whole['params'], path)
     elif kind == 'stock':
         torch.save({'params': MSSR(TOY_EDSR, SPARSITY).backbone.state_dict()}, path)
     elif kind == 'unfinished':
@@ -345,6 +347,7 @@ WRONG_FILES = {
     'text': 'it is not a checkpoint, or holds more than tensors (',
     'image': 'it is not a checkpoint, or holds more than tensors (',
     'code': 'it is not a checkpoint, or holds more than tensors (',
+    'bare': 'it has no network under params_ema, but is itself one: param_key_g: null takes it',
     'tensor': 'it holds a Tensor, not a dict as a checkpoint does',
     'state': 'it has no network under params_ema (it has epoch, iter, optimizers, schedulers)',
     'stock': "the forward stage's last checkpoint (nothing is pruned in this one)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from basicsr.archs import build_network
 from basicsr.metrics import calculate_psnr
 from basicsr.models.sr_model import SRModel
-from basicsr.utils.registry import ARCH_REGISTRY, METRIC_REGISTRY
+from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGISTRY
 from conftest import BACKBONES, TOY_EDSR, Run, pruned_mssr
 from torch import Tensor, nn
 
@@ -427,6 +427,17 @@ def test_model_classes_find_the_backbones_options() -> None:
         BackboneOptions(type='MSSR')['window_size']
 
 
+def test_the_backbones_options_are_removed_where_they_are() -> None:
+    backbone = {'type': 'SwinIR', 'window_size': 8, 'depth': 2}
+    network_opt = BackboneOptions(type='MSSR', backbone=backbone)
+    assert (network_opt.pop('type'), network_opt.pop('depth')) == ('MSSR', 2)
+    del network_opt['window_size']
+    assert backbone == {'type': 'SwinIR'}
+    assert network_opt.pop('window_size', default=7) == 7
+    with pytest.raises(KeyError, match='window_size'):
+        network_opt.pop('window_size')
+
+
 class Levelled(nn.Module):
     """A toy network with an option that has the name of one of MSSR's."""
 
@@ -571,6 +582,23 @@ def test_options_that_something_reads_are_not_named(
     forward_opt['datasets']['train'].update(pin_memory=False, num_prefetch_queue=1, filename_tmpl='{}', color='rgb')
     forward_opt['datasets']['train'].update(mean=None, std=None, persistent_workers=False)
     assert 'reads none of these options' not in warnings_of(forward_opt, run)
+
+
+@pytest.mark.usefixtures('no_training')
+def test_a_dataset_that_is_no_class_is_not_looked_into(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = partial(DATASET_REGISTRY.get('PairedImageDataset'))
+    monkeypatch.setattr(DATASET_REGISTRY, '_obj_map', {**DATASET_REGISTRY._obj_map, 'Made': made})
+    forward_opt['datasets']['train'].update(type='Made', whatever=1)
+    assert 'reads none of these options' not in warnings_of(forward_opt, run)
+
+
+@pytest.mark.usefixtures('no_training')
+def test_a_metric_without_options_is_refused(forward_opt: dict[str, Any], run: Run) -> None:
+    forward_opt['val']['metrics']['psnr'] = None
+    with pytest.raises(OptionError, match=r'val\.metrics\.psnr: found None; allowed: a mapping'):
+        run(forward_opt)
 
 
 @pytest.mark.usefixtures('no_training')

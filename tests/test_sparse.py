@@ -358,10 +358,36 @@ def test_inference_mode() -> None:
     assert np.array_equal(model.upscale(image), expected[0])
 
 
+class Notes(nn.Module):
+    """Writes down the size of each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.size = nn.Conv2d(3, 20, 3, padding=1), nn.Conv2d(20, 3, 3, padding=1), (0, 0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.size = tuple(x.shape)
+        return self.b(self.a(x).relu())
+
+
+@needs_kernel
+def test_what_a_forward_writes_down_is_no_change_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse, traces = Notes().eval(), []
+    dense = sparsify(sparse, 0.3)
+    monkeypatch.setattr('mssr_basicsr.sparse.network.trace', lambda network: traces.append(1) or trace(network))
+    with torch.no_grad():
+        for size in (8, 9, 8, 10):
+            x = torch.rand(1, 3, size, size)
+            assert_close(sparse(x), dense(x))
+            sparse(x * torch.nan)  # which torch computes
+    assert len(traces) == 1
+
+
 @needs_kernel
 def test_nothing_keeps_a_network_alive() -> None:
     """Neither a graph that was traced nor the programs of single layers, which run by themselves in other networks."""
     traced, alone = toy_model().network, toy_model().network.conv_last
+    traced.act = (lambda kept: lambda x: kept(x))(traced)  # a function that holds the network
     with torch.no_grad():
         traced(torch.rand(1, 3, 20, 30))
         assert run_layer(alone, torch.rand(1, alone.in_channels, 20, 30)) is not None

@@ -7,13 +7,15 @@ from collections import OrderedDict
 from collections.abc import MutableMapping
 from typing import Any
 
+_REQUIRED = object()
+
 
 class BackboneOptions(OrderedDict):  # type: ignore[type-arg]
     """``network_g``, where a key that MSSR does not have is looked up in the backbone's options.
 
     ``opt['network_g']['window_size']``, as BasicSR's SwinIRModel reads it, is thus the backbone's, and so it is by
-    ``get``, ``in`` and ``pop``. Iterating over the mapping, and so the arguments that the architecture gets, includes
-    only its own keys.
+    ``get``, ``in``, ``pop`` and ``del``. Iterating over the mapping, and so the arguments that the architecture gets,
+    includes only its own keys.
     """
 
     def __contains__(self, key: object) -> bool:
@@ -28,8 +30,18 @@ class BackboneOptions(OrderedDict):  # type: ignore[type-arg]
         except KeyError:
             return default
 
-    def pop(self, key: str, *default: Any) -> Any:
-        return super().pop(key) if super().__contains__(key) else self._of_backbone().pop(key, *default)
+    def __delitem__(self, key: str) -> None:
+        if super().__contains__(key):
+            super().__delitem__(key)
+        else:
+            del self._of_backbone()[key]
+
+    def pop(self, key: str, default: Any = _REQUIRED) -> Any:
+        if key not in self and default is not _REQUIRED:
+            return default
+        value = self[key]
+        del self[key]
+        return value
 
     def _of_backbone(self) -> MutableMapping[str, Any]:
         backbone = super().get('backbone')

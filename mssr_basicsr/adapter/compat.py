@@ -26,6 +26,7 @@ from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.patching import patch, replaced
 
 _FUNCTIONAL_TENSOR = 'torchvision.transforms.functional_tensor'
+NUM_BATCHES = 'num_batches'  #: of an epoch: what :func:`train_to_total_iter` adds to the training set's options
 
 
 def before_import() -> None:
@@ -131,15 +132,19 @@ def name_unreadable_state(load_resume_state: Callable[..., Any], opt: dict[str, 
         raise OptionError('path.resume_state', opt['path'].get('resume_state'), allowed) from error
 
 
-def train_to_total_iter(create_train_val_dataloader: Callable[..., Any], opt: dict[str, Any], logger: Any) -> Any:
+def train_to_total_iter(
+    create_train_val_dataloader: Callable[..., Any], opt: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
     """Wraps ``create_train_val_dataloader``: an MSSR network is trained for all of ``total_iter``.
 
     BasicSR counts an incomplete batch at an epoch's end, which its loader drops, so it plans too few epochs where they
     are short. An epoch without any batch is an OptionError. The number of batches is kept in ``opt`` for
     :func:`mssr_basicsr.adapter.resuming.epoch_to_resume`.
     """
-    created = create_train_val_dataloader(opt, logger)
-    if opt['network_g'].get('type') != 'MSSR':
+    from basicsr.utils import get_root_logger
+
+    created = create_train_val_dataloader(opt, *args, **kwargs)
+    if (opt.get('network_g') or {}).get('type') != 'MSSR':
         return created
     train_loader, train_sampler, val_loaders, total_epochs, total_iters = created
     train_opt, num_batches = opt['datasets']['train'], len(train_loader)
@@ -149,10 +154,10 @@ def train_to_total_iter(create_train_val_dataloader: Callable[..., Any], opt: di
             f'{train_loader.batch_size}, and BasicSR drops an incomplete batch'
         )
         raise OptionError('datasets.train.dataset_enlarge_ratio', train_opt.get('dataset_enlarge_ratio', 1), allowed)
-    train_opt['num_batches'] = num_batches
+    train_opt[NUM_BATCHES] = num_batches
     needed = math.ceil(total_iters / num_batches)
     if needed > total_epochs:
-        logger.info(f'Total epochs: {needed}, since each has {num_batches} complete batches.')
+        get_root_logger().info(f'Total epochs: {needed}, since each has {num_batches} complete batches.')
     return train_loader, train_sampler, val_loaders, max(needed, total_epochs), total_iters
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import DATASET_REGISTRY, METRIC_REGISTRY
 
+from mssr_basicsr.adapter.compat import NUM_BATCHES
 from mssr_basicsr.adapter.stage_options import BackwardOptions, ForwardOptions, ValidationOptions
 from mssr_basicsr.foundation.checks import OptionError, closest, known_as
 
@@ -84,9 +85,9 @@ def report_unread_options(opt: Mapping[str, Any], model_type: str, base: type) -
     ]
     for phase, data in (opt.get('datasets') or {}).items():
         dataset = known_as(DATASET_REGISTRY, data.get('type'))
-        if dataset is not None:
+        if inspect.isclass(dataset):
             modules = [*_modules(_DATA_PIPELINES), *_modules_of(dataset)]
-            unread += _unread(f'datasets.{phase}.', data, read | set(_strings_in_code(modules)))
+            unread += _unread(f'datasets.{phase}.', data, read | {NUM_BATCHES} | set(_strings_in_code(modules)))
     for name, metric_opt in ((opt.get('val') or {}).get('metrics') or {}).items():
         unread += _unread_by_metric(f'val.metrics.{name}.', metric_opt)
     if unread:
@@ -106,8 +107,10 @@ def _unread(section: str, found: Any, read: Set[str], ours: Set[str] = frozenset
         yield f'{section}{key}' + (f' (the nearest that is read is {nearest})' if nearest else '')
 
 
-def _unread_by_metric(section: str, found: Mapping[str, Any]) -> Iterator[str]:
+def _unread_by_metric(section: str, found: Any) -> Iterator[str]:
     """As :func:`_unread`, for the options of a metric, which BasicSR passes to a function."""
+    if not isinstance(found, Mapping):
+        raise OptionError(section[:-1], found, 'a mapping with the type and the options of a metric')
     metric = known_as(METRIC_REGISTRY, found.get('type'))
     if metric is None:
         return

@@ -53,11 +53,11 @@ def plan_batch(source: Path, output: str, others: Sequence[Path] = ()) -> Batch:
         raise OptionError('--output', output, 'a folder; this is a file')
     taken = {os.path.realpath(path): path for path in (*inputs, *others)}
     for path in targets:
+        require_regular_file(path)
         if os.path.realpath(path) in taken:
             require_other_file(path, taken[os.path.realpath(path)])
         if path.exists():  # it may be another name of an input: a hard link, or one on a disk that ignores case
             require_other_file(path, *inputs, *others)
-            require_regular_file(path)
     for path in {path.parent: path for path in reversed(targets)}.values():  # the first in each folder
         require_writable_folder(path)
     passed_over = [path for path in passed_over if os.path.realpath(path) != os.path.realpath(target)]

@@ -46,6 +46,8 @@ def state_dict_of(checkpoint: Mapping[str, Any], key: str | None) -> dict[str, T
         state = checkpoint.get(key, checkpoint.get('params'))
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         found = ', '.join(sorted(map(str, checkpoint))[:4])
+        if checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
+            raise CheckpointError(f'it has no network under {key}, but is itself one: param_key_g: null takes it')
         raise CheckpointError(f'it has no network under {key or "its root"} (it has {found or "nothing"})')
     return state
 

@@ -91,7 +91,13 @@ def require_other_file(
 
 
 def require_regular_file(output: str | os.PathLike[str], option: str = '--output') -> None:
-    """Raise OptionError if ``output`` is there, but cannot be replaced by a file."""
+    """Raise OptionError if ``output`` is there, but cannot be replaced by a file, or if no file can have this name."""
+    try:
+        os.stat(output)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long, links in a circle
+        raise OptionError(option, str(output), f'a path that the system accepts ({error.strerror})') from error
     if os.path.exists(output) and not os.path.isfile(output):
         found = 'a folder' if os.path.isdir(output) else _NO_REGULAR_FILE
         raise OptionError(option, str(output), f'a file; this is {found}')
@@ -99,7 +105,7 @@ def require_regular_file(output: str | os.PathLike[str], option: str = '--output
 
 def require_writable_folder(output: str | os.PathLike[str], option: str = '--output') -> None:
     """Raise OptionError unless the folder of ``output`` can be written in, or made; nothing is left behind."""
-    standing = next(parent for parent in _followed(output).parents if os.path.lexists(parent))
+    standing = next((parent for parent in _followed(output).parents if os.path.lexists(parent)), Path())
     if not standing.is_dir():
         raise OptionError(option, str(output), f'a path inside a folder; {standing} is none')
     try:

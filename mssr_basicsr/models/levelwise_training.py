@@ -14,6 +14,7 @@ from basicsr.utils import get_root_logger
 from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
 
+from mssr_basicsr.adapter.compat import NUM_BATCHES
 from mssr_basicsr.adapter.ranks import (
     broadcast_from_rank_0,
     gather_on_rank_0,
@@ -339,7 +340,7 @@ class LevelwiseTraining(NestedLevels):
             if state.kept:
                 put_back_kept(self, state.kept[rank % len(state.kept)])
             resume_within_epoch(epoch, current_iter, state.random_states[rank % len(state.random_states)])
-        num_batches = self.opt['datasets']['train'].get('num_batches')
+        num_batches = self.opt['datasets']['train'].get(NUM_BATCHES)
         if num_batches is not None:
             resume_state['epoch'] = epoch_to_resume(epoch, current_iter, num_batches)  # which BasicSR reads after this
 

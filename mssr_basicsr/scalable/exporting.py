@@ -72,7 +72,7 @@ def to_onnx(
         OSError: a file cannot be read or written.
     """
     require_output(output, source, option='--onnx')
-    if torch.__version__ < (2, 7):  # type: ignore[operator]
+    if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 7):
         raise MissingPackageError('onnx: torch 2.7 or newer is needed: pip install "mssr-basicsr[onnx]"')
     onnx = optional_package('onnx', 'onnx')
     optional_package('onnxscript', 'onnx')  # torch's exporter is written in it

@@ -19,6 +19,7 @@ from mssr_basicsr.sparse.library import CONVOLUTION, kernel
 from mssr_basicsr.sparse.program import Program
 from mssr_basicsr.sparse.table import is_small
 
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _MAX_PROGRAMS = 64  # are kept: for a few sizes of images and tiles
 
 
@@ -42,9 +43,12 @@ class _Cache:
         self.over = _over(self.parts)
 
 
+_Structure = list[tuple[str, 'ref[nn.Module]', dict[str, Any]]]
+
+
 class _Graph(NamedTuple):
     traced: fx.GraphModule | None  # None: it cannot be traced, which is not tried again
-    structure: list[Any]  # of the network that was traced
+    structure: _Structure  # of the network that was traced
 
 
 class _Local(threading.local):
@@ -107,19 +111,19 @@ def _graph_of(network: nn.Module, x: Tensor) -> fx.GraphModule | None:
         known = _graphs.get(network)
         if known is not None:
             traced = known.traced
-            if traced is None or (known.structure == _structure_of(network) and _has_constants_of(traced, network)):
+            if traced is None or (_has_structure(known.structure, network) and _has_constants_of(traced, network)):
                 return traced
-        traced = trace(network)
+        before, traced = _structure_of(network), trace(network)
         if traced is not None and not _computes_the_same(traced, network, x):
             traced = None
-        _graphs[network] = _Graph(traced, _structure_of(network))
+        _graphs[network] = _Graph(traced, _fixed(before, _structure_of(network)))
         return traced
 
 
-def _structure_of(network: nn.Module) -> list[Any]:
+def _structure_of(network: nn.Module) -> _Structure:
     """What a trace sees beside tensors: the modules, and their attributes that are plain values or functions."""
     return [
-        (name, ref(module), {key: value for key, value in module.__dict__.items() if _is_plain(value)})
+        (name, ref(module), {key: _comparable(value) for key, value in module.__dict__.items() if _is_plain(value)})
         for name, module in network.named_modules()
     ]
 
@@ -127,7 +131,27 @@ def _structure_of(network: nn.Module) -> list[Any]:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str, FunctionType, BuiltinFunctionType))
+    return value is None or isinstance(value, (bool, int, float, str, *_FUNCTIONS))
+
+
+def _comparable(value: Any) -> Any:
+    return ref(value) if isinstance(value, _FUNCTIONS) else value  # a function may hold the network
+
+
+def _fixed(before: _Structure, after: _Structure) -> _Structure:
+    """The structure without the attributes that a forward in between has changed."""
+    return [
+        (name, module, {key: value for key, value in now.items() if key in then and then[key] == value})
+        for (name, module, now), (_, _, then) in zip(after, before)
+    ]
+
+
+def _has_structure(structure: _Structure, network: nn.Module) -> bool:
+    found = _structure_of(network)
+    return len(found) == len(structure) and all(
+        (name, module) == (known_name, known) and all(key in now and now[key] == then[key] for key in then)
+        for (name, module, now), (known_name, known, then) in zip(found, structure)
+    )
 
 
 def _has_constants_of(traced: fx.GraphModule, network: nn.Module) -> bool:
