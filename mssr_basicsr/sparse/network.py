@@ -43,12 +43,10 @@ class _Cache:
         self.over = _over(self.parts)
 
 
-_Structure = list[tuple[str, 'ref[nn.Module]', dict[str, Any]]]
-
-
 class _Graph(NamedTuple):
     traced: fx.GraphModule | None  # None: it cannot be traced, which is not tried again
-    structure: _Structure  # of the network that was traced
+    modules: dict[str, ref[nn.Module]]  # of the network that was traced
+    attributes: dict[tuple[str, str], Any]  # of these modules, without those that a forward changes
 
 
 class _Local(threading.local):
@@ -111,21 +109,33 @@ def _graph_of(network: nn.Module, x: Tensor) -> fx.GraphModule | None:
         known = _graphs.get(network)
         if known is not None:
             traced = known.traced
-            if traced is None or (_has_structure(known.structure, network) and _has_constants_of(traced, network)):
+            if traced is None or (_is_of(known, network) and _has_constants_of(traced, network)):
                 return traced
-        before, traced = _structure_of(network), trace(network)
+        before, traced = _attributes_of(network), trace(network)
         if traced is not None and not _computes_the_same(traced, network, x):
             traced = None
-        _graphs[network] = _Graph(traced, _fixed(before, _structure_of(network)))
+        fixed = dict(before.items() & _attributes_of(network).items())
+        _graphs[network] = _Graph(traced, _modules_of(network), fixed)
         return traced
 
 
-def _structure_of(network: nn.Module) -> _Structure:
-    """What a trace sees beside tensors: the modules, and their attributes that are plain values or functions."""
-    return [
-        (name, ref(module), {key: _comparable(value) for key, value in module.__dict__.items() if _is_plain(value)})
+def _is_of(graph: _Graph, network: nn.Module) -> bool:
+    """Whether the network has the modules, and the attributes, with which the graph was traced."""
+    return graph.modules == _modules_of(network) and graph.attributes.items() <= _attributes_of(network).items()
+
+
+def _modules_of(network: nn.Module) -> dict[str, ref[nn.Module]]:
+    return {name: ref(module) for name, module in network.named_modules()}
+
+
+def _attributes_of(network: nn.Module) -> dict[tuple[str, str], Any]:
+    """What a trace sees beside modules and tensors: attributes that are plain values or functions."""
+    return {
+        (name, key): _comparable(value)
         for name, module in network.named_modules()
-    ]
+        for key, value in module.__dict__.items()
+        if _is_plain(value)
+    }
 
 
 def _is_plain(value: Any) -> bool:
@@ -135,23 +145,9 @@ def _is_plain(value: Any) -> bool:
 
 
 def _comparable(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_comparable, value))
     return ref(value) if isinstance(value, _FUNCTIONS) else value  # a function may hold the network
-
-
-def _fixed(before: _Structure, after: _Structure) -> _Structure:
-    """The structure without the attributes that a forward in between has changed."""
-    return [
-        (name, module, {key: value for key, value in now.items() if key in then and then[key] == value})
-        for (name, module, now), (_, _, then) in zip(after, before)
-    ]
-
-
-def _has_structure(structure: _Structure, network: nn.Module) -> bool:
-    found = _structure_of(network)
-    return len(found) == len(structure) and all(
-        (name, module) == (known_name, known) and all(key in now and now[key] == then[key] for key in then)
-        for (name, module, now), (known_name, known, then) in zip(found, structure)
-    )
 
 
 def _has_constants_of(traced: fx.GraphModule, network: nn.Module) -> bool:
