@@ -19,7 +19,7 @@ from mssr_basicsr.method.frozen_weights import FrozenWeights
 from mssr_basicsr.method.level_map import count, delta_of, mask_of
 from mssr_basicsr.method.recovery import recover_weights
 from mssr_basicsr.method.schedules import LevelTraining, build_expansion
-from mssr_basicsr.models.levelwise_training import LevelwiseTraining, frozen_copy
+from mssr_basicsr.models.levelwise_training import LevelwiseTraining, frozen_copy, start_from_ema
 
 
 class BackwardStage(LevelwiseTraining):
@@ -39,8 +39,7 @@ class BackwardStage(LevelwiseTraining):
     def __init__(self, opt: dict[str, Any]) -> None:
         if opt['path'].get('pretrain_network_g') is None:
             raise OptionError('path.pretrain_network_g', None, "the forward stage's last checkpoint")
-        if not opt['path'].get('resume_state'):
-            opt['path'].setdefault('param_key_g', 'params_ema')  # BasicSR takes params where there is no params_ema
+        start_from_ema(opt)
         super().__init__(opt)
 
     def make_plan(self) -> list[LevelTraining]:

@@ -24,7 +24,7 @@ from mssr_basicsr.method.frozen_weights import FrozenWeights
 from mssr_basicsr.method.level_map import mask_of
 from mssr_basicsr.method.rewinding import rewind_weights
 from mssr_basicsr.method.schedules import LevelTraining
-from mssr_basicsr.models.levelwise_training import LevelwiseTraining, frozen_copy
+from mssr_basicsr.models.levelwise_training import LevelwiseTraining, frozen_copy, start_from_ema
 
 
 class ForwardStage(LevelwiseTraining):
@@ -39,8 +39,8 @@ class ForwardStage(LevelwiseTraining):
     options: ForwardOptions
 
     def __init__(self, opt: dict[str, Any]) -> None:
-        if (opt.get('train') or {}).get('first_level') == 1 and not opt['path'].get('resume_state'):
-            opt['path'].setdefault('param_key_g', 'params_ema')  # BasicSR takes params where there is no params_ema
+        if (opt.get('train') or {}).get('first_level') == 1:
+            start_from_ema(opt)
         super().__init__(opt)
 
     def make_plan(self) -> list[LevelTraining]:

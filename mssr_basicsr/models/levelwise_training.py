@@ -360,3 +360,9 @@ class LevelwiseTraining(NestedLevels):
 def frozen_copy(network: nn.Module) -> nn.Module:
     """A copy that does not train, in eval mode, for another network to learn from."""
     return deepcopy(network).eval().requires_grad_(False)
+
+
+def start_from_ema(opt: dict[str, Any]) -> None:
+    """Let a new run take the EMA's weights of ``path.pretrain_network_g``, unless ``path.param_key_g`` names others."""
+    if not opt['path'].get('resume_state'):
+        opt['path'].setdefault('param_key_g', 'params_ema')  # BasicSR takes params where there is no params_ema
