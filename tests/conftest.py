@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'scripts' / 'checks
 from toy import SPARSITY, TOY_EDSR, backward_options, forward_options, write_pairs
 
 EXPORTS_ONNX = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 7)  # this torch's exporter can
+needs_onnx_export = pytest.mark.skipif(not EXPORTS_ONNX, reason='torch is too old')
 
 # Seconds after which a process hangs; a machine with other work to do takes several times as long as an idle one.
 HANGING = 1200

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import EXPORTS_ONNX, TOY_EDSR, call, network
+from conftest import EXPORTS_ONNX, TOY_EDSR, call, needs_onnx_export, network
 
 from mssr_basicsr import ScalableFile, ScalableModel, evaluate, extract, load_checkpoint, pack, plot, to_onnx, verify
 from mssr_basicsr.commands.completion import complete
 from mssr_basicsr.commands.main import build_parser, main
 from mssr_basicsr.foundation.saving import write_whole
 
-needs_onnx_export = pytest.mark.skipif(not EXPORTS_ONNX, reason='torch is too old')
 METRICS = {'0': {'toy': {'psnr': 31.25}}, '2': {'toy': {'psnr': 30.5}}}
 
 
@@ -118,10 +117,7 @@ def test_through_a_link_its_target_is_written(command: str, here: Path) -> None:
     'command',
     [
         'extract m.mssr --level 2 -o {}.pth',
-        pytest.param(
-            'export m.mssr --onnx {}.onnx',
-            marks=[pytest.mark.slow, pytest.mark.skipif(not EXPORTS_ONNX, reason='torch is too old')],
-        ),
+        pytest.param('export m.mssr --onnx {}.onnx', marks=[pytest.mark.slow, needs_onnx_export]),
         'plot m.mssr -o {}.png',
         'pack net.pth --opt net.yml -o {}.mssr',
         'upscale m.mssr a.png -o {}.png',

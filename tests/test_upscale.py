@@ -18,7 +18,7 @@ from basicsr.archs.edsr_arch import EDSR
 from basicsr.archs.spynet_arch import SpyNet
 from basicsr.utils import img2tensor, tensor2img
 from basicsr.utils.registry import ARCH_REGISTRY
-from conftest import BACKBONES, EXPORTS_ONNX, assert_same, network, pruned_mssr
+from conftest import BACKBONES, assert_same, needs_onnx_export, network, pruned_mssr
 
 from mssr_basicsr import ScalableModel, pack
 from mssr_basicsr.commands.main import main
@@ -356,7 +356,7 @@ def test_extracted_levels_open_in_spandrel(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not EXPORTS_ONNX, reason='torch is too old')
+@needs_onnx_export
 @pytest.mark.parametrize('name', ['EDSR', 'RCAN', 'SRVGGNetCompact'])
 def test_exported_onnx_gives_the_same_image_at_any_size(name: str, tmp_path: Path) -> None:
     import onnxruntime
