@@ -83,11 +83,11 @@ def report_unread_options(opt: Mapping[str, Any], model_type: str, base: type) -
         *_unread('logger.', opt.get('logger'), read),
         *_unread('logger.wandb.', (opt.get('logger') or {}).get('wandb'), read),
     ]
+    read_of_data = read | {NUM_BATCHES} | set(_strings_in_code(_modules(_DATA_PIPELINES)))
     for phase, data in (opt.get('datasets') or {}).items():
         dataset = known_as(DATASET_REGISTRY, data.get('type'))
         if inspect.isclass(dataset):
-            modules = [*_modules(_DATA_PIPELINES), *_modules_of(dataset)]
-            unread += _unread(f'datasets.{phase}.', data, read | {NUM_BATCHES} | set(_strings_in_code(modules)))
+            unread += _unread(f'datasets.{phase}.', data, read_of_data | set(_strings_in_code(_modules_of(dataset))))
     for name, metric_opt in ((opt.get('val') or {}).get('metrics') or {}).items():
         unread += _unread_by_metric(f'val.metrics.{name}.', metric_opt)
     if unread:

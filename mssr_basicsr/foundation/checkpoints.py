@@ -44,12 +44,16 @@ def state_dict_of(checkpoint: Mapping[str, Any], key: str | None) -> dict[str, T
         state: Any = checkpoint
     else:
         state = checkpoint.get(key, checkpoint.get('params'))
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not _is_state_dict(state):
         found = ', '.join(sorted(map(str, checkpoint))[:4])
-        if checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
+        if checkpoint and _is_state_dict(checkpoint):
             raise CheckpointError(f'it has no network under {key}, but is itself one: param_key_g: null takes it')
         raise CheckpointError(f'it has no network under {key or "its root"} (it has {found or "nothing"})')
-    return state
+    return state  # type: ignore[no-any-return]
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values())
 
 
 def require_same_entries(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

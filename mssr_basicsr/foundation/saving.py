@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator, MutableMapping
@@ -93,13 +94,13 @@ def require_other_file(
 def require_regular_file(output: str | os.PathLike[str], option: str = '--output') -> None:
     """Raise OptionError if ``output`` is there, but cannot be replaced by a file, or if no file can have this name."""
     try:
-        os.stat(output)
+        mode = os.stat(output).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        pass
+        return
     except OSError as error:  # a name that is too long, links in a circle
         raise OptionError(option, str(output), f'a path that the system accepts ({error.strerror})') from error
-    if os.path.exists(output) and not os.path.isfile(output):
-        found = 'a folder' if os.path.isdir(output) else _NO_REGULAR_FILE
+    if not stat.S_ISREG(mode):
+        found = 'a folder' if stat.S_ISDIR(mode) else _NO_REGULAR_FILE
         raise OptionError(option, str(output), f'a file; this is {found}')
 
 
