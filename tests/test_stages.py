@@ -243,11 +243,12 @@ def test_level_0_of_a_checkpoint_with_an_ema(forward_opt: dict[str, Any], run: R
     forward_opt['train'].update(first_level=1, total_iter=8)
     del forward_opt['train']['rewind_iter']
     found = []
-    for checkpoint, key in (
-        ({'params': stock}, None),
-        ({'params': other, 'params_ema': stock}, None),
-        ({'params': stock, 'params_ema': other}, 'params'),
+    for name, checkpoint, key in (
+        ('one', {'params': stock}, None),
+        ('ema', {'params': other, 'params_ema': stock}, None),
+        ('named', {'params': stock, 'params_ema': other}, 'params'),
     ):
+        forward_opt['name'] = name  # BasicSR archives a folder under the second's name, where there may be one already
         torch.save(checkpoint, 'stock.pth')
         forward_opt['path'] = {'pretrain_network_g': 'stock.pth', **({'param_key_g': key} if key else {})}
         models = run(forward_opt) / 'models'
