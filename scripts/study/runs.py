@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = 'train_MSSR_EDSR_8x32_x2_291_{}.yml'
 SPARSITY = (0, 0.5, 0.75, 0.875, 0.9375)  # of the main table
 LEVEL_ITER = [10000, 10000, 10000, 10000, 20000]  # the smallest level needs the longest training
+NESTED_ITER = [15000] * (len(SPARSITY) - 1)  # of main's backward stage
 CHOICES_SPARSITY = (0, 0.75, 0.9375)
 CHOICES_ITER = 1000
 LATEST = 'experiments/{}/models/net_g_latest.pth'  # what a run ends with
@@ -28,13 +29,13 @@ TICKET_TEACHER = {'train.ticket_opt': {'type': 'L1Loss', 'loss_weight': 1.0, 're
 
 # What is fastest on a processor with bf16 arithmetic.
 FAST = {'train.precision': 'bf16', 'train.channels_last': True}
-# Of the long trainings, by MSSR or not.
-LONG = {
-    'datasets.train.batch_size_per_gpu': 16,
-    'datasets.train.gt_size': 48,
+# Of all that is run for the second edition.
+SECOND_EDITION = {
     'train.ema_decay': 0.999,
     'val.metrics.psnr_rounded': {'type': 'calculate_psnr_published', 'crop_border': 2, 'round_y': True},
 }
+# Of the long trainings, by MSSR or not.
+LONG = {**SECOND_EDITION, 'datasets.train.batch_size_per_gpu': 16, 'datasets.train.gt_size': 48}
 LONG_MSSR = {**LONG, **FAST, 'train.optim_g.fused': True}
 # The choices that won. Without self-distillation, of which kept weights gained nothing.
 BEST_FORWARD = {'train.criterion': 'lamp', 'train.rewind': 'lr', 'train.ssd_opt': None}
@@ -113,7 +114,7 @@ def main_table() -> list[Run]:
     main's layers; both train as long as main's level.
     """
     runs = [Run('main_forward', 'main', 'forward_lr', forward(LEVEL_ITER))]
-    nested = backward('main_forward', [15000] * (len(SPARSITY) - 1))
+    nested = backward('main_forward', NESTED_ITER)
     for name, more in (('main_backward', {}), ('main_backward_teacher', TICKET_TEACHER)):
         runs.append(Run(name, 'main', 'backward', {**nested, **more}, (LATEST.format('main_forward'),)))
     for name, network, num_iter in (
@@ -259,9 +260,9 @@ def x4() -> list[Run]:
 
 
 def srvgg() -> list[Run]:
-    """A network that other programs open: SRVGGNetCompact, by the recipe of `long`, for a third of the iterations."""
-    each = [LONG_ITER // 3] * len(SPARSITY)
-    return both_stages('srvgg', each, each[1:], {**LONG_MSSR, 'network_g.backbone': SRVGG})
+    """A network that other programs open, SRVGGNetCompact, by the schedule of `main` and the choices that won."""
+    changes = {**SECOND_EDITION, 'train.optim_g.fused': True, 'network_g.backbone': SRVGG}
+    return both_stages('srvgg', LEVEL_ITER, NESTED_ITER, changes)
 
 
 def trained() -> list[Run]:
@@ -276,13 +277,15 @@ def trained() -> list[Run]:
 
 def gan() -> list[Run]:
     """A GAN, from the dense level of `srvgg`: without a perceptual loss, whose network would have to be downloaded."""
-    each = [4000] * len(SPARSITY)
+    each = [2000] * len(SPARSITY)
     adversarial = {
+        **SECOND_EDITION,
+        'train.optim_g.fused': True,
         'base_model_type': 'SRGANModel',
         'network_g.backbone': SRVGG,
         'network_d': {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 16, 'skip_connection': True},
         'train.gan_opt': {
-            'type': 'GANLoss', 'gan_type': 'vanilla', 'real_label_val': 1.0, 'fake_label_val': 0.0, 'loss_weight': 5e-3,
+            'type': 'GANLoss', 'gan_type': 'vanilla', 'real_label_val': 1.0, 'fake_label_val': 0.0, 'loss_weight': 0.1,
         },
         'train.optim_d': {'type': 'Adam', 'lr': 1e-4, 'weight_decay': 0, 'betas': [0.9, 0.99]},
         'train.net_d_iters': 1,
@@ -290,9 +293,7 @@ def gan() -> list[Run]:
         'train.optim_g.lr': 2e-4,
         'val.metrics.niqe': {'type': 'calculate_niqe', 'crop_border': 2},
     }  # fmt: skip
-    return both_stages(
-        'gan', each, each[1:], {**LONG_MSSR, **adversarial}, {'path.pretrain_network_g': SRVGG_DENSE}, (SRVGG_DENSE,)
-    )
+    return both_stages('gan', each, each[1:], adversarial, {'path.pretrain_network_g': SRVGG_DENSE}, (SRVGG_DENSE,))
 
 
 def both_stages(
