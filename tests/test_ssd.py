@@ -49,6 +49,16 @@ def test_taps_are_found_and_what_features_replace_is_not_computed(name: str) -> 
         assert [block for block in with_weights if block in operations] == expected
 
 
+def test_taps_have_the_names_of_the_modules() -> None:
+    named = nn.Sequential()
+    for i in range(3):
+        named.add_module(f'block{i}', nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()))
+    assert find_feature_taps(nn.ModuleDict({'body': named})) == ['body.block0', 'body.block1', 'body.block2']
+    shared = nn.ReLU()  # the container has one child less than elements
+    row = nn.Sequential(nn.Conv2d(4, 4, 3), shared, nn.Conv2d(4, 4, 3), shared, nn.Conv2d(4, 4, 3), nn.PReLU())
+    assert find_feature_taps(nn.ModuleDict({'body': row})) == ['body.1', 'body.5']
+
+
 def has_layers(module: nn.Module) -> bool:
     return any(isinstance(layer, (nn.Conv2d, nn.Linear)) for layer in module.modules())
 

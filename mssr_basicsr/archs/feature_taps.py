@@ -39,11 +39,12 @@ def find_feature_taps(network: nn.Module, patterns: Sequence[str] | None = None,
     for name, child in containers:
         if not isinstance(child, (nn.Sequential, nn.ModuleList)):
             continue
-        layers = [layer for _, layer in child.named_children()]
-        if len({type(layer) for layer in layers}) == 1 and not isinstance(layers[0], (_ConvNd, nn.Linear)):
-            rows_of_blocks.append([f'{name}.{i}' for i in range(len(layers))])
-        elif all(isinstance(layer, _ConvNd) or _is_activation(layer) for layer in layers):
-            rows_of_layers.append([f'{name}.{i}' for i, layer in enumerate(layers) if _is_activation(layer)])
+        layers = {f'{name}.{key}': layer for key, layer in child.named_children()}
+        kinds = {type(layer) for layer in layers.values()}
+        if len(kinds) == 1 and not issubclass(kinds.pop(), (_ConvNd, nn.Linear)):
+            rows_of_blocks.append(list(layers))
+        elif all(isinstance(layer, _ConvNd) or _is_activation(layer) for layer in layers.values()):
+            rows_of_layers.append([key for key, layer in layers.items() if _is_activation(layer)])
     return max(rows_of_blocks or rows_of_layers, key=len, default=[])
 
 
