@@ -312,6 +312,22 @@ def hook_block(model: nn.Module) -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize('trained', [False, True])
+def test_a_network_can_be_given_to_another_model(trained: bool) -> None:
+    used = toy_model().network  # sparse
+    if trained:
+        used.train()
+    file = pack(network(seed=1), 2)
+    again = ScalableModel(io.BytesIO(file), network=used)
+    fresh = ScalableModel(io.BytesIO(file))
+    for level in (0, 1, 2):
+        again.shrink(level)
+        fresh.shrink(level)
+        state = fresh.network.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in again.network.state_dict().items())
+
+
+@needs_kernel
 @pytest.mark.parametrize('change', [replace_last, drop_block, scale_block, hook_block])
 def test_a_changed_network_is_noticed(change: Callable[[nn.Module], None]) -> None:
     """Whether it is changed before its first run or after."""

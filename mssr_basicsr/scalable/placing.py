@@ -29,6 +29,9 @@ class LevelledWeight:
     def __init__(self, network: nn.Module, name: str, sparse: bool) -> None:
         module_name, _, self._parameter = name.rpartition('.')
         self._module = network.get_submodule(module_name)
+        if isinstance(self._module, SparseConv2d):
+            self._module.make_dense()
+        self._module.__dict__.pop('dense_levels', None)  # of another model, which used the network before
         self._sparse = sparse and self._parameter == 'weight'
         weight = self._module.get_parameter(self._parameter)
         weight.data.zero_()
