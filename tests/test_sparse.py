@@ -113,6 +113,30 @@ def test_fused_graphs(size: tuple[int, int]) -> None:
         assert_close(sparse(x), dense(x))
 
 
+class Functional(nn.Module):
+    """Activations and sizes by functions, whose arguments a trace shows in full."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 20, 3, padding=1), nn.Conv2d(20, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.relu(self.first(x))
+        return self.last(nn.functional.interpolate(x, scale_factor=2)).relu()
+
+
+@needs_kernel
+def test_functions_run_on_the_kernel() -> None:
+    sparse, x = Functional().eval(), torch.randn(1, 3, 9, 20)
+    dense, traced = sparsify(sparse, 0.3), trace(sparse)
+    assert traced is not None
+    parts = plan(traced, runs_sparse)
+    (segment,) = [part for part in parts if isinstance(part, Segment)]
+    assert [step.kind for step in segment.steps] == [CONVOLUTION, NEAREST, CONVOLUTION]
+    with torch.no_grad():
+        assert_close(sparse(x), dense(x))
+
+
 class Shifted(nn.Module):
     """Takes a number for each channel, or of another shape, out of the image and puts it back."""
 

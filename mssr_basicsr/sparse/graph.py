@@ -61,8 +61,16 @@ class Segment:
 Part = Union[fx.Node, Segment]
 
 
+def names_read(part: Part | Step) -> list[str]:
+    """The names of the values that must be known before it can run; of a segment also those that it computes itself."""
+    if isinstance(part, fx.Node):
+        return [node.name for node in part.all_input_nodes]
+    steps = part.steps if isinstance(part, Segment) else [part]
+    return [name for step in steps for name in (*step.reads, step.shift) if name is not None]
+
+
 class _Tracer(fx.Tracer):
-    """Traces in its own thread alone: what a tracer changes meanwhile is ``nn.Module``, which other threads use."""
+    """Traces its own thread alone: tracing patches ``nn.Module`` itself, but other threads go on as before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,6 +112,7 @@ def trace(network: nn.Module) -> fx.GraphModule | None:
     tracer.traced_func_name = 'plain_forward' if hasattr(type(network), 'plain_forward') else 'forward'
     try:
         with _attributes_kept(network):
+            # The graph module copies attributes: as they were before the trace, and the constants that it added.
             with _attributes_kept(network):
                 graph = tracer.trace(network)
                 constants = {key: v for key, v in network.__dict__.items() if key.startswith('_tensor_constant')}
@@ -147,12 +156,6 @@ def plan(traced: fx.GraphModule, runs_sparse: RunsSparse) -> list[Part]:
     return _in_segments(waiting)
 
 
-def _given(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ``F.interpolate`` that are not its defaults: torch.fx shows all."""
-    defaults = {'antialias': False, 'recompute_scale_factor': False}
-    return {key: v for key, v in kwargs.items() if v is not None and (key not in defaults or v is not defaults[key])}
-
-
 _ADD = (operator.add, operator.iadd, torch.add, '.add', '.add_')
 _SUBTRACT = (operator.sub, operator.isub, torch.sub)
 
@@ -180,7 +183,9 @@ def _step(traced: fx.GraphModule, node: fx.Node, steps: dict[str, Step], runs_sp
     target = node.target if node.op == 'call_function' else f'.{node.target}' if node.op == 'call_method' else module
     arguments = [a for a in node.args if isinstance(a, fx.Node)]
     name = node.name
-    if node.kwargs and target not in (torch.cat, F.interpolate):  # such as torch.div's rounding_mode
+    # Of torch's own functions, such as F.relu, torch.fx shows all arguments, defaults included.
+    given = {key: value for key, value in node.kwargs.items() if value is not None and value is not False}
+    if given and target not in (torch.cat, F.interpolate):  # such as torch.div's rounding_mode
         return None
     if isinstance(module, nn.Conv2d):
         return Step(CONVOLUTION, name, (arguments[0].name,), module) if runs_sparse(module) else None
@@ -208,10 +213,7 @@ def _step(traced: fx.GraphModule, node: fx.Node, steps: dict[str, Step], runs_sp
         )
         return Step(SUM, name, tuple(inputs)) if known and read_by_convolutions else None
     if target is F.interpolate and len(arguments) == len(node.args) == 1:
-        options = {
-            'mode': 'nearest',
-            **{key: value for key, value in node.kwargs.items() if value not in (None, False)},
-        }
+        options = {'mode': 'nearest', **given}
         factor = options.pop('scale_factor', None)
         known = arguments[0].name in steps or arguments[0].op == 'placeholder'
         if known and options == {'mode': 'nearest'} and factor in (2, 3, 4):
@@ -283,13 +285,7 @@ def _in_segments(waiting: list[fx.Node | Step]) -> list[Part]:
             ready: list[Any] = []
             rest: list[fx.Node | Step] = []
             for item in waiting:
-                is_node = isinstance(item, fx.Node)
-                if isinstance(item, fx.Node):
-                    reads = [n.name for n in item.all_input_nodes]
-                else:
-                    reads = [*item.reads, *([item.shift] if item.shift else [])]
-                # The output comes last.
-                if is_node == of_torch and known.issuperset(reads):
+                if isinstance(item, fx.Node) == of_torch and known.issuperset(names_read(item)):
                     ready.append(item)
                     known.add(item.name if isinstance(item, fx.Node) else item.output)
                 else:
@@ -304,10 +300,6 @@ def _in_segments(waiting: list[fx.Node | Step]) -> list[Part]:
             made = {step.output for step in part.steps}
             read = dict.fromkeys(name for step in part.steps for name in step.reads)
             part.inputs = [name for name in read if name not in made]
-            later: set[str] = set()
-            for other in parts[i + 1 :]:
-                later.update(other.inputs if isinstance(other, Segment) else (n.name for n in other.all_input_nodes))
-                if isinstance(other, Segment):
-                    later.update(name for step in other.steps for name in step.reads)
+            later = {name for other in parts[i + 1 :] for name in names_read(other)}
             part.outputs = [name for name in made if name in later]
     return parts

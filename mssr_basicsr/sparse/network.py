@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from mssr_basicsr.sparse.graph import Part, Segment, Step, plan, trace
+from mssr_basicsr.sparse.graph import Part, Segment, Step, names_read, plan, trace
 from mssr_basicsr.sparse.layers import SparseConv2d, eligible
 from mssr_basicsr.sparse.library import CONVOLUTION, kernel
 from mssr_basicsr.sparse.program import Program
@@ -29,18 +29,18 @@ class _Cache:
     def __init__(self) -> None:
         self.traced: fx.GraphModule | None = None
         self.parts: list[Part] | None = None
-        self.over: dict[int, list[str]] = {}  # names that nobody reads after a part
+        self.last_reads: dict[int, list[str]] = {}
         self.state: Any = None
         self.programs: dict[Any, Program] = {}
         self.given_up: set[Any] = set()  # shapes of images that torch would broadcast, or lay out in another way
         self.arena = np.empty(0, np.uint8)
 
-    def plan(self, traced: fx.GraphModule) -> None:
+    def prepare(self, traced: fx.GraphModule) -> None:
         """Make ready to run this graph, with the layers' forms as they are."""
         self.programs.clear()
         self.given_up.clear()
         self.traced, self.parts = traced, plan(traced, runs_sparse)
-        self.over = _over(self.parts)
+        self.last_reads = _last_reads(self.parts)
 
 
 class _Graph(NamedTuple):
@@ -168,7 +168,7 @@ def _computes_the_same(traced: fx.GraphModule, network: nn.Module, x: Tensor) ->
     corner, cache = x[:1, :, :48, :48], _Cache()
     try:
         expected: Tensor = type(network).plain_forward(network, corner)  # type: ignore[attr-defined]
-        cache.plan(traced)
+        cache.prepare(traced)
         found = _run_parts(cache, corner)
         if (found.shape, found.dtype) != (expected.shape, expected.dtype):
             return False
@@ -227,7 +227,7 @@ def _run(network: nn.Module, x: Tensor) -> Tensor | None:
     if traced is None or x.shape[1:] in cache.given_up:
         return None
     if cache.parts is None or cache.traced is not traced:
-        cache.plan(traced)
+        cache.prepare(traced)
     try:
         images = [_run_parts(cache, image[None]) for image in x]
     except ValueError:
@@ -272,18 +272,14 @@ def _run_parts(cache: _Cache, x: Tensor) -> Any:
             env[part.name] = interpreter.run_node(part)
             if part.op == 'output':
                 return env[part.name]
-        for name in cache.over[id(part)]:
+        for name in cache.last_reads[id(part)]:
             env.pop(name, None)
     raise AssertionError('a graph ends with its output')
 
 
-def _over(parts: list[Part]) -> dict[int, list[str]]:
-    last: dict[str, int] = {}
-    for part in parts:
-        reads = (
-            [*part.inputs, *part.shifts] if isinstance(part, Segment) else [node.name for node in part.all_input_nodes]
-        )
-        last.update((name, id(part)) for name in reads)
+def _last_reads(parts: list[Part]) -> dict[int, list[str]]:
+    """The names that each part is the last to read, by the part's id."""
+    last = {name: id(part) for part in parts for name in names_read(part)}
     return {id(part): [name for name, at in last.items() if at == id(part)] for part in parts}
 
 
