@@ -112,6 +112,16 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
         'train.level_iter[1]: found 0; allowed: a whole number of at least 1.',
     ),
     (
+        'train.level_iter',
+        float('inf'),
+        'train.level_iter: found inf; allowed: a whole number of at least 1, or a list of 3.',
+    ),
+    (
+        'train.level_iter',
+        float('nan'),
+        'train.level_iter: found nan; allowed: a whole number of at least 1, or a list of 3.',
+    ),
+    (
         'train.first_level',
         1,
         'path.pretrain_network_g: found None; allowed: a checkpoint of the backbone, with train.first_level: 1.',

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -88,7 +89,8 @@ def require_bool(option: str, found: Any) -> bool:
 
 def require_int(option: str, found: Any, low: int, high: float = float('inf'), note: str = '') -> int:
     """``found`` as an int; :class:`OptionError` unless it is a whole number (5e3 is one) in [low, high]."""
-    whole = isinstance(found, (int, float)) and not isinstance(found, bool) and found == int(found)
+    is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
+    whole = is_number and math.isfinite(found) and found == int(found)
     if not whole or not low <= found <= high:
         bounds = f'a whole number of at least {low}' if high == float('inf') else f'a whole number from {low} to {high}'
         raise OptionError(option, found, bounds + note)
