@@ -289,13 +289,10 @@ class ScalableFile:
 
 def read_exactly(stream: BinaryIO, size: int) -> bytes:
     """Up to ``size`` bytes, fewer only at the stream's end; one read of a pipe or a socket may give fewer."""
-    data = stream.read(size)
-    while data is not None and 0 < len(data) < size:
-        more = stream.read(size - len(data))
-        if not more:
-            break
+    data = b''
+    while len(data) < size and (more := stream.read(size - len(data))):
         data += more
-    return data or b''
+    return data
 
 
 def read_header(stream: BinaryIO, name: str, size: int | None = None) -> tuple[Header, int]:
@@ -314,8 +311,9 @@ def read_header(stream: BinaryIO, name: str, size: int | None = None) -> tuple[H
         remedy = 'pack the model again' if major < MAJOR else 'update mssr-basicsr'
         raise ScalableFileError(f'{name}: format version: found {major}.{minor}; allowed: {MAJOR}.x ({remedy})')
     end = _PREAMBLE.size + length
-    if length > _MAX_FRAME or (size is not None and end > size):
-        raise ScalableFileError(f'{name}: a header of {length:,} bytes, but the file has {size or "no"} bytes')
+    allowed = _MAX_FRAME if size is None else min(_MAX_FRAME, size - _PREAMBLE.size)
+    if length > allowed:
+        raise ScalableFileError(f'{name}: length of the header: found {length:,} bytes; allowed: up to {allowed:,}')
     frame = read_exactly(stream, length)
     if len(frame) < length or xxhash.xxh64_intdigest(frame) != checksum:
         raise ScalableFileError(f'{name}: the header is corrupted (checksum)')
