@@ -196,6 +196,14 @@ def test_the_network_decides_the_scale(here: Path, capsys: pytest.CaptureFixture
     assert load_checkpoint(Path('net.pth'), Path('none.yml'))[1] == 2
 
 
+def test_a_checkpoint_may_have_the_names_of_a_ddp_wrapper(here: Path) -> None:
+    assert main(['pack', 'net.pth', '--opt', 'net.yml', '-o', 'x.mssr']) == 0
+    state = torch.load('net.pth', weights_only=True)['params']
+    torch.save({'params': {f'module.{name}': tensor for name, tensor in state.items()}}, 'net.pth')
+    assert main(['pack', 'net.pth', '--opt', 'net.yml', '-o', 'y.mssr']) == 0
+    assert Path('x.mssr').read_bytes() == Path('y.mssr').read_bytes()
+
+
 # ------------------------------ one line for every failure ------------------------------ #
 
 FAULTS = {

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mssr_basicsr.foundation.checks import first_line
+
+_OF_DDP = 'module.'
+
 
 class CheckpointError(ValueError):
     """A file is not the checkpoint that it should be; the text says why."""
@@ -49,7 +53,9 @@ def state_dict_of(checkpoint: Mapping[str, Any], key: str | None) -> dict[str, T
         if checkpoint and _is_state_dict(checkpoint):
             raise CheckpointError(f'it has no network under {key}, but is itself one: param_key_g: null takes it')
         raise CheckpointError(f'it has no network under {key or "its root"} (it has {found or "nothing"})')
-    return state  # type: ignore[no-any-return]
+    if any(name.startswith(_OF_DDP) for name in state):
+        return {name[len(_OF_DDP) :] if name.startswith(_OF_DDP) else name: tensor for name, tensor in state.items()}
+    return state  # type: ignore[no-any-return]  # as it is: torch keeps the format's version with it
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -58,7 +64,6 @@ def _is_state_dict(value: Any) -> bool:
 
 def require_same_entries(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless ``state`` has the ``expected`` names and shapes."""
-    state = {name[len('module.') :] if name.startswith('module.') else name: state[name] for name in state}  # of DDP
     missing, unknown = ([n for n in one if n not in other] for one, other in ((expected, state), (state, expected)))
     reshaped = [n for n in expected if n in state and state[n].shape != expected[n].shape]
     faults = []
