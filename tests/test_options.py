@@ -16,7 +16,7 @@ from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGIS
 from conftest import BACKBONES, TOY_EDSR, Run, pruned_mssr
 from torch import Tensor, nn
 
-from mssr_basicsr.adapter.backbone_options import BackboneOptions, show_backbone_options
+from mssr_basicsr.adapter.backbone_options import BackboneOptions, expose_backbone_options
 from mssr_basicsr.foundation.checks import OptionError
 
 NETWORK = 'network_g'
@@ -423,7 +423,7 @@ def test_model_classes_find_the_backbones_options() -> None:
     opt = {
         NETWORK: {'type': 'MSSR', 'sparsity': [0, 0.5], 'backbone': {'type': 'SwinIR', 'window_size': 8, 'depth': 2}}
     }
-    show_backbone_options(opt)
+    expose_backbone_options(opt)
     network_opt = opt[NETWORK]
     assert 'window_size' in network_opt and 'patch_size' not in network_opt
     assert network_opt['window_size'] == network_opt.get('window_size', 7) == 8

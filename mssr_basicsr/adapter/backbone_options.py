@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, Callable
 
 _REQUIRED = object()
 
@@ -48,24 +47,14 @@ class BackboneOptions(OrderedDict):  # type: ignore[type-arg]
         return backbone if isinstance(backbone, MutableMapping) else {}  # anything else is refused by the architecture
 
 
-def show_backbone_options(opt: MutableMapping[str, Any]) -> None:
+def expose_backbone_options(opt: MutableMapping[str, Any]) -> None:
     """Let ``opt['network_g']``, if it is of type MSSR, show the backbone's options as well. Safe to call repeatedly."""
     network_opt = opt.get('network_g')
     if isinstance(network_opt, dict) and network_opt.get('type') == 'MSSR':
         opt['network_g'] = BackboneOptions(network_opt)
 
 
-def install() -> None:
-    """Let every model class of BasicSR see the backbone's options, whether it is extended by MSSR or a stock one."""
-    from basicsr.models.base_model import BaseModel
-
-    init = BaseModel.__init__
-    if not getattr(init, 'shows_backbone_options', False):
-
-        @functools.wraps(init)
-        def __init__(self: Any, opt: MutableMapping[str, Any]) -> None:
-            show_backbone_options(opt)
-            init(self, opt)
-
-        __init__.__dict__['shows_backbone_options'] = True
-        BaseModel.__init__ = __init__  # type: ignore[method-assign]
+def with_backbone_options(init: Callable[..., None], model: Any, opt: MutableMapping[str, Any]) -> None:
+    """Wraps ``BaseModel.__init__``: every model class, extended by MSSR or not, sees the backbone's options."""
+    expose_backbone_options(opt)
+    init(model, opt)

@@ -19,10 +19,10 @@ from types import FrameType, ModuleType
 from typing import Any, Callable
 
 from mssr_basicsr.adapter import cpu
+from mssr_basicsr.adapter.backbone_options import with_backbone_options
 from mssr_basicsr.adapter.dataset_errors import datasets_name_files
 from mssr_basicsr.adapter.option_files import read_yaml
-from mssr_basicsr.foundation.checkpoints import first_line
-from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.foundation.checks import OptionError, first_line
 from mssr_basicsr.foundation.patching import patch, replaced
 
 _FUNCTIONAL_TENSOR = 'torchvision.transforms.functional_tensor'
@@ -56,6 +56,7 @@ def after_import() -> None:
         patch(module, 'parse_options', prepare_script)
     patch(basicsr.utils.dist_util, '_init_dist_pytorch', cpu.launch_on_cpu)
     patch(basicsr.utils.dist_util, '_init_dist_slurm', cpu.launch_on_cpu)
+    patch(basicsr.models.base_model.BaseModel, '__init__', with_backbone_options)
     patch(basicsr.models.base_model.BaseModel, 'model_to_device', cpu.parallel_on_cpu)
     patch(basicsr.data.prefetch_dataloader.CUDAPrefetcher, '__init__', cpu.prefetch_on_cpu)
     # The models have bound it by its name; copies of them that others have take it from basicsr.utils.img_process_util.

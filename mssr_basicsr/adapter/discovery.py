@@ -88,10 +88,9 @@ def _register() -> None:
 
 
 def _repair() -> None:
-    from mssr_basicsr.adapter import backbone_options, compat
+    from mssr_basicsr.adapter import compat
 
     compat.after_import()
-    backbone_options.install()
 
 
 def _import_plugin() -> None:

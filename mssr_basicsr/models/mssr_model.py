@@ -8,7 +8,7 @@ from typing import Any
 from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import MODEL_REGISTRY
 
-from mssr_basicsr.adapter.backbone_options import show_backbone_options
+from mssr_basicsr.adapter.backbone_options import expose_backbone_options
 from mssr_basicsr.adapter.unread_options import refuse_numbers_as_strings, report_unread_options
 from mssr_basicsr.foundation.checks import OptionError, known_as, nearest_first
 from mssr_basicsr.models.backward_stage import BackwardStage
@@ -49,7 +49,7 @@ def build_extended(stage: type[NestedLevels], name: str, opt: dict[str, Any]) ->
     """
     base = find_base_model(opt.get('base_model_type', 'SRModel'))
     refuse_numbers_as_strings(opt)
-    show_backbone_options(opt)
+    expose_backbone_options(opt)
     report_unread_options(opt, name, base)
     return extend(stage, base, name)(opt)
 
