@@ -8,9 +8,16 @@ from typing import TypedDict
 from mssr_basicsr.foundation.tables import table_with_metrics
 from mssr_basicsr.method.level_map import LevelMap, count, mask_of
 
+RECORDS = 'levels.json'  #: beside the models, or in a test beside the results
+
+
+def level_file(level: int) -> str:
+    """The name of the file, beside the models, that holds one level as a plain checkpoint of the backbone."""
+    return f'net_g_level{level}.pth'
+
 
 class LevelRecord(TypedDict, total=False):
-    """One level's entry in ``levels.json``."""
+    """One level's entry in :data:`RECORDS`."""
 
     level: int  #: its number
     sparsity: float  #: the removed share of the prunable weights

@@ -7,15 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mssr_basicsr.adapter.option_files import read_yaml
+from mssr_basicsr.adapter.records import RECORDS
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain, require_nested
-from mssr_basicsr.foundation.checkpoints import (
-    CheckpointError,
-    first_line,
-    read_checkpoint,
-    require_same_entries,
-    state_dict_of,
-)
-from mssr_basicsr.foundation.checks import OptionError, require_int
+from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
+from mssr_basicsr.foundation.checks import OptionError, first_line, require_int
 from mssr_basicsr.scalable.architectures import check_scale
 from mssr_basicsr.scalable.building import without_weight_files
 from mssr_basicsr.scalable.packing import level_metrics
@@ -25,9 +20,10 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
     """The network in a checkpoint of the backward stage, its upscaling factor, and its levels' metrics where known.
 
     Args:
-        checkpoint: as saved by BasicSR; the EMA's weights are used if present. Metrics: ``levels.json`` beside it.
-        options: the YAML that it was trained or tested with: ``network_g`` and ``scale`` are read.
-            The factor is found by running the network on a small image; a different ``scale`` is an error.
+        checkpoint: a file saved by BasicSR. The EMA's weights are used if it has any; the metrics are those of the
+            ``levels.json`` beside it, if there is one.
+        options: the YAML that it was trained or tested with, of which ``network_g`` and ``scale`` are read. The
+            upscaling factor is found by running the network on a small image; a different ``scale`` is an error.
 
     Raises:
         ValueError: a wrong option, or not a checkpoint of this network's backward stage; the text says which.
@@ -59,11 +55,11 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
 
 def _metrics_beside(checkpoint: Path) -> dict[str, Any]:
     """The metrics in the ``levels.json`` beside a checkpoint; empty if there is none."""
-    records = checkpoint.with_name('levels.json')
+    records = checkpoint.with_name(RECORDS)
     if not records.is_file():
         return {}
     try:
         return level_metrics(json.loads(records.read_text('utf-8')))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        allowed = 'the levels.json that training writes, or no such file'
+        allowed = f'the {RECORDS} that training writes, or no such file'
         raise ValueError(f'{records}: {first_line(error)}; allowed: {allowed}') from error

@@ -119,8 +119,9 @@ class MSSR(nn.Module):
         backbone: the options, with ``type``, of any architecture registered with BasicSR.
         sparsity: the removed share of the prunable weights at each level, from 0 (dense) to K (smallest).
         level: the level to run at. MSSR's own models set it themselves; set it here for a stock ``SRModel`` or
-            ``basicsr/test.py``. Above 0 this needs a checkpoint whose level map has that level. One of the forward
-            stage only gives the smallest level as it was trained: use the backward stage's, or ``net_g_level{k}.pth``.
+            ``basicsr/test.py``. Above 0, the checkpoint's level map must have that level. A checkpoint of the forward
+            stage holds only its smallest level as it was trained: for others, use the backward stage's checkpoint, or
+            ``net_g_level{k}.pth``.
         prunable: name patterns of the weights that pruning may remove, among those of convolutions and linear layers.
             Default: all of them.
         unprunable: name patterns of weights to exclude from these.
@@ -162,9 +163,7 @@ class MSSR(nn.Module):
         self.prunable_names = find_prunable(self.backbone, prunable, unprunable)
         self.feature_taps = find_feature_taps(self.backbone, feature_taps, known_of(backbone['type']).trunk)
         weights = self.prunable_weights()
-        self.level_map = buffer_tree(
-            {name: torch.full_like(w, self.smallest_level, dtype=torch.uint8) for name, w in weights.items()}
-        )
+        self.level_map = buffer_tree(self.whole_level_map())
         # Of the weights' dtype: a product with a bool tensor takes several times as long.
         self.mask = buffer_tree(
             {name: torch.ones_like(w, requires_grad=False) for name, w in weights.items()}, persistent=False
@@ -202,6 +201,13 @@ class MSSR(nn.Module):
     def get_level_map(self) -> dict[str, Tensor]:
         """The level map by weight name: uint8 tensors with the weights' shapes; the buffers themselves."""
         return dict(self.level_map.named_buffers())
+
+    def whole_level_map(self) -> dict[str, Tensor]:
+        """A new level map in which every level has all weights, as before the first pruning."""
+        return {
+            name: torch.full_like(weight, self.smallest_level, dtype=torch.uint8)
+            for name, weight in self.prunable_weights().items()
+        }
 
     def set_level_map(self, level_map: LevelMap) -> None:
         """Copy ``level_map`` (one tensor per prunable weight) into the network's."""
@@ -253,7 +259,8 @@ class MSSR(nn.Module):
         weights = self._weights()
         if self.training or torch.is_grad_enabled():
             return list(torch._foreach_mul(weights, list(self.mask.buffers())))
-        # BasicSR's EMA changes .data, which no version counter sees, but calls eval() before each image: see train().
+        # BasicSR's EMA changes .data, which no version counter sees; but its test() calls eval() before each image,
+        # which drops these weights (see train).
         source = [(weight.data_ptr(), weight._version) for weight in weights]
         if self._masked_weights is None or self._masked_from != source:
             self._masked_weights = list(torch._foreach_mul(weights, list(self.mask.buffers())))
@@ -309,10 +316,9 @@ class MSSR(nn.Module):
         """
         version = getattr(state_dict, '_metadata', {}).get('', {}).get('version', 1)
         if is_plain(state_dict):
-            whole = {name: torch.full_like(m, self.smallest_level) for name, m in self.level_map.named_buffers()}
             state_dict = {
                 **{f'backbone.{key}': value for key, value in state_dict.items()},
-                **{f'level_map.{key}': value for key, value in whole.items()},
+                **{f'level_map.{key}': value for key, value in self.whole_level_map().items()},
             }
         elif version > self._version:
             raise CheckpointError(

@@ -10,6 +10,7 @@ from basicsr.utils import get_root_logger
 from torch import Tensor, nn
 
 from mssr_basicsr.adapter.ranks import digest
+from mssr_basicsr.adapter.records import level_file
 from mssr_basicsr.adapter.stage_options import BackwardOptions
 from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
 from mssr_basicsr.foundation.checks import OptionError
@@ -23,11 +24,11 @@ from mssr_basicsr.models.levelwise_training import LevelwiseTraining, frozen_cop
 
 
 class BackwardStage(LevelwiseTraining):
-    """Grows the smallest level back: recovers the last pruned weights, trains only those; repeats.
+    """Grows the smallest level back, level by level: recovers the weights that were pruned last and trains only these.
 
     It starts from the forward stage's last checkpoint (``path.pretrain_network_g``, read from ``params_ema`` if there
     is one). Everything that a smaller level has, including biases, norms and running statistics, stays bit-identical,
-    so that the resulting one set of weights is every level. This is checked at the start and the end of each level.
+    so that the resulting set of weights holds every level. This is checked at the start and the end of each level.
 
     The options are :class:`BackwardOptions`. Beside the models it writes ``net_g.mssr``, every level in one file, and,
     with ``ticket_opt``, ``ticket_level{k}.pth``, copies of the tickets, which a resumed run needs.
@@ -133,9 +134,12 @@ class BackwardStage(LevelwiseTraining):
 
     def _ticket_file(self, level: int) -> Path:
         """The file with the ticket of ``level``: the forward stage's or, once this stage has begun, its own copy."""
-        copy = Path(self.opt['path']['models'], f'ticket_level{level}.pth')
+        copy = self._ticket_copy(level)
         begun = bool(self.opt['path'].get('resume_state')) or copy.is_file()
-        return copy if begun else Path(self.opt['path']['pretrain_network_g']).with_name(f'net_g_level{level}.pth')
+        return copy if begun else Path(self.opt['path']['pretrain_network_g']).with_name(level_file(level))
+
+    def _ticket_copy(self, level: int) -> Path:
+        return Path(self.opt['path']['models'], f'ticket_level{level}.pth')
 
     def _load_ticket(self, level: int) -> None:
         path = self._ticket_file(level)
@@ -150,5 +154,4 @@ class BackwardStage(LevelwiseTraining):
     def _copy_tickets(self) -> None:
         if self.cri_ticket is not None and self.opt['rank'] == 0:
             for level in [training.level for training in self.plan.trainings]:
-                data = self._ticket_file(level).read_bytes()
-                write_whole(Path(self.opt['path']['models'], f'ticket_level{level}.pth'), data)
+                write_whole(self._ticket_copy(level), self._ticket_file(level).read_bytes())

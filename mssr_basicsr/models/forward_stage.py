@@ -85,10 +85,9 @@ class ForwardStage(LevelwiseTraining):
     def begin_run(self) -> None:
         """Put all weights into every level, even if the network that the run starts with is already scalable."""
         network = self.network
-        whole = {name: torch.full_like(m, network.smallest_level) for name, m in network.get_level_map().items()}
-        network.set_level_map(whole)
+        network.set_level_map(network.whole_level_map())
         self._mark_rewind_point()
-        if self.plan.first.level == 1:  # level 0 is not trained, so no training of it ends with these
+        if self.plan.first.level == 1:  # level 0 is not trained, so that no end_level validates and exports it
             if self.ema_decay > 0:  # BasicSR has loaded it from params_ema, whatever the network is loaded from
                 self.net_g_ema.load_state_dict(network.state_dict())
             self.validate_now(0)
@@ -120,7 +119,7 @@ class ForwardStage(LevelwiseTraining):
 
     def _mark_rewind_point(self) -> None:
         self.rewind_point.load_state_dict(self.network.backbone.state_dict())
-        broadcast_from_rank_0(running_statistics(self.rewind_point))  # each rank's last batch was another
+        broadcast_from_rank_0(running_statistics(self.rewind_point))  # each rank has seen other batches
 
     def freeze_weights(self, training: LevelTraining) -> FrozenWeights:
         """Pruned weights keep the values that they were pruned with, whatever the weight decay."""

@@ -119,7 +119,7 @@ class LevelwiseTraining(NestedLevels):
             FloatingPointError: on every rank, if a parameter of any is not finite; the text names it.
             RuntimeError: on every rank, if ranks differ or the result is not what the stage guarantees.
         """
-        broadcast_from_rank_0(running_statistics(self.result))  # each rank's last batch was another
+        broadcast_from_rank_0(running_statistics(self.result))  # each rank has seen other batches
         if self.ema_decay > 0:
             self.network.load_state_dict(self.net_g_ema.state_dict())
         self._require_finite(f'End of level {training.level}')
@@ -260,7 +260,8 @@ class LevelwiseTraining(NestedLevels):
         if current_iter == -1:  # BasicSR's call after the last iteration
             self._require_all_iterations()
             self.end_level(self.plan.last)
-        if self.opt['rank'] == 0:  # of a run that was resumed from an earlier state: no longer of the network to come
+        if self.opt['rank'] == 0:
+            # A run that was resumed from an earlier state may find one here that does not belong to its weights.
             Path(self.opt['path']['training_states'], f'{current_iter}.state').unlink(missing_ok=True)
         super().save(epoch, current_iter)
         if current_iter == -1:

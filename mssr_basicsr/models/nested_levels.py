@@ -16,7 +16,7 @@ from basicsr.utils import get_root_logger
 from torch import Tensor, nn
 
 from mssr_basicsr.adapter.ranks import wait_for_all
-from mssr_basicsr.adapter.records import LevelRecord, describe_level, level_table
+from mssr_basicsr.adapter.records import RECORDS, LevelRecord, describe_level, level_file, level_table
 from mssr_basicsr.adapter.resuming import random_state, set_random_state
 from mssr_basicsr.adapter.stage_options import ValidationOptions
 from mssr_basicsr.adapter.tensorboard import LevelBoard, LevelTags, pictures_of
@@ -35,7 +35,7 @@ else:
 class NestedLevels(Base):
     """A mixin for any of BasicSR's model classes whose ``net_g`` is an :class:`MSSR` network.
 
-    The model class keeps handling data, padding, tiles and metrics: a validation is one of its own per level.
+    The model class keeps handling data, padding, tiles and metrics; it runs one validation for each level.
     Beside the models this writes ``net_g_level{k}.pth``, each level as a plain checkpoint of the unmodified
     backbone, and ``levels.json``, a list of :class:`LevelRecord`; in a test, ``levels.json`` among the results.
     """
@@ -185,14 +185,14 @@ class NestedLevels(Base):
         if self.opt['rank'] == 0:
             records = [self.records[level] for level in sorted(self.records)]
             folder = self.opt['path']['models' if self.opt['is_train'] else 'results_root']
-            write_whole(Path(folder, 'levels.json'), json.dumps(records, indent=2).encode())
+            write_whole(Path(folder, RECORDS), json.dumps(records, indent=2).encode())
 
     def export_level(self, level: int) -> None:
         """Write ``net_g_level{level}.pth``, ``{'params': ...}`` of the plain backbone. Only rank 0 does this."""
         if self.opt['rank'] == 0:
             with saved_whole(self.opt['path'], 'models'):
                 state: dict[str, Tensor] = self.network.export(level)
-                torch.save({'params': state}, Path(self.opt['path']['models'], f'net_g_level{level}.pth'))
+                torch.save({'params': state}, Path(self.opt['path']['models'], level_file(level)))
 
     # ------------------------------ loading ------------------------------ #
 
