@@ -5,7 +5,7 @@
  *
  * Activations. A row of W pixels is kept as S vectors, S * LANES >= W: lane l of vector j is pixel S * l + j, so the
  * pixel to the right is the same lane of the next vector. Shifts by a pixel are therefore other, aligned vectors; only
- * beyond the ends (j = -1 and j = S) a vector is another one moved by a lane. Pixels from W on are zero. Pixel shuffle
+ * beyond the ends (j = -1 and j = S) is the vector another one moved by a lane. Pixels from W on are zero. Pixel shuffle
  * and nearest upsampling by r move whole vectors (vector j to r * j + dx), and cost nothing. A value is
  * [rows][channels][S][LANES], with ROW_GAP vectors after each row; it may have fewer rows than the image, row y then
  * being at y % rows: rows that nobody needs any more are overwritten.
@@ -48,7 +48,6 @@ enum activation { NONE, RELU, SLOPE };
 struct value {
     vec *data;
     int32_t channels, height, width, vectors, rows;
-    int32_t unused;
 };
 
 struct operation {
@@ -106,7 +105,7 @@ static vec existing(vec all, const struct value *value, int32_t j)
     return (vec)((mask)all & (pixel < (mask){0} + value->width));
 }
 
-/* What the output tile at (y, j) sees: one pixel around it, as far as the rows before last need it. */
+/* Copies what the output tile at (y, j) sees, with one pixel around it, as far as the rows before last_row need it. */
 static void copy_tile(const struct operation *op, int32_t y, int32_t last_row, int32_t j, vec *tile)
 {
     for (int32_t i = 0; i < op->inputs; i++) {
@@ -280,7 +279,7 @@ static void *work(void *argument)
     return NULL;
 }
 
-/* Run the steps in their order, on this thread and threads - 1 others. 0, or 1 if there is no memory. */
+/* Runs the steps in their order, on this thread and threads - 1 others. Returns 0, or 1 if memory runs out. */
 int EXPORT(mssr_run_)(const struct operation *operations, int32_t num_operations, const struct step *steps,
                       int32_t num_steps, int32_t threads)
 {

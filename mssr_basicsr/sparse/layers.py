@@ -133,15 +133,10 @@ class Kept:
         """How many weights are kept."""
         return len(self.values)
 
-    @property
-    def density(self) -> float:
-        """The kept share of the weights."""
-        return self.count / max(1, self.out_channels * self.in_channels * self.kernel**2)
-
 
 @functools.cache
 def _offsets(block: int, kernel: int, rows: int, vectors: int) -> Array:
-    """How far into a tile of ``block`` channels each element of one output channel's weight for them looks."""
+    """Of each element of one output channel's weight for ``block`` channels: where in a tile of them it reads."""
     ci, ky, kx = np.unravel_index(np.arange(block * kernel**2), (block, kernel, kernel))
     margin = 1 - kernel // 2  # the tile has a pixel around it, which a 1x1 kernel does not look at
     offsets: Array = ((ci * rows + ky + margin) * vectors + kx + margin).astype(np.uint16)

@@ -26,7 +26,6 @@ class Value(ctypes.Structure):
         ('width', ctypes.c_int32),
         ('vectors', ctypes.c_int32),
         ('rows', ctypes.c_int32),
-        ('unused', ctypes.c_int32),
     )
 
 
@@ -101,5 +100,5 @@ def engine_name() -> str:
     """What convolutions of sparse levels run on, in readable form."""
     found = kernel()
     if found is None:
-        return 'torch (no compiler was found when it was installed)'
+        return 'torch (the sparse runtime was not built here)'
     return f'sparse ({found.simd})'

@@ -28,7 +28,7 @@ static void *allocate(size_t bytes)
 
 static struct value new_value(int32_t channels, int32_t height, int32_t width)
 {
-    struct value v = {NULL, channels, height, width, (width + LANES - 1) / LANES, height, 0};
+    struct value v = {NULL, channels, height, width, (width + LANES - 1) / LANES, height};
     v.data = allocate((size_t)height * ((size_t)channels * (size_t)v.vectors + ROW_GAP) * sizeof(vec));
     return v;
 }
