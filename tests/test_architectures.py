@@ -20,8 +20,7 @@ from mssr_basicsr import ScalableModel, pack, register_architecture
 from mssr_basicsr.archs.feature_taps import find_feature_taps
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.scalable import architectures
-from mssr_basicsr.scalable.architectures import Images, check_scale, for_spandrel, images_of
-from mssr_basicsr.scalable.errors import ScalableFileError
+from mssr_basicsr.scalable.architectures import ImageSpec, check_scale, find_image_spec, for_spandrel
 
 
 class Grey(nn.Module):
@@ -71,10 +70,10 @@ def _registries_as_they_were() -> Iterator[None]:
 def test_registered_facts_match_what_is_detected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The facts that stand in the registry are true: running the network says the same without them."""
     built, options = build_network(deepcopy(BACKBONES[name])), BACKBONES[name]
-    known = images_of(built, options)
-    assert known == Images(3, {'SwinIR': 8, 'RRDBNet': 2}.get(name, 1), 2)
+    known = find_image_spec(built, options)
+    assert known == ImageSpec(3, {'SwinIR': 8, 'RRDBNet': 2}.get(name, 1), 2)
     monkeypatch.setattr(architectures, '_KNOWN', {})
-    assert images_of(built, options) == known
+    assert find_image_spec(built, options) == known
 
 
 def test_trunks() -> None:
@@ -87,7 +86,7 @@ def test_trunks() -> None:
 
 def test_an_unknown_network_for_grey_images_is_detected() -> None:
     built = network({'type': 'Grey', 'in_channels': 1})
-    assert images_of(built.backbone, {'type': 'Grey'}) == Images(1, 6, 3)
+    assert find_image_spec(built.backbone, {'type': 'Grey'}) == ImageSpec(1, 6, 3)
     model = ScalableModel(io.BytesIO(pack(built, 3)))
     assert (model.upscaler.channels, model.upscaler.multiple) == (1, 6)
     grey = np.random.default_rng(0).integers(0, 256, (7, 13), dtype=np.uint8)
@@ -103,7 +102,7 @@ def test_detection_has_no_side_effects() -> None:
     built = Grey().train()
     built.blocks[0].eval()
     before, random = deepcopy(built.state_dict()), torch.get_rng_state()
-    images_of(built, {'type': 'Grey'})
+    find_image_spec(built, {'type': 'Grey'})
     assert [module.training for module in (built, built.blocks[0], built.norm)] == [True, False, True]
     assert all(torch.equal(tensor, before[name]) for name, tensor in built.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
@@ -119,7 +118,7 @@ def test_what_users_register_is_used() -> None:
     register_architecture(
         'Grey', channels=channels, multiple=lambda options: 12, trunk='blocks', spandrel=lambda state, options: {}
     )
-    assert images_of(Grey(), {'type': 'Grey', 'in_channels': 1}) == Images(1, 12, 3)
+    assert find_image_spec(Grey(), {'type': 'Grey', 'in_channels': 1}) == ImageSpec(1, 12, 3)
     assert asked == [1]
     assert for_spandrel({'conv.weight': torch.zeros(1)}, {'type': 'Grey'}) == {}
     assert network({'type': 'Grey'}).feature_taps == ['blocks.0', 'blocks.1']
@@ -129,10 +128,10 @@ def test_what_users_register_is_used() -> None:
 
 def test_an_error_names_what_cannot_be_detected() -> None:
     with pytest.raises(ValueError, match=r'Grey: found a network that upscales no image of 3 or 1 channels'):
-        images_of(Grey(in_channels=4), {'type': 'Grey'})
+        find_image_spec(Grey(in_channels=4), {'type': 'Grey'})
     with pytest.raises(ValueError, match=r'Clip: found a network .* \(not enough values to unpack.*register_architect'):
-        images_of(Clip(), {'type': 'Clip'})
-    with pytest.raises(ScalableFileError, match='--spandrel: found Grey; allowed: RCAN, RRDBNet'):
+        find_image_spec(Clip(), {'type': 'Clip'})
+    with pytest.raises(OptionError, match="--spandrel: found 'Grey'; allowed: RCAN, RRDBNet"):
         for_spandrel({}, {'type': 'Grey'})
 
 

@@ -211,19 +211,19 @@ FAULTS = {
     'info x': 'x: Is a directory',
     'info a.png': 'a.png: not a scalable model file',
     'verify none.mssr': 'none.mssr: No such file or directory',
-    'extract m.mssr -o x': '--output: found x; allowed: a name that ends in .pth, .safetensors or .mssr',
-    'extract m.mssr -o a.png/x.pth': "--output: found 'a.png/x.pth'; allowed: a path inside a folder; a.png is none",
-    'extract m.mssr -o broken/x.pth': "--output: found 'broken/x.pth'; allowed: a path inside a folder; broken is none",
+    'extract m.mssr -o x': "--output: found 'x'; allowed: a name that ends in .pth, .safetensors or .mssr",
+    'extract m.mssr -o a.png/x.pth': "--output: found 'a.png/x.pth'; allowed: a path inside a folder; a.png is not one",
+    'extract m.mssr -o broken/x.pth': "--output: found 'broken/x.pth'; allowed: a path inside a folder; broken is",
     'extract m.mssr -o x.pth --level 1': "--output: found 'x.pth'; allowed: a file; this is a folder",
     'pack net.pth --opt net.yml -o x': "--output: found 'x'; allowed: a file; this is a folder",
     'export m.mssr --onnx x': "--onnx: found 'x'; allowed: a file; this is a folder",
     'extract m.mssr -o y.pth --level 7': 'level 7: this model has levels 0 to 2',
-    'extract m.mssr -o y.pth --spandrel': '--spandrel: found EDSR; allowed: RCAN, RRDBNet, SRVGGNetCompact, SwinIR',
-    'extract m.mssr -o x.mssr --spandrel': '--spandrel: found x.mssr; allowed: a name that ends in .pth',
+    'extract m.mssr -o y.pth --spandrel': "--spandrel: found 'EDSR'; allowed: RCAN, RRDBNet, SRVGGNetCompact, SwinIR",
+    'extract m.mssr -o x.mssr --spandrel': "--output: found 'x.mssr'; allowed: with --spandrel, a name",
     'export m.mssr --onnx y.onnx --opset 3': (
         '--opset: found 3; allowed: ' if EXPORTS_ONNX else 'onnx: torch 2.7 or newer is needed'
     ),
-    'plot m.mssr -o x.xyz': '--output: found x.xyz; allowed: a name that ends in .',
+    'plot m.mssr -o x.xyz': "--output: found 'x.xyz'; allowed: a name that ends in .",
     'plot m.mssr none.mssr -o x.png': 'none.mssr: No such file or directory',
     'upscale m.mssr none.png -o x.png': 'none.png: No such file or directory',
     'upscale m.mssr a.png -o x.png --device cuda:77': "--device: found 'cuda:77'; allowed: cpu",
@@ -267,7 +267,7 @@ def test_a_failure_is_one_line(command: str, message: str, here: Path, capsys: p
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ('m.mssr -o x.txt', '--output: found x.txt; allowed: a name that ends in .'),
+        ('m.mssr -o x.txt', "--output: found 'x.txt'; allowed: a name that ends in ."),
         ('m.mssr bare.mssr -o x.png', 'bare.mssr: found no PSNR; allowed: a file packed with --gt'),
     ],
 )

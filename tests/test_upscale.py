@@ -262,7 +262,7 @@ def test_extract(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     assert_same(load_file(file.with_suffix('.safetensors')), expected)
     assert main(['extract', str(file), '-o', 'x.onnx']) == 1
-    assert '--output: found x.onnx; allowed: a name that ends in .pth, .safetensors' in capsys.readouterr().err
+    assert "--output: found 'x.onnx'; allowed: a name that ends in .pth, .safetensors" in capsys.readouterr().err
 
 
 def test_upscale_a_folder(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable
 
-from mssr_basicsr.foundation.checkpoints import first_line
-from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.foundation.checks import OptionError, first_line
 from mssr_basicsr.foundation.patching import patch
 
 

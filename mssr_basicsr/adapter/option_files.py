@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from mssr_basicsr.foundation.checkpoints import first_line
+from mssr_basicsr.foundation.checks import first_line
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

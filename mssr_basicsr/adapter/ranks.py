@@ -39,7 +39,7 @@ def gather(item: Any) -> list[Any]:
 
 
 def gather_on_rank_0(item: Any) -> list[Any]:
-    """The ``item`` of every rank, in order of rank, on rank 0; nothing on the others, which need no memory for it."""
+    """The ``item`` of every rank, in order of rank, on rank 0; on the others, which need no memory for it, no item."""
     rank, world_size = get_dist_info()
     if world_size == 1:
         return [item]

@@ -38,13 +38,13 @@ def set_random_state(state: dict[str, Any]) -> None:
 def epoch_to_resume(epoch: int, current_iter: int, num_batches: int) -> int:
     """The epoch in which a run continues after ``current_iter``: ``epoch``, unless that iteration is not in it.
 
-    Then the epochs had another length when the state was saved. BasicSR, which continues with the saved number, would
-    find all epochs done where they have become longer.
+    If it is not, epochs had another length when the state was saved. BasicSR continues with the saved number, with
+    which all epochs may seem done if they have become longer.
 
     Args:
         epoch: as saved.
         current_iter: the last iteration that was trained.
-        num_batches: of an epoch, now.
+        num_batches: the number of batches in an epoch of this run.
     """
     return epoch if 0 <= current_iter - epoch * num_batches <= num_batches else current_iter // num_batches
 

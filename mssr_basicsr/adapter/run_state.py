@@ -32,7 +32,7 @@ class RunState:
     version: int = VERSION
 
     def entry(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dict(vars(self))
 
 
 def kept_between_iterations(model: Any) -> dict[str, Any]:

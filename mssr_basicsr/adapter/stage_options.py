@@ -80,7 +80,7 @@ class ForwardOptions(StageOptions):
     rewind: str = option(
         'What happens to the weights that survive pruning: weights sets them to the rewind point (the paper); lr keeps '
         'them and restarts the learning-rate schedule (Renda et al. 2020); none keeps them and continues with the last '
-        'learning rate of level 0 (fine-tuning).',
+        'learning rate of the first trained level (fine-tuning).',
         _rewind,
         'weights',
     )
@@ -99,7 +99,10 @@ class BackwardOptions(StageOptions):
 
     expansion: Any = option('Options of the expansion schedule; its type is a name in EXPANSION_REGISTRY.')
     recover: str = option(
-        'What recovered weights start from: ticket, rewind or zero; see recover_weights.', _recover, 'ticket'
+        'What recovered weights start from: ticket (the value that a weight was pruned with), rewind (its value at the '
+        'rewind point) or zero.',
+        _recover,
+        'ticket',
     )
     ticket_opt: Any = option(
         "Options, with the type, of a loss that compares a level's output with its own ticket's; it is added to the "

@@ -36,7 +36,10 @@ class TrainingPlan:
         return self.trainings[index - 1] if index > 0 else None
 
     def locate(self, current_iter: int) -> tuple[LevelTraining, int]:
-        """The training of the run's iteration ``current_iter`` (from 1), and the iteration within it (from 1)."""
+        """The training of the run's iteration ``current_iter`` (from 1), and the iteration within it (from 1).
+
+        After the end of the run: its last training, and the last iteration of that.
+        """
         step = current_iter
         for training in self.trainings:
             if step <= training.num_iter:

@@ -65,8 +65,8 @@ def report_unread_options(opt: Mapping[str, Any], model_type: str, base: type) -
         base: the model class that this one extends.
 
     Raises:
-        OptionError: an unread option is almost one of MSSR's own, or one of the other stage; or a metric would fail
-                since it does not take the option. All others together give one warning.
+        OptionError: an unread option is almost one of MSSR's own or belongs to the other stage, or a metric does not
+            take one of its options. All other unread options together give one warning.
     """
     of_pipelines = set(_strings_in_code(_modules(_PIPELINES)))
     of_model = set(_strings_in_code(_modules_of(base)))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mssr_basicsr.commands.json_text import as_json
+from mssr_basicsr.foundation.checks import OptionError, require_int
 
 HELP = 'time and memory of each level on this CPU'
 EXAMPLES = ('mssr benchmark net_g.mssr --size 640x360 --threads 1',)
@@ -30,10 +31,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     width, _, height = arguments.size.partition('x')
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise ValueError(f'--size: found {arguments.size!r}; allowed: width x height in pixels, such as 320x180')
+        raise OptionError('--size', arguments.size, 'width x height in pixels, such as 320x180')
     for name in ('threads', 'rounds'):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise ValueError(f'--{name}: found {getattr(arguments, name)}; allowed: 1 or more')
+        if getattr(arguments, name) is not None:
+            require_int(f'--{name}', getattr(arguments, name), 1)
     levels = measure_levels(arguments.file, (int(width), int(height)), arguments.threads, arguments.rounds)
     found = {'file': str(arguments.file), 'size': arguments.size, 'engine': engine_name(), 'levels': levels}
     print(as_json(found) if arguments.json else _as_text(found))

@@ -51,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """``mssr pack``: a checkpoint of the backward stage becomes a ``.mssr`` file."""
-    from mssr_basicsr.foundation.on_demand import load_basicsr
+    from mssr_basicsr.foundation.on_demand import require_basicsr
 
-    load_basicsr('to read a checkpoint of MSSR')
+    require_basicsr('to read a checkpoint of MSSR')
     from mssr_basicsr import evaluate, load_checkpoint, pack
     from mssr_basicsr.foundation.checks import OptionError
     from mssr_basicsr.foundation.saving import require_output, write_whole

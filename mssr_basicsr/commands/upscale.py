@@ -34,7 +34,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r'(\d+(?:\.\d+)?)\s*([a-zA-Z]*)', text.strip())
     if match is None or match[2].upper() not in _UNITS:
         raise argparse.ArgumentTypeError(
-            f'found {text!r}; allowed: a number of bytes, KB, MB, KiB or MiB, such as 200KB'
+            f'found {text!r}; allowed: a number of bytes, KB, MB, GB, KiB, MiB or GiB, such as 200KB'
         )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 

@@ -42,7 +42,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def state_dict_of(checkpoint: Mapping[str, Any], key: str | None) -> dict[str, Tensor]:
     """The network under ``key`` (BasicSR's ``param_key_g``), else under ``params``; CheckpointError if there is none.
 
-    Without a ``key`` the checkpoint is itself the state dict, as it is for BasicSR.
+    Without a ``key`` the checkpoint is itself the state dict, as it is for BasicSR. The prefix of all names that a
+    DDP wrapper adds is removed.
     """
     if key is None:
         state: Any = checkpoint
@@ -77,8 +78,3 @@ def require_same_entries(state: Mapping[str, Tensor], expected: Mapping[str, Ten
         faults.append(f'{len(reshaped)} have a different shape, such as {name} {shapes}')
     if faults:
         raise CheckpointError(f'it is of another network: {"; ".join(faults)}')
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text (torch's have many), or its type's name if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

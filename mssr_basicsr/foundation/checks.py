@@ -16,7 +16,10 @@ _SUFFIX = '_basicsr'  # what BasicSR's registries may append to the names of its
 
 
 class OptionError(ValueError):
-    """A wrong value in the YAML. The text is ``<option>: found <value>; allowed: <what is allowed>.``"""
+    """A wrong value of an option, in the YAML, on the command line or in a call.
+
+    The text is ``<option>: found <value>; allowed: <what is allowed>.``
+    """
 
     def __init__(self, option: str, found: object, allowed: str) -> None:
         found = dict(found) if isinstance(found, Mapping) else found
@@ -48,6 +51,11 @@ def read_options(declared: type[Options], section: str, found: Mapping[str, Any]
     return declared(**values)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text (torch's have many), or its type's name if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def closest(name: str, names: Iterable[str]) -> str | None:
     """The one of ``names`` that ``name`` most likely misspells, None if none is close."""
     return next(iter(difflib.get_close_matches(name, list(names), 1, 0.75)), None)
@@ -76,7 +84,7 @@ def require_one_of(option: str, found: Any, allowed: Iterable[str]) -> str:
 def require_type(option: str, found: Any, names: Iterable[str], allowed: str) -> None:
     """Raise :class:`OptionError` unless ``found`` is a mapping of options whose ``type`` is one of ``names``."""
     if not isinstance(found, Mapping) or 'type' not in found:
-        raise OptionError(option, dict(found) if isinstance(found, Mapping) else found, allowed)
+        raise OptionError(option, found, allowed)
     require_one_of(f'{option}.type', found['type'], names)
 
 

@@ -10,7 +10,7 @@ class MissingPackageError(ValueError):
     """A package is needed that is not installed; the text says which, what for, and how to get it."""
 
 
-def load_basicsr(purpose: str) -> None:
+def require_basicsr(purpose: str) -> None:
     """Import BasicSR with the plugin registered: the only way for lower floors, which do without BasicSR, to reach it.
 
     Args:

@@ -58,11 +58,11 @@ def written_whole(folder: Path) -> list[Path]:
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file, complete or not at all, and flush it to the disk; OSError if this fails.
 
-    Missing folders are made. A link stays a link: the file that it leads to is written. What is there and no regular
-    file is never replaced.
+    Missing folders are made. If ``path`` is a link, the file that it leads to is written, and the link stays. A device,
+    a pipe or a socket is never replaced.
     """
     path = _followed(path)
-    temporary = path.with_name(f'{PREFIX}{secrets.token_hex(6)}')  # a name of our own may be longer than names can be
+    temporary = path.with_name(f'{PREFIX}{secrets.token_hex(6)}')  # the file's own name may be as long as is allowed
     with _failure_explained(path):
         if path.exists() and not path.is_file():
             raise OSError(f'it is {_NO_REGULAR_FILE}')
@@ -108,7 +108,7 @@ def require_writable_folder(output: str | os.PathLike[str], option: str = '--out
     """Raise OptionError unless the folder of ``output`` can be written in, or made; nothing is left behind."""
     standing = next((parent for parent in _followed(output).parents if os.path.lexists(parent)), Path())
     if not standing.is_dir():
-        raise OptionError(option, str(output), f'a path inside a folder; {standing} is none')
+        raise OptionError(option, str(output), f'a path inside a folder; {standing} is not one')
     try:
         tempfile.TemporaryFile(prefix=PREFIX, dir=standing).close()
     except OSError as error:
@@ -124,7 +124,7 @@ def require_output(output: str | os.PathLike[str], *inputs: str | os.PathLike[st
 
 
 def remove_leftovers(*folders: str) -> None:
-    """Remove what a killed process left behind in these folders before moving it into place."""
+    """Remove the partial files that a process left in these folders when it was killed while saving."""
     for folder in folders:
         for leftover in Path(folder).glob(f'{PREFIX}*'):
             if leftover.is_dir():

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy.typing as npt
 from basicsr.utils.registry import METRIC_REGISTRY
 
 from mssr_basicsr.scalable.metrics import published_metrics
-
-Image = npt.NDArray[Any]
+from mssr_basicsr.scalable.pixels import Image
 
 
 @METRIC_REGISTRY.register()

@@ -26,9 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mssr_basicsr.foundation.checkpoints import first_line
-from mssr_basicsr.foundation.checks import OptionError
-from mssr_basicsr.scalable.errors import ScalableFileError
+from mssr_basicsr.foundation.checks import OptionError, first_line
 
 FromOptions = Callable[[Mapping[str, Any]], int]
 Rename = Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor]]
@@ -39,7 +37,7 @@ _MULTIPLES = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64)  # that are tried
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is known about one architecture; None means that it is detected, or an error."""
+    """Facts about one architecture. What is None is detected where that is possible; elsewhere it is an error."""
 
     #: How many channels its images have, from its options.
     channels: FromOptions | None = None
@@ -72,8 +70,8 @@ def register_architecture(
     _KNOWN[name] = Architecture(channels, multiple, trunk, spandrel)
 
 
-def a_parameter(network: nn.Module) -> Tensor:
-    """A tensor of the dtype and on the device that the network computes with, even if it has no parameters."""
+def reference_tensor(network: nn.Module) -> Tensor:
+    """A tensor with the dtype and the device that the network computes with, even if it has no parameters."""
     return next(network.parameters(), torch.empty(0))
 
 
@@ -85,7 +83,7 @@ def known_of(name: str) -> Architecture:
 # ------------------------------ what a network takes and gives ------------------------------ #
 
 
-class Images(NamedTuple):
+class ImageSpec(NamedTuple):
     """What images a network takes, and its upscaling factor."""
 
     channels: int
@@ -93,7 +91,7 @@ class Images(NamedTuple):
     scale: int  #: the upscaling factor
 
 
-def images_of(network: nn.Module, options: Mapping[str, Any]) -> Images:
+def find_image_spec(network: nn.Module, options: Mapping[str, Any]) -> ImageSpec:
     """What images ``network`` takes and returns, found by running it on a small one.
 
     Args:
@@ -111,8 +109,8 @@ def images_of(network: nn.Module, options: Mapping[str, Any]) -> Images:
     with _undisturbed(network):
         for channels in all_channels:
             for multiple in multiples:
-                # Without a common divisor: so, times ``multiple``, both are multiples of nothing larger than it. And
-                # large enough for what a network mirrors at its edges.
+                # The two have no common divisor, so that ``multiple`` is the largest number of which both sides are
+                # multiples; and they are long enough for networks that mirror the image at its edges.
                 sides = (11, 13) if multiple < 8 else (2, 3)
                 shape = (1, channels, *(side * multiple for side in sides))
                 try:
@@ -122,7 +120,7 @@ def images_of(network: nn.Module, options: Mapping[str, Any]) -> Images:
                     continue
                 scale = _scale(shape, given)
                 if scale is not None:
-                    return Images(channels, multiple, scale)
+                    return ImageSpec(channels, multiple, scale)
                 is_image = isinstance(given, Tensor) and given.ndim == 4
                 refused = f'it returns {tuple(given.shape) if is_image else type(given).__name__} for {shape}'
                 if not is_image:
@@ -140,7 +138,7 @@ def check_scale(network: nn.Module, options: Mapping[str, Any], scale: int | Non
     For a network that takes no single images, such as one for video, a stated ``scale`` is trusted.
     """
     try:
-        found = images_of(network, options).scale
+        found = find_image_spec(network, options).scale
     except ValueError:
         if scale is None:
             raise
@@ -151,7 +149,7 @@ def check_scale(network: nn.Module, options: Mapping[str, Any], scale: int | Non
 
 
 def _small_image(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    weight = a_parameter(network)
+    weight = reference_tensor(network)
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(weight)
 
 
@@ -183,12 +181,12 @@ def for_spandrel(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dic
     """A state dict of the backbone that ``options`` name, in the form that spandrel (chaiNNer's loader) opens.
 
     Raises:
-        ScalableFileError: a backbone or an option that spandrel is not known to support.
+        OptionError: a backbone or an option that spandrel is not known to support.
     """
     rename = known_of(options['type']).spandrel
     if rename is None:
         allowed = ', '.join(sorted(name for name, known in _KNOWN.items() if known.spandrel is not None))
-        raise ScalableFileError(f'--spandrel: found {options["type"]}; allowed: {allowed}, which spandrel supports')
+        raise OptionError('--spandrel', options['type'], f'{allowed}, which spandrel supports')
     return rename(state, options)
 
 
@@ -216,7 +214,7 @@ def _rcan_names(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict
     """RCAN's tensors by its authors' names; its mean colour becomes two fixed convolutions, as it is there."""
     for option, value in _RCAN_FIXED.items():
         if options.get(option, value) != value:
-            raise ScalableFileError(f'--spandrel: found {option} = {options[option]}; allowed: {value}')
+            raise OptionError('--spandrel', f'{option} = {options[option]}', str(value))
     groups, blocks = options.get('num_group', 10), options.get('num_block', 16)
     renamed = {}
     for name, tensor in state.items():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mssr_basicsr.foundation.checks import known_as
-from mssr_basicsr.foundation.on_demand import load_basicsr
+from mssr_basicsr.foundation.on_demand import require_basicsr
 from mssr_basicsr.method.level_map import buffer_tree
 from mssr_basicsr.scalable.container import Header
 from mssr_basicsr.scalable.errors import ScalableFileError
@@ -33,7 +33,7 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
         ScalableFileError: there is no such architecture, or it does not accept these options.
         MissingPackageError: BasicSR, which has the architectures, is not installed.
     """
-    load_basicsr(f'to build {options["type"]} (or give a network that you have built)')
+    require_basicsr(f'to build {options["type"]} (or give a network that you have built)')
     from basicsr.utils.registry import ARCH_REGISTRY
 
     _refuse_paths(options)
@@ -172,7 +172,7 @@ class AllocationLimit(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _count(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """What ``func``, which makes a tensor of numbers alone, would take: its size is asked of the meta device."""
+        """Count the tensor that ``func`` makes of numbers alone; the meta device tells its size."""
         wanted = func(*args, **{**kwargs, 'device': torch.device('meta')}) if 'device' in kwargs else None
         if isinstance(wanted, Tensor):
             size = math.prod(wanted.shape) * wanted.element_size()

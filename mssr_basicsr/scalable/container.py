@@ -91,7 +91,7 @@ class Header:
     dtype: str  #: of the prunable weights in the file, one of WEIGHT_DTYPES
     weights: tuple[TensorInfo, ...]  #: the prunable weights
     others: tuple[TensorInfo, ...]  #: parameters and buffers that are in every level; in the first section
-    num_other_parameters: int  #: how many elements of parameters these are
+    num_other_parameters: int  #: how many elements of ``others`` belong to parameters
     computed: tuple[str, ...]  #: names of buffers that the architecture computes; not in the file
     computed_checksum: str  #: of these buffers
     metrics: Mapping[str, Any]  #: by level (as a string), validation set and metric, where known
@@ -357,12 +357,12 @@ def _parse(fields: Any, start: int) -> Header:
     computed = _field(fields, 'computed', list, [])
     names = [tensor.name for tensor in weights + others] + computed
     if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise _Contradiction('weights, others, computed: a name is there twice, or is none')
+        raise _Contradiction('weights, others, computed: a name occurs twice, or is not a text')
     dtype = _field(fields, 'dtype', str)
     if dtype not in WEIGHT_DTYPES:
         raise _Contradiction(f'dtype: found {dtype!r}; allowed: {", ".join(WEIGHT_DTYPES)}')
     if dtype == 'I8' and not all(weight.shape for weight in weights):
-        raise _Contradiction('weights: one of I8 has no dimension, and so no channels')
+        raise _Contradiction('weights: one that is stored as I8 has no dimensions, and so no channels')
     header = Header(
         backbone=backbone,
         scale=_natural(_field(fields, 'scale', int), 'scale', 1),

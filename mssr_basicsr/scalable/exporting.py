@@ -37,7 +37,7 @@ _type_as = Tensor.type_as
 def _type_as_where_types_differ(tensor: Tensor, other: Tensor) -> Tensor:
     """``tensor.type_as(other)``, but without an operation where there is nothing to convert.
 
-    BasicSR's EDSR and RCAN convert their mean so, and torch 2.8's exporter fails at what is no conversion.
+    BasicSR's EDSR and RCAN convert their mean colour with it; torch 2.8's exporter fails where the dtypes are equal.
     """
     return tensor if tensor.dtype == other.dtype else _type_as(tensor, other)
 

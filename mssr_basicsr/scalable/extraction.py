@@ -11,12 +11,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.on_demand import MissingPackageError
 from mssr_basicsr.foundation.saving import require_output, write_whole
 from mssr_basicsr.scalable.architectures import for_spandrel
 from mssr_basicsr.scalable.building import tensors_of
 from mssr_basicsr.scalable.container import ScalableFile, Source
-from mssr_basicsr.scalable.errors import ScalableFileError
 from mssr_basicsr.scalable.model import ScalableModel
 
 FORMATS = ('.pth', '.safetensors', '.mssr')
@@ -83,9 +83,9 @@ def extract(
     """
     suffix = Path(output).suffix
     if suffix not in FORMATS:
-        raise ScalableFileError(f'--output: found {output}; allowed: a name that ends in .pth, .safetensors or .mssr')
+        raise OptionError('--output', str(output), 'a name that ends in .pth, .safetensors or .mssr')
     if spandrel and suffix == '.mssr':
-        raise ScalableFileError(f'--spandrel: found {output}; allowed: a name that ends in .pth or .safetensors')
+        raise OptionError('--output', str(output), 'with --spandrel, a name that ends in .pth or .safetensors')
     require_output(output, source)
     if suffix == '.mssr':
         with ScalableFile(source) as file:
@@ -123,8 +123,8 @@ def verify(source: Source) -> dict[str, Any]:
         and ``unusable_bytes``, the number of bytes after the last complete section.
 
     Raises:
-        ScalableFileError: something is corrupted, or the smallest level is missing; or any level, of a stream that
-            cannot seek, since only a length tells which are to be expected.
+        ScalableFileError: something is corrupted, or the smallest level is missing. Of a stream that cannot seek, any
+            missing level is an error, since its length, which would tell how far the file goes, is unknown.
     """
     with FileTensors(source, engine='torch') as model:
         file, level = model.file, model.level

@@ -44,10 +44,11 @@ def decompress(frame: bytes, longest: int) -> bytes:
             is allocated for them.
     """
     try:
-        stated = zstandard.get_frame_parameters(frame)  # if nothing of the content's length, then 2^64 - 1
+        stated = zstandard.get_frame_parameters(frame)  # a content_size of 2^64 - 1 if it states none
         if stated.content_size > longest or stated.window_size > MAX_WINDOW:
-            found = f'{stated.content_size:,} bytes, with a window of {stated.window_size:,}'
-            raise ScalableFileError(f'a frame: found {found}; allowed: {longest:,}, {MAX_WINDOW:,}')
+            found = f'{stated.content_size:,} bytes with a window of {stated.window_size:,}'
+            allowed = f'up to {longest:,} bytes with a window of up to {MAX_WINDOW:,}'
+            raise ScalableFileError(f'a frame: found {found}; allowed: {allowed}')
         return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ScalableFileError(f'not a Zstandard frame ({error})') from error

@@ -22,7 +22,7 @@ import PIL.Image
 import tifffile
 from PIL import ImageCms, features
 
-from mssr_basicsr.foundation.on_demand import load_basicsr
+from mssr_basicsr.foundation.on_demand import require_basicsr
 from mssr_basicsr.foundation.saving import write_whole
 from mssr_basicsr.scalable.pixels import Image, as_colours, to_depth, white, without_alpha
 
@@ -413,7 +413,7 @@ def _encode_deep_png(image: Image, icc: bytes | None) -> bytes:
 
 def resize_bicubic(image: Image, factor: float) -> Image:
     """A uint8 image resized with BasicSR's ``imresize`` (MATLAB's bicubic) and rounded to uint8."""
-    load_basicsr('to resize as MATLAB does')
+    require_basicsr('to resize as MATLAB does')
     from basicsr.utils.matlab_functions import imresize
 
     resized: Image = (imresize(image / 255.0, factor) * 255.0).round().clip(0, 255).astype(np.uint8)

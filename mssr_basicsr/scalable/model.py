@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.scalable.building import build_for, check_network
 from mssr_basicsr.scalable.container import Header, ScalableFile, Source
 from mssr_basicsr.scalable.errors import ScalableFileError
@@ -38,7 +39,9 @@ class ScalableModel:
             training the network makes them dense again. ``torch``: all weights are dense.
 
     Raises:
-        ValueError: no such engine.
+        OptionError: there is no such engine.
+        ValueError: both a level and a budget are given.
+        OSError: the file cannot be opened.
         ScalableFileError: not a ``.mssr`` file, corrupted, incomplete up to this level, or over the budget at any
             level.
         MissingPackageError: BasicSR is not installed, and no ``network`` was given.
@@ -56,7 +59,7 @@ class ScalableModel:
         engine: str = 'auto',
     ) -> None:
         if engine not in ENGINES:
-            raise ValueError(f'engine: found {engine!r}; allowed: {", ".join(ENGINES)}')
+            raise OptionError('engine', engine, ', '.join(ENGINES))
         self.file = ScalableFile(source)
         try:
             self._level = self.header.smallest_level
@@ -151,6 +154,7 @@ class ScalableModel:
 
         Raises:
             ScalableFileError: the file does not have this level, or its section is corrupted.
+            ValueError: the level is smaller than the current one.
         """
         target = self._level - 1 if level is None else level
         self.header.section(target)
@@ -163,7 +167,12 @@ class ScalableModel:
     @torch.inference_mode(False)
     @torch.no_grad()
     def shrink(self, level: int | None = None) -> None:
-        """Shrink in place to a smaller level (default: by one): its weights stay, all others become zero."""
+        """Shrink in place to a smaller level (default: by one): its weights stay, all others become zero.
+
+        Raises:
+            ScalableFileError: there is no such level.
+            ValueError: the level is larger than the current one.
+        """
         target = self._level + 1 if level is None else level
         self.header.section(target)
         if target < self._level:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.on_demand import optional_package
 from mssr_basicsr.foundation.saving import require_output, write_whole
 from mssr_basicsr.scalable.container import ScalableFile
@@ -40,11 +41,11 @@ def draw_psnr(
 
 
 def figure_format(figure: Any, output: str | os.PathLike[str]) -> str:
-    """The format that ``output``'s suffix means; ValueError if it is none that matplotlib can write."""
+    """The format that ``output``'s suffix means; OptionError if it is none that matplotlib can write."""
     suffix, allowed = Path(output).suffix[1:].lower(), figure.canvas.get_supported_filetypes()
     if suffix not in allowed:
         names = ', '.join(f'.{name}' for name in sorted(allowed))
-        raise ValueError(f'--output: found {output}; allowed: a name that ends in {names}')
+        raise OptionError('--output', str(output), f'a name that ends in {names}')
     return suffix
 
 

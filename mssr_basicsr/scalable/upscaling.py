@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mssr_basicsr.foundation.checks import OptionError
-from mssr_basicsr.scalable.architectures import Images, a_parameter, images_of
+from mssr_basicsr.scalable.architectures import ImageSpec, find_image_spec, reference_tensor
 from mssr_basicsr.scalable.pixels import Image, check_values, to_depth, white
 
 _SMALL = 128**2  # input pixels; what has no more is upscaled whole, however far the network looks
@@ -50,22 +50,22 @@ class Upscaler:
         self._reach: int | None = None
 
     @cached_property
-    def images(self) -> Images:
+    def spec(self) -> ImageSpec:
         """What images the network takes; ValueError if it takes none, or upscales by a different factor."""
-        images = images_of(self.network, self._options)
-        if images.scale != self.scale:
-            raise OptionError('scale', self.scale, f'{images.scale}, the factor by which the network upscales')
-        return images
+        spec = find_image_spec(self.network, self._options)
+        if spec.scale != self.scale:
+            raise OptionError('scale', self.scale, f'{spec.scale}, the factor by which the network upscales')
+        return spec
 
     @property
     def channels(self) -> int:
         """The number of channels of the network's images, 1 or 3."""
-        return self.images.channels
+        return self.spec.channels
 
     @property
     def multiple(self) -> int:
         """The number that height and width of the network's input must be multiples of."""
-        return self.images.multiple
+        return self.spec.multiple
 
     @torch.no_grad()
     def upscale(
@@ -138,14 +138,14 @@ class Upscaler:
     def automatic_tile(self) -> int | None:
         """The default side of tiles in input pixels, None if the network looks at the whole image (our choice).
 
-        As large as possible with a tile's largest feature map still fitting the processor's last-level cache. But at
-        least 12 times as far as the network looks beyond a tile, since overlaps are computed more than once (then a
-        third); and at most 512, which bounds the memory. On devices other than a CPU, 512.
+        As large as possible while a tile's largest feature map fits the processor's last-level cache. But at least 12
+        times as wide as the network looks beyond a tile, so that computing overlaps more than once costs at most about
+        a third; and at most 512, which bounds the memory. On devices other than a CPU, 512.
         """
         reach = self.reach()
         if reach is None:
             return None
-        if a_parameter(self.network).device.type != 'cpu':
+        if reference_tensor(self.network).device.type != 'cpu':
             return _LARGEST_TILE
         # A convolution in the sparse form has no parameter that would tell.
         convolutions = [module.in_channels for module in self.network.modules() if isinstance(module, nn.Conv2d)]
@@ -160,14 +160,14 @@ class Upscaler:
         if tile == 0 or (tile is None and height * width <= _SMALL):
             return whole
         if tile is not None and tile < 1:
-            raise ValueError(f'tile: found {tile}; allowed: 0 (none) or the side of tiles in pixels')
+            raise OptionError('tile', tile, '0 (none) or the side of tiles in pixels')
         reach = self.reach()
         side = self.automatic_tile() if tile is None else tile
         if reach is None or side is None:
             if tile is None:
                 return whole
             name = type(self.network).__name__
-            raise ValueError(f'tile: found {tile}; allowed: 0, since {name} looks at the whole image for each pixel')
+            raise OptionError('tile', tile, f'0, since {name} looks at the whole image for each pixel')
         if tile is None and height * width <= (side + 2 * reach) ** 2:
             return whole
         vertical, horizontal = (self._spans(length, side, reach) for length in (height, width))
@@ -191,7 +191,7 @@ class Upscaler:
         return spans
 
     def _run(self, x: Tensor) -> Tensor:
-        result: Tensor = self.network(x.to(a_parameter(self.network))).float().cpu()
+        result: Tensor = self.network(x.to(reference_tensor(self.network))).float().cpu()
         return result
 
     @torch.no_grad()
