@@ -13,7 +13,7 @@ try:
 except ImportError:  # before setuptools 70.1 it is wheel's
     try:
         from wheel.bdist_wheel import bdist_wheel
-    except ImportError:  # as while pip asks what the build requires
+    except ImportError:  # as when pip asks what the build requires
         bdist_wheel = object
 
 HERE = Path(__file__).resolve().parent
@@ -37,7 +37,7 @@ class DistributionWithPth(Distribution):
     has_data = Distribution.has_data_files
 
 
-# Of GCC and Clang; which of them a processor has is asked at run time. Plain is NEON on ARM, and SSE2 on x86.
+# For GCC and Clang. What a processor supports is found out at run time; plain is NEON on ARM, and SSE2 on x86.
 FLAGS = ['-O3', '-std=c11', '-fPIC', '-fvisibility=hidden', '-ffp-contract=fast', '-pthread', '-Wall', '-Wextra']
 X86 = {
     'avx512': ['-DLANES=16', '-DROWS=6', '-mavx512f', '-mprefer-vector-width=512'],

@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('model', type=Path)
     parser.add_argument('--level', type=int, default=4)
-    parser.add_argument('--rounds', type=int, default=1, help='the least of so many counts')
+    parser.add_argument('--rounds', type=int, default=1, help='number of runs; the smallest figures count')
     parser.add_argument('--before', type=Path, metavar='CHECKOUT')
     arguments = parser.parse_args()
     versions = {'by default': (HERE, []), '--tile 0': (HERE, ['--tile', '0'])}

@@ -104,7 +104,7 @@ def register_kernels_dataset() -> None:
 
 
 def child() -> None:
-    """BasicSR's training, which kills itself at the event that the environment names, the so manieth of its kind."""
+    """BasicSR's training, which kills itself when the event that the environment names happens for the n-th time."""
     from basicsr.train import train_pipeline
 
     from mssr_basicsr.models.levelwise_training import LevelwiseTraining as Training
@@ -282,7 +282,7 @@ def flat(thing: Any, name: str = '') -> dict[str, Any]:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What of two experiments' ``models`` that count is not the same, bit for bit."""
+    """What differs, bit for bit, between the files that count in two experiments' ``models``."""
     names = {path.name for folder in (one, other) for path in folder.glob('*')}
     wanted = {'net_g_latest.pth', 'levels.json'}
     wanted |= {name for name in names if 'level' in name or 'latest' in name or name.endswith('.mssr')}
@@ -301,7 +301,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def chaos(ranks: int, num_kills: int, seed: int, base_model: str) -> int:
-    """Kill so often; print what happened; the number of differences."""
+    """Kill a training ``num_kills`` times, print what happened, and return the number of differences."""
     kills: list[str] = []
     resumes = pairs = mismatches = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,8 @@
 Each case is read to the right bits (a cut behind a section leaves the smaller levels whole), or refused with one
 ScalableFileError. Anything else ends the script with status 1: a wrong weight, another exception, more than 10 s, or
 tensors and buffers of more than 4 times the uncorrupted file. Cases that lie have right checksums: they come from
-someone who knows the format. Who signs other positions or values has made another model: its weights are not compared.
+someone who knows the format. Those that sign other positions or values are other models, and their weights are not
+compared.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ CORRUPTIONS: dict[Callable[[bytes, ScalableFile, random.Random], bytes], int] = 
 
 
 def read(data: bytes, right: Mapping[int, Mapping[str, torch.Tensor]] | None, limit: int) -> str:
-    """What became of one case, ``read`` or ``refused``; RuntimeError if that is wrong. None allows every weight."""
+    """What became of one case, as a text; RuntimeError if that is wrong. ``right=None`` allows every weight."""
     began = time.perf_counter()
     with TensorBytes() as tensors:
         try:

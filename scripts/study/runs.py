@@ -29,15 +29,15 @@ TICKET_TEACHER = {'train.ticket_opt': {'type': 'L1Loss', 'loss_weight': 1.0, 're
 
 # What is fastest on a processor with bf16 arithmetic.
 FAST = {'train.precision': 'bf16', 'train.channels_last': True}
-# Of all that is run for the second edition.
+# Shared by all runs of the second edition.
 SECOND_EDITION = {
     'train.ema_decay': 0.999,
     'val.metrics.psnr_rounded': {'type': 'calculate_psnr_published', 'crop_border': 2, 'round_y': True},
 }
-# Of the long trainings, by MSSR or not.
+# Shared by the long trainings, with and without MSSR.
 LONG = {**SECOND_EDITION, 'datasets.train.batch_size_per_gpu': 16, 'datasets.train.gt_size': 48}
 LONG_MSSR = {**LONG, **FAST, 'train.optim_g.fused': True}
-# The choices that won. Without self-distillation, of which kept weights gained nothing.
+# The choices that won; without self-distillation, from which kept weights gained nothing.
 BEST_FORWARD = {'train.criterion': 'lamp', 'train.rewind': 'lr', 'train.ssd_opt': None}
 LONG_ITER = 60000  # of each level, in both stages, of the table `long`
 LONG_DENSE = 'experiments/long_forward_seed1/models/net_g_level0.pth'
