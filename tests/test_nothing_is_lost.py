@@ -53,6 +53,7 @@ def test_a_resumed_forward_stage_ends_as_an_uninterrupted_one(
     assert not leftover.exists()
     log = max(experiment.glob('*.log'), key=os.path.getmtime).read_text()
     assert 'set train.first_level: 1' not in log  # which is about a network that a new run starts with
+    assert ('batches; skipping those' in log) == (iteration < 12)  # after the last one, none follows
 
 
 @pytest.mark.parametrize('iteration', [2, 3, 4, 6])

@@ -336,7 +336,7 @@ class LevelwiseTraining(NestedLevels):
         self.write_records()
         if step == training.num_iter:  # BasicSR validates after saving: the level's metrics may be lacking
             self.validate_now(current_iter)
-        if self.options.exact_resume:
+        if self.options.exact_resume and current_iter < self._train_opt['total_iter']:  # otherwise no batch follows
             rank = self.opt['rank']
             if state.kept:
                 put_back_kept(self, state.kept[rank % len(state.kept)])
