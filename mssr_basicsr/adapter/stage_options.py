@@ -76,7 +76,11 @@ class ForwardOptions(StageOptions):
         _first_level,
         0,
     )
-    criterion: str = option('Which weights are pruned: a name in CRITERION_REGISTRY.', _criterion, 'global_magnitude')
+    criterion: str = option(
+        'Which weights are pruned: global_magnitude, layer_magnitude, lamp, random, or one of your own.',
+        _criterion,
+        'global_magnitude',
+    )
     rewind: str = option(
         'What happens to the weights that survive pruning: weights sets them to the rewind point (the paper); lr keeps '
         'them and restarts the learning-rate schedule (Renda et al. 2020); none keeps them and continues with the last '
@@ -85,7 +89,8 @@ class ForwardOptions(StageOptions):
         'weights',
     )
     rewind_iter: int | None = option(
-        "The iteration of level 0 whose weights are the rewind point. Default: 10 % of level 0's iterations."
+        "The iteration of level 0 whose weights are the rewind point, from 0 to level 0's iterations. Default: 10 % of "
+        'these. With first_level: 1 leave it out: the rewind point is the given network.'
     )
     ssd_opt: Any = option(
         'Options of SSDLoss, the loss of stochastic self-distillation. Default: no self-distillation. The teacher of '
@@ -97,7 +102,9 @@ class ForwardOptions(StageOptions):
 class BackwardOptions(StageOptions):
     """What the backward stage reads under ``train``."""
 
-    expansion: Any = option('Options of the expansion schedule; its type is a name in EXPANSION_REGISTRY.')
+    expansion: Any = option(
+        'Options of the expansion schedule, with its type: SequentialExpansion, or one of your own.'
+    )
     recover: str = option(
         'What recovered weights start from: ticket (the value that a weight was pruned with), rewind (its value at the '
         'rewind point) or zero.',

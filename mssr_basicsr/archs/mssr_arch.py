@@ -118,10 +118,10 @@ class MSSR(nn.Module):
     Args:
         backbone: the options, with ``type``, of any architecture registered with BasicSR.
         sparsity: the removed share of the prunable weights at each level, from 0 (dense) to K (smallest).
-        level: the level to run at. MSSR's own models set it themselves; set it here for a stock ``SRModel`` or
-            ``basicsr/test.py``. Above 0, the checkpoint's level map must have that level. A checkpoint of the forward
-            stage holds only its smallest level as it was trained: for others, use the backward stage's checkpoint, or
-            ``net_g_level{k}.pth``.
+        level: the level to run at, for a stock ``SRModel`` or ``basicsr/test.py``; MSSR's own models set it
+            themselves, and refuse it here. Above 0, the checkpoint's level map must have that level. A checkpoint of
+            the forward stage holds only its smallest level as it was trained: for others, use the backward stage's
+            checkpoint, or ``net_g_level{k}.pth``.
         prunable: name patterns of the weights that pruning may remove, among those of convolutions and linear layers.
             Default: all of them.
         unprunable: name patterns of weights to exclude from these.
@@ -154,7 +154,7 @@ class MSSR(nn.Module):
         architecture = known_as(ARCH_REGISTRY, backbone['type'])
         if architecture is None:
             allowed = nearest_first(backbone['type'], [name for name, _ in ARCH_REGISTRY if name != 'MSSR'])
-            allowed += '; others must be imported first: by their own train.py, or by mssr --import MODULE'
+            allowed += '; others must be imported first: by their own train.py, or by mssr COMMAND --import MODULE'
             raise OptionError('network_g.backbone.type', backbone['type'], allowed)
         self.backbone_options = deepcopy(without_weight_files(backbone))
         with arguments_checked('network_g.backbone', backbone, architecture):
