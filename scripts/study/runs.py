@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = 'train_MSSR_EDSR_8x32_x2_291_{}.yml'
 SPARSITY = (0, 0.5, 0.75, 0.875, 0.9375)  # of the main table
 LEVEL_ITER = [10000, 10000, 10000, 10000, 20000]  # the smallest level needs the longest training
-NESTED_ITER = [15000] * (len(SPARSITY) - 1)  # of main's backward stage
 CHOICES_SPARSITY = (0, 0.75, 0.9375)
 CHOICES_ITER = 1000
 LATEST = 'experiments/{}/models/net_g_latest.pth'  # what a run ends with
@@ -114,7 +113,7 @@ def main_table() -> list[Run]:
     main's layers; both train as long as main's level.
     """
     runs = [Run('main_forward', 'main', 'forward_lr', forward(LEVEL_ITER))]
-    nested = backward('main_forward', NESTED_ITER)
+    nested = backward('main_forward', [15000] * (len(SPARSITY) - 1))
     for name, more in (('main_backward', {}), ('main_backward_teacher', TICKET_TEACHER)):
         runs.append(Run(name, 'main', 'backward', {**nested, **more}, (LATEST.format('main_forward'),)))
     for name, network, num_iter in (
@@ -260,9 +259,12 @@ def x4() -> list[Run]:
 
 
 def srvgg() -> list[Run]:
-    """A network that other programs open, SRVGGNetCompact, by the schedule of `main` and the choices that won."""
+    """A network that other programs open, SRVGGNetCompact, by the choices that won.
+
+    The forward stage has the iterations of `main`, the backward stage 10,000 for each level.
+    """
     changes = {**SECOND_EDITION, 'train.optim_g.fused': True, 'network_g.backbone': SRVGG}
-    return both_stages('srvgg', LEVEL_ITER, NESTED_ITER, changes)
+    return both_stages('srvgg', LEVEL_ITER, LEVEL_ITER[:-1], changes)
 
 
 def trained() -> list[Run]:
