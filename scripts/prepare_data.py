@@ -1,6 +1,6 @@
 """Turn a folder of HR images into the HR/LR pair of LMDBs that BasicSR's PairedImageDataset reads.
 
-    python scripts/prepare_data.py --input DIV2K_train_HR --output data/DIV2K_x2 --scale 2 --sub-image 480 --step 240
+    python scripts/prepare_data.py --input DIV2K_HR --output datasets/DIV2K_x2 --scale 2 --sub-image 480 --step 240
 
 writes, with BasicSR's own LmdbMaker,
 
