@@ -241,8 +241,10 @@ FAULTS = {
     'pack net.pth --opt half.yml': "scale: found 'two'; allowed: a whole number of at least 1",
     'pack none.pth --opt net.yml': 'none.pth: there is no such file',
     'pack text.png --opt net.yml': 'text.png: it is not a checkpoint',
-    'pack net.pth --opt net.yml --lq x': "--lq: found 'x'; allowed: only with --gt",
-    'pack net.pth --opt net.yml --gt x': 'x: ',
+    'pack net.pth --opt net.yml --lq x': "--lq: found ['x']; allowed: one folder for each --gt, of which there are 0",
+    'pack net.pth --opt net.yml --gt x --gt a/x': "--gt: found ['x', 'a/x']; allowed: folders with different names",
+    'pack net.pth --opt net.yml --gt y': "--gt: found 'y'; allowed: a folder of images",
+    'pack net.pth --opt net.yml --gt x --lq y': "--lq: found 'y'; allowed: a folder of images",
     'pack records/net.pth --opt net.yml': 'records/levels.json: ',
 }
 
@@ -417,6 +419,20 @@ def test_pack_prints_json_alone(here: Path, capsys: pytest.CaptureFixture[str]) 
         expected = {key: pytest.approx(rounded[key] - exact[key], abs=1e-9) for key in ('psnr', 'ssim')}
         assert row['compared_with_F32'] == {'gt': expected}
         assert row['compared_with_F32']['gt']['psnr'] != 0
+
+
+def test_pack_measures_several_sets(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, name in enumerate(('one', 'two')):
+        for folder, size in ((name, (24, 22)), (f'{name}_lq', (12, 11))):
+            Path(folder).mkdir()
+            cv2.imwrite(f'{folder}/a.png', np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+    packing = 'pack net.pth --opt net.yml -o x.mssr --dtype int8 --json --gt one --gt two --lq one_lq --lq two_lq'
+    assert main(packing.split()) == 0
+    compared = json.loads(capsys.readouterr().out)['levels'][1]['compared_with_F32']
+    metrics = ScalableFile('x.mssr').header.metrics['1']
+    assert list(compared) == list(metrics) == ['one', 'two']
+    for name, found in metrics.items():
+        assert found == pytest.approx(evaluate('x.mssr', Path(name), Path(f'{name}_lq'))['1'], rel=1e-4)
 
 
 @pytest.mark.parametrize('dtype', ['fp32', 'int8'])

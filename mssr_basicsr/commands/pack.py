@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 from mssr_basicsr.commands import info
 from mssr_basicsr.commands.json_text import as_json
 
 HELP = 'turn a checkpoint into a .mssr file'
-EXAMPLES = ('mssr pack net_g_latest.pth --opt backward.yml -o net_g.mssr --dtype int8 --gt Set5/',)
+EXAMPLES = ('mssr pack net_g_latest.pth --opt backward.yml -o net_g.mssr --dtype int8 --gt Set5/ --gt Set14/',)
 
 _DTYPES = {'fp32': 'F32', 'fp16': 'F16', 'bf16': 'BF16', 'int8': 'I8'}
 
@@ -41,10 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'can be repeated',
     )
     parser.add_argument(
-        '--gt', type=Path, help='folder of ground-truth images: measure each level, and store the results'
+        '--gt',
+        action='append',
+        type=Path,
+        default=[],
+        help='folder of ground-truth images: measure each level, and store the results; can be repeated',
     )
     parser.add_argument(
-        '--lq', type=Path, help='folder of the LR images; default: the ground truth, downscaled by bicubic'
+        '--lq',
+        action='append',
+        type=Path,
+        default=[],
+        help='folder of the LR images, one for each --gt; default: the ground truth, downscaled by bicubic',
     )
     parser.add_argument('--json', action='store_true', help='print JSON')
 
@@ -63,33 +72,41 @@ def run(arguments: argparse.Namespace) -> int:
         raise OptionError('--metadata', [key for key, _ in arguments.metadata], 'each key only once')
     output = arguments.output or arguments.checkpoint.with_suffix('.mssr')
     require_output(output, arguments.checkpoint, arguments.opt)
-    if arguments.lq is not None and arguments.gt is None:
-        raise OptionError('--lq', str(arguments.lq), 'only with --gt, the folder of the ground truth')
+    sets = {folder.resolve().name: folder for folder in arguments.gt}
+    if len(sets) < len(arguments.gt):
+        raise OptionError('--gt', list(map(str, arguments.gt)), 'folders with different names')
+    if len(arguments.lq) not in (0, len(sets)):
+        raise OptionError(
+            '--lq', list(map(str, arguments.lq)), f'one folder for each --gt, of which there are {len(sets)}, or none'
+        )
+    for option, folders in (('--gt', arguments.gt), ('--lq', arguments.lq)):
+        for folder in folders:
+            if not folder.is_dir():
+                raise OptionError(option, str(folder), 'a folder of images')
     network, scale, metrics = load_checkpoint(arguments.checkpoint, arguments.opt)
     dtype = _DTYPES[arguments.dtype]
     if dtype != 'F32':
         metrics = {}  # they are of the exact values
     data = pack(network, scale, metrics, dtype, metadata)
-    changes: dict[str, dict[str, float]] = {}  # what rounding the weights does to each level's metrics
-    if arguments.gt is not None:
-        measured = evaluate(io.BytesIO(data), arguments.gt, arguments.lq)
-        if dtype != 'F32':
-            exact = evaluate(io.BytesIO(pack(network, scale)), arguments.gt, arguments.lq)
-            changes = {
-                level: {key: _difference(value, exact[level][key]) for key, value in values.items()}
-                for level, values in measured.items()
-            }
-        name = arguments.gt.resolve().name
-        merged = {level: {**metrics.get(level, {}), name: values} for level, values in measured.items()}
-        data = pack(network, scale, merged, dtype, metadata)
+    changes: dict[str, dict[str, dict[str, float]]] = {}  # what rounding does: by level, set and metric
+    exact = pack(network, scale) if sets and dtype != 'F32' else None
+    for (name, gt), lq in zip_longest(sets.items(), arguments.lq):
+        measured = evaluate(io.BytesIO(data), gt, lq)
+        of_exact = evaluate(io.BytesIO(exact), gt, lq) if exact else {}
         for level, values in measured.items():
-            compared = f' as {dtype}, {changes[level]["psnr"]:+.4f} dB compared with F32' if changes else ''
-            said = f'level {level}: PSNR {values["psnr"]:.4f} dB on {name}{compared}'
+            metrics.setdefault(level, {})[name] = values
+            said = f'level {level}: PSNR {values["psnr"]:.4f} dB on {name}'
+            if of_exact:
+                change = {key: _difference(value, of_exact[level][key]) for key, value in values.items()}
+                changes.setdefault(level, {})[name] = change
+                said += f' as {dtype}, {change["psnr"]:+.4f} dB compared with F32'
             print(said, file=sys.stderr if arguments.json else sys.stdout)
+    if sets:
+        data = pack(network, scale, metrics, dtype, metadata)
     write_whole(output, data)
     found = info.describe(output)
-    for level, change in changes.items():
-        found['levels'][int(level)]['compared_with_F32'] = {name: change}
+    for level, change_by_set in changes.items():
+        found['levels'][int(level)]['compared_with_F32'] = change_by_set
     print(as_json(found) if arguments.json else info.as_text(found))
     return 0
 
