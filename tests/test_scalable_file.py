@@ -237,14 +237,31 @@ def test_int8_has_the_same_integers_at_every_level() -> None:
         pack(packed, 2, dtype='I8')
 
 
-def test_the_shipped_model_meets_its_limits() -> None:
-    folder = Path(__file__).parents[1] / 'models'
-    path = folder / 'EDSR_8x32_x2_291.mssr'
-    with ScalableModel(path) as model:
-        dense = 4 * sum(tensor.numel() for tensor in model.network.state_dict().values())
-        assert model.header.sections[-1].end == path.stat().st_size < 0.91 * dense
-        assert model.header.metadata['license'] == 'Apache-2.0'
-        assert model.header.metrics['4']['Set5']['psnr'] == pytest.approx(37.0229, abs=1e-4)
+# Each shipped file's run in docs/results.json, and its size compared with the dense network's in fp32.
+SHIPPED = {
+    'EDSR_8x32_x2_291': ('main_backward_teacher', 0.91),
+    'SRVGGNetCompact_10x32_x2_291': ('srvgg_backward', 0.93),
+    'SRVGGNetCompact_10x32_x2_291_int8': ('srvgg_backward', 0.3),
+}
+
+
+def test_the_shipped_models_meet_their_limits() -> None:
+    folder = Path(__file__).parents[1]
+    results = json.loads((folder / 'docs' / 'results.json').read_text())
+    assert {path.stem for path in folder.glob('models/*.mssr')} == SHIPPED.keys()
+    for name, (run, share) in SHIPPED.items():
+        path = folder / 'models' / f'{name}.mssr'
+        with ScalableModel(path) as model:
+            header = model.header
+            dense = 4 * sum(tensor.numel() for tensor in model.network.state_dict().values())
+        assert header.sections[-1].end == path.stat().st_size < min(share * dense, 1.5e6)
+        assert header.metadata['license'] == 'Apache-2.0' and 'T91' in header.metadata['training_data']
+        assert run in header.metadata['description'] or 'options/' in header.metadata['description']
+        for record in results[run]['levels']:
+            for dataset, expected in record['metrics'].items():
+                found = header.metrics[str(record['level'])][dataset]
+                # Rounding to int8 costs a little.
+                assert found['psnr'] == pytest.approx(expected['psnr'], abs=0.05 if header.dtype == 'I8' else 2e-4)
 
 
 # ------------------------------ header ------------------------------ #

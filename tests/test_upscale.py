@@ -355,6 +355,21 @@ def test_extracted_levels_open_in_spandrel(name: str, tmp_path: Path) -> None:
         assert torch.allclose(loaded.model.eval()(x.clone()), ours(x), atol=1e-6)
 
 
+@pytest.mark.parametrize('name', ['SRVGGNetCompact_10x32_x2_291', 'SRVGGNetCompact_10x32_x2_291_int8'])
+def test_every_level_of_the_shipped_srvgg_opens_in_spandrel(name: str, tmp_path: Path) -> None:
+    from spandrel import ModelLoader
+
+    shipped = Path(__file__).parents[1] / 'models' / f'{name}.mssr'
+    x = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    for level in range(5):
+        path = tmp_path / f'level{level}.pth'
+        assert main(['extract', str(shipped), '--level', str(level), '-o', str(path)]) == 0
+        loaded = ModelLoader().load_from_file(path)
+        assert (loaded.scale, loaded.input_channels) == (2, 3)
+        with torch.no_grad():
+            assert torch.allclose(loaded.model.eval()(x.clone()), ScalableModel(shipped, level).network(x), atol=1e-5)
+
+
 @pytest.mark.slow
 @needs_onnx_export
 @pytest.mark.parametrize('name', ['EDSR', 'RCAN', 'SRVGGNetCompact'])
