@@ -17,6 +17,7 @@ from string import Template
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from matplotlib import colormaps
 from runs import CHOICES_SPARSITY, RUNS
 from study import read_results
 
@@ -349,6 +350,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
             label: [(record['parameters'], record['metrics'][dataset]['psnr']) for record in records]
             for label, records in families.items()
         }
+        axis.set_prop_cycle(color=colormaps['tab20'].colors)  # there are more families than default colours
         draw_psnr(axis, lines, 'parameters', {label: 's' for label, line in lines.items() if len(line) == 1})
         for name, known in PUBLISHED.items():
             place = (known.parameters, known.psnr[i])
