@@ -324,6 +324,8 @@ def write_wrong_file(kind: str, path: Path) -> None:
         torch.save(torch.zeros(3), path)
     elif kind == 'state':
         torch.save({'epoch': 0, 'iter': 4, 'optimizers': [], 'schedulers': []}, path)
+    elif kind == 'numbered':
+        torch.save({'params': dict(enumerate(whole['params'].values()))}, path)
     elif kind == 'bare':
         torch.save(whole['params'], path)
     elif kind == 'stock':
@@ -351,6 +353,7 @@ WRONG_FILES = {
     'bare': 'it has no network under params_ema, but is itself one: param_key_g: null takes it',
     'tensor': 'it holds a Tensor, not a dict as a checkpoint does',
     'state': 'it has no network under params_ema (it has epoch, iter, optimizers, schedulers)',
+    'numbered': 'it has no network under params_ema (it has params)',
     'stock': "the forward stage's last checkpoint (nothing is pruned in this one)",
     'unfinished': "the forward stage's last checkpoint (this one has been pruned to level 1 only)",
     'wider': 'have a different shape, such as backbone.conv_first.weight (16, 3, 3, 3) instead of (8, 3, 3, 3)',

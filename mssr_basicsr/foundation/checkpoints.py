@@ -60,7 +60,7 @@ def state_dict_of(checkpoint: Mapping[str, Any], key: str | None) -> dict[str, T
 
 
 def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values())
+    return isinstance(value, dict) and all(isinstance(name, str) and isinstance(t, Tensor) for name, t in value.items())
 
 
 def require_same_entries(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
