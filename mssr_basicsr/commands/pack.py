@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mssr_basicsr.commands import info
 from mssr_basicsr.commands.json_text import as_json
+from mssr_basicsr.foundation.checks import OptionError, require_folder
 
 HELP = 'turn a checkpoint into a .mssr file'
 EXAMPLES = ('mssr pack net_g_latest.pth --opt backward.yml -o net_g.mssr --dtype int8 --gt Set5/ --gt Set14/',)
@@ -64,7 +65,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     require_basicsr('to read a checkpoint of MSSR')
     from mssr_basicsr import evaluate, load_checkpoint, pack
-    from mssr_basicsr.foundation.checks import OptionError
     from mssr_basicsr.foundation.saving import require_output, write_whole
 
     metadata = dict(arguments.metadata)
@@ -72,17 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise OptionError('--metadata', [key for key, _ in arguments.metadata], 'each key only once')
     output = arguments.output or arguments.checkpoint.with_suffix('.mssr')
     require_output(output, arguments.checkpoint, arguments.opt)
-    sets = {folder.resolve().name: folder for folder in arguments.gt}
-    if len(sets) < len(arguments.gt):
-        raise OptionError('--gt', list(map(str, arguments.gt)), 'folders with different names')
-    if len(arguments.lq) not in (0, len(sets)):
-        raise OptionError(
-            '--lq', list(map(str, arguments.lq)), f'one folder for each --gt, of which there are {len(sets)}, or none'
-        )
-    for option, folders in (('--gt', arguments.gt), ('--lq', arguments.lq)):
-        for folder in folders:
-            if not folder.is_dir():
-                raise OptionError(option, str(folder), 'a folder of images')
+    sets = _validation_sets(arguments.gt, arguments.lq)
     network, scale, metrics = load_checkpoint(arguments.checkpoint, arguments.opt)
     dtype = _DTYPES[arguments.dtype]
     if dtype != 'F32':
@@ -90,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     data = pack(network, scale, metrics, dtype, metadata)
     changes: dict[str, dict[str, dict[str, float]]] = {}  # what rounding does: by level, set and metric
     exact = pack(network, scale) if sets and dtype != 'F32' else None
-    for (name, gt), lq in zip_longest(sets.items(), arguments.lq):
+    for name, (gt, lq) in sets.items():
         measured = evaluate(io.BytesIO(data), gt, lq)
         of_exact = evaluate(io.BytesIO(exact), gt, lq) if exact else {}
         for level, values in measured.items():
@@ -109,6 +99,20 @@ def run(arguments: argparse.Namespace) -> int:
         found['levels'][int(level)]['compared_with_F32'] = change_by_set
     print(as_json(found) if arguments.json else info.as_text(found))
     return 0
+
+
+def _validation_sets(gt: list[Path], lq: list[Path]) -> dict[str, tuple[Path, Path | None]]:
+    """The folders of ground truth and, if there are any, of LR images, by the name of the former; all are checked."""
+    names = [folder.resolve().name for folder in gt]
+    if len(set(names)) < len(names):
+        raise OptionError('--gt', list(map(str, gt)), 'folders with different names')
+    if len(lq) not in (0, len(gt)):
+        allowed = f'one folder for each --gt, of which there are {len(gt)}, or none'
+        raise OptionError('--lq', list(map(str, lq)), allowed)
+    for option, folders in (('--gt', gt), ('--lq', lq)):
+        for folder in folders:
+            require_folder(option, folder)
+    return dict(zip(names, zip_longest(gt, lq)))
 
 
 def _difference(value: float, exact: float) -> float:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from mssr_basicsr.commands.errors import one_line
 from mssr_basicsr.commands.json_text import as_json
-from mssr_basicsr.foundation.checks import OptionError, require_int
+from mssr_basicsr.foundation.checks import OptionError, require_folder, require_int
 from mssr_basicsr.sparse import ENGINES
 
 HELP = 'upscale an image or a folder'
@@ -209,8 +209,7 @@ def _truths(folder: Path | None) -> dict[str, Path]:
     """The ground-truth files by name without extension, leaving out ambiguous names."""
     if folder is None:
         return {}
-    if not folder.is_dir():
-        raise OptionError('--gt', str(folder), 'a folder of images')
+    require_folder('--gt', folder)
     files = [path for path in folder.iterdir() if path.is_file()]
     stems = Counter(path.stem for path in files)
     return {path.stem: path for path in files if stems[path.stem] == 1}

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Callable, TypeVar
 
 Options = TypeVar('Options')
@@ -103,6 +104,12 @@ def require_int(option: str, found: Any, low: int, high: float = float('inf'), n
         bounds = f'a whole number of at least {low}' if high == float('inf') else f'a whole number from {low} to {high}'
         raise OptionError(option, found, bounds + note)
     return int(found)
+
+
+def require_folder(option: str, found: Path) -> None:
+    """Raise :class:`OptionError` unless ``found`` is a folder."""
+    if not found.is_dir():
+        raise OptionError(option, str(found), 'a folder of images')
 
 
 def require_iterations(option: str, found: Any, num_levels: int) -> list[int]:
