@@ -55,7 +55,7 @@ def state_dict_of(checkpoint: Mapping[str, Any], key: str | None) -> dict[str, T
             raise CheckpointError(f'it has no network under {key}, but is itself one: param_key_g: null takes it')
         raise CheckpointError(f'it has no network under {key or "its root"} (it has {found or "nothing"})')
     if any(name.startswith(_OF_DDP) for name in state):
-        return {name[len(_OF_DDP) :] if name.startswith(_OF_DDP) else name: tensor for name, tensor in state.items()}
+        return {name.removeprefix(_OF_DDP): tensor for name, tensor in state.items()}
     return state  # type: ignore[no-any-return]  # as it is: torch keeps the format's version with it
 
 
