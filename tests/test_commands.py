@@ -213,13 +213,17 @@ FAULTS = {
     'verify none.mssr': 'none.mssr: No such file or directory',
     'extract m.mssr -o x': "--output: found 'x'; allowed: a name that ends in .pth, .safetensors or .mssr",
     'extract m.mssr -o a.png/x.pth': "--output: found 'a.png/x.pth'; allowed: a path inside a folder; a.png is not one",
-    'extract m.mssr -o broken/x.pth': "--output: found 'broken/x.pth'; allowed: a path inside a folder; broken is",
+    'extract m.mssr -o broken/x.pth': (
+        "--output: found 'broken/x.pth'; allowed: a path inside a folder; broken is not one"
+    ),
     'extract m.mssr -o x.pth --level 1': "--output: found 'x.pth'; allowed: a file; this is a folder",
     'pack net.pth --opt net.yml -o x': "--output: found 'x'; allowed: a file; this is a folder",
     'export m.mssr --onnx x': "--onnx: found 'x'; allowed: a file; this is a folder",
     'extract m.mssr -o y.pth --level 7': 'level 7: this model has levels 0 to 2',
     'extract m.mssr -o y.pth --spandrel': "--spandrel: found 'EDSR'; allowed: RCAN, RRDBNet, SRVGGNetCompact, SwinIR",
-    'extract m.mssr -o x.mssr --spandrel': "--output: found 'x.mssr'; allowed: with --spandrel, a name",
+    'extract m.mssr -o x.mssr --spandrel': (
+        "--output: found 'x.mssr'; allowed: with --spandrel, a name that ends in .pth"
+    ),
     'export m.mssr --onnx y.onnx --opset 3': (
         '--opset: found 3; allowed: ' if EXPORTS_ONNX else 'onnx: torch 2.7 or newer is needed'
     ),
@@ -243,6 +247,7 @@ FAULTS = {
     'pack text.png --opt net.yml': 'text.png: it is not a checkpoint',
     'pack net.pth --opt net.yml --lq x': "--lq: found ['x']; allowed: one folder for each --gt, of which there are 0",
     'pack net.pth --opt net.yml --gt x --gt a/x': "--gt: found ['x', 'a/x']; allowed: folders with different names",
+    'pack net.pth --opt net.yml --gt x': 'x: ',
     'pack net.pth --opt net.yml --gt y': "--gt: found 'y'; allowed: a folder of images",
     'pack net.pth --opt net.yml --gt x --lq y': "--lq: found 'y'; allowed: a folder of images",
     'pack records/net.pth --opt net.yml': 'records/levels.json: ',

@@ -257,6 +257,8 @@ def test_the_shipped_models_meet_their_limits() -> None:
         assert header.sections[-1].end == path.stat().st_size < min(share * dense, 1.5e6)
         assert header.metadata['license'] == 'Apache-2.0' and 'T91' in header.metadata['training_data']
         assert run in header.metadata['description'] or 'options/' in header.metadata['description']
+        if run == 'main_backward_teacher':
+            assert header.metrics['4']['Set5']['psnr'] == pytest.approx(37.0229, abs=1e-4)
         for record in results[run]['levels']:
             for dataset, expected in record['metrics'].items():
                 found = header.metrics[str(record['level'])][dataset]
