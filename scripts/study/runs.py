@@ -44,6 +44,7 @@ SRVGG = {
     'type': 'SRVGGNetCompact', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 32, 'num_conv': 10, 'upscale': 2,
     'act_type': 'prelu',
 }  # fmt: skip
+SRVGG_FP32 = {**SECOND_EDITION, 'train.optim_g.fused': True, 'network_g.backbone': SRVGG}
 SRVGG_DENSE = 'experiments/srvgg_forward/models/net_g_level0.pth'
 
 Changes = Mapping[str, Any]
@@ -263,8 +264,7 @@ def srvgg() -> list[Run]:
 
     The forward stage has the iterations of `main`, the backward stage 10,000 for each level.
     """
-    changes = {**SECOND_EDITION, 'train.optim_g.fused': True, 'network_g.backbone': SRVGG}
-    return both_stages('srvgg', LEVEL_ITER, LEVEL_ITER[:-1], changes)
+    return both_stages('srvgg', LEVEL_ITER, [10000] * (len(SPARSITY) - 1), SRVGG_FP32)
 
 
 def trained() -> list[Run]:
@@ -281,10 +281,8 @@ def gan() -> list[Run]:
     """A GAN, from the dense level of `srvgg`: without a perceptual loss, whose network would have to be downloaded."""
     each = [2000] * len(SPARSITY)
     adversarial = {
-        **SECOND_EDITION,
-        'train.optim_g.fused': True,
+        **SRVGG_FP32,
         'base_model_type': 'SRGANModel',
-        'network_g.backbone': SRVGG,
         'network_d': {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 16, 'skip_connection': True},
         'train.gan_opt': {
             'type': 'GANLoss', 'gan_type': 'vanilla', 'real_label_val': 1.0, 'fake_label_val': 0.0, 'loss_weight': 0.1,

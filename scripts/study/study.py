@@ -25,7 +25,7 @@ import yaml
 from basicsr.archs import build_network
 from runs import DENSE, LATEST, RANDOM_MASKS, ROOT, RUNS, Run, options_of
 
-from mssr_basicsr.adapter.records import describe_level
+from mssr_basicsr.adapter.records import RECORDS, describe_level
 from mssr_basicsr.foundation.saving import write_whole
 
 sys.path.insert(0, str(ROOT / 'scripts'))
@@ -74,7 +74,7 @@ def train(run: Run, again: bool = False) -> None:
 def keep(run: Run) -> None:
     """Write what a finished run gave into docs/results.json; if it was run before, beside what it gave then."""
     experiment = Path('experiments', run.name)
-    logs, levels = read_logs(experiment), experiment / 'models' / 'levels.json'
+    logs, levels = read_logs(experiment), experiment / 'models' / RECORDS
     seconds, data_seconds = iteration_seconds(logs)
     result = {
         'table': run.table,
