@@ -5,8 +5,8 @@
  *
  * Activations. A row of W pixels is kept as S vectors, S * LANES >= W: lane l of vector j is pixel S * l + j, so the
  * pixel to the right is the same lane of the next vector. Shifts by a pixel are therefore other, aligned vectors; only
- * beyond the ends (j = -1 and j = S) is the vector another one moved by a lane. Pixels from W on are zero. Pixel shuffle
- * and nearest upsampling by r move whole vectors (vector j to r * j + dx), and cost nothing. A value is
+ * beyond the ends (j = -1 and j = S) is the vector another one moved by a lane. Pixels from W on are zero. Pixel
+ * shuffle and nearest upsampling by r move whole vectors (vector j to r * j + dx), and cost nothing. A value is
  * [rows][channels][S][LANES], with ROW_GAP vectors after each row; it may have fewer rows than the image, row y then
  * being at y % rows: rows that nobody needs any more are overwritten.
  *
