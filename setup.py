@@ -142,6 +142,7 @@ setup(
             'onnxruntime',
             'onnxscript',
             'pytest',
+            'pytest-xdist>=3.2',
             'ruff',
             'setuptools>=64,<82',
             'spandrel',

@@ -7,4 +7,5 @@ cd "$(dirname "$0")/.."
 ruff format --check .
 ruff check .
 mypy
-python -m pytest "$@"
+# A test computes with one thread, so each core has tests of its own.
+python -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"
