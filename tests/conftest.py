@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Callable
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -131,8 +133,12 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _reproducible() -> None:
+    """One thread, and the same random numbers whichever tests ran before: a test that fails does so again alone."""
     torch.set_num_threads(1)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope='session')

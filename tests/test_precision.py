@@ -58,7 +58,11 @@ def test_channels_last_only_changes_the_layout_inside(precision: str) -> None:
     assert {features.dtype for features in inside} == {torch.bfloat16 if precision == 'bf16' else torch.float32}
     stay = [y, *network.parameters(), *(parameter.grad for parameter in network.parameters())]
     assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in stay)
-    assert torch.allclose(y, network(x), rtol=1e-5 if precision == 'fp32' else 1e-2)
+    expected = network(x)
+    # Rounding adds up along the whole network, so it is measured by the range of the outputs: one near 0 is not more
+    # exact than the others. In bf16, whose numbers are 1/128 apart, 2000 random networks differ by up to 0.6 % of it.
+    tolerance = 1e-5 if precision == 'fp32' else 2e-2
+    assert (y - expected).abs().max() <= tolerance * (expected.max() - expected.min())
     assert not is_channels_last(inside[-1])  # the last call was outside of the context
 
 
