@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from basicsr.archs import build_network
-from conftest import BACKBONES, SPARSITY, TOY_EDSR, pruned_mssr
+from basicsr.utils.registry import ARCH_REGISTRY
+from conftest import BACKBONES, SPARSITY, TOY_EDSR, assert_same, pruned_mssr
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mssr_basicsr.archs.mssr_arch import MSSR, find_prunable
 from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.losses.self_distillation import SelfDistillation
+from mssr_basicsr.losses.ssd_loss import SSDLoss
 from mssr_basicsr.method.level_map import mask_of, num_kept
+from mssr_basicsr.models.levelwise_training import frozen_copy
 
 backbones = pytest.mark.parametrize('backbone', BACKBONES.values(), ids=BACKBONES.keys())
 
@@ -60,6 +66,78 @@ def test_an_exported_level_loads_into_the_stock_backbone_and_gives_the_same_imag
     assert not torch.equal(outputs[1], outputs[2])
 
 
+class Checkpointing(nn.Module):
+    """A toy network that can compute its blocks again in the backward pass, as SwinIR does with ``use_checkpoint``."""
+
+    def __init__(self, checkpoint: Any = lambda block, x: block(x)) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 3, 1, 1), nn.GELU()) for _ in range(3))
+        self.tail = nn.Conv2d(3, 12, 3, 1, 1)
+        self.checkpoint = checkpoint
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.body:
+            x = self.checkpoint(block, x)
+        return nn.functional.pixel_shuffle(self.tail(x), 2)
+
+
+@pytest.mark.parametrize('distilled', [False, True])
+def test_gradient_checkpointing_has_the_same_gradients(distilled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the network does not say otherwise, whatever it calls torch's function; its teacher uses it as well."""
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Checkpointing', Checkpointing)
+    x, gt = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 32, 32)
+    calls = []
+
+    def counting(block: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: (calls.append(block), block(x))[1], x)
+
+    gradients = []
+    for options in ({}, {'checkpoint': counting}):
+        network = pruned_mssr({'type': 'Checkpointing', **options})
+        network.level = 1
+        distillation = SelfDistillation(SSDLoss('all'), frozen_copy(network.backbone), network.feature_taps)
+        with distillation.watching(network.backbone, x, 'seed'):
+            image = network(x)
+            loss = (image - gt).abs().mean()
+            if distilled:
+                term = distillation.term(image, gt)
+                assert term is not None
+                loss = loss + term
+            calls.clear()
+            loss.backward()
+        gradients.append({name: weight.grad for name, weight in network.backbone.named_parameters()})
+    assert calls  # blocks were computed again
+    assert_same(gradients[1], gradients[0])
+
+
+def test_reentrant_checkpointing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gives it no context to be computed again in; at level 0 too, for the training to end at once."""
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Checkpointing', Checkpointing)
+    network = MSSR({'type': 'Checkpointing', 'checkpoint': partial(checkpoint, use_reentrant=True)}, SPARSITY)
+    expected = (
+        "network_g.backbone: found 'Checkpointing'; allowed: a network whose code does not call torch.utils.checkpoint "
+        'with use_reentrant=True.'
+    )
+    with pytest.raises(OptionError) as error:
+        network(torch.rand(1, 3, 16, 16))
+    assert str(error.value) == expected
+
+
+def test_a_backbone_may_take_more_than_one_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, 1, 1)
+
+        def forward(self, x: Tensor, noise: float, *, shift: float = 0) -> Tensor:
+            return self.conv(x) * noise + shift
+
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Noisy', Noisy)
+    network, x = pruned_mssr({'type': 'Noisy'}), torch.rand(1, 3, 8, 8)
+    network.level = 1
+    assert torch.equal(network(x, 0.5, shift=1), network(x, 1) * 0.5 + 1)
+
+
 def test_attention_tables_norms_and_biases_are_never_prunable() -> None:
     network = MSSR(BACKBONES['SwinIR'], SPARSITY)
     assert {name.rpartition('.')[2] for name in network.prunable_names} == {'weight'}
@@ -79,9 +157,25 @@ def test_backbones_that_cannot_be_pruned_are_refused() -> None:
     """One without a layer to prune, and one whose two layers share a weight."""
     sharing = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
     sharing[1].weight = sharing[0].weight
-    for layers, allowed in ((nn.ReLU(), 'with convolutions'), (sharing, 'whose layers share no weights')):
-        with pytest.raises(OptionError, match=rf'network_g\.backbone: found .*; allowed: a network {allowed}'):
+    repeated = nn.Sequential(*[nn.Sequential(nn.Conv2d(3, 3, 1))] * 2)  # one layer under two names
+    kept_from_training = nn.Sequential(nn.Conv2d(3, 3, 1)).requires_grad_(False)
+    for layers, allowed in (
+        (nn.ReLU(), 'with convolutions or linear layers that train'),
+        (kept_from_training, 'with convolutions or linear layers that train'),
+        (sharing, 'whose layers share no weights (0.weight is also 1.weight), or name it in unprunable'),
+        (repeated, 'whose layers share no weights (0.0.weight is also 1.0.weight), or name it in unprunable'),
+    ):
+        with pytest.raises(OptionError) as error:
             find_prunable(layers, ['*'], [])
+        assert str(error.value).endswith(f'; allowed: a network {allowed}.')
+
+
+def test_shared_weights_and_those_that_do_not_train_are_left_alone() -> None:
+    """A weight that two layers share would be pruned in one of them alone; colours are shifted by one that is given."""
+    layers = nn.Sequential(nn.Conv2d(3, 3, 1).requires_grad_(False), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    assert find_prunable(layers, ['*'], []) == ['1.weight', '2.weight']
+    twice = nn.Sequential(nn.Conv2d(3, 3, 1), *[nn.Conv2d(3, 3, 1)] * 2)
+    assert find_prunable(twice, ['*'], ['1.*']) == ['0.weight']
 
 
 @pytest.mark.filterwarnings('ignore:.*weight_norm.* is deprecated')

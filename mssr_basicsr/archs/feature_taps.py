@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from mssr_basicsr.archs.recomputation import recomputed_within
 from mssr_basicsr.foundation.checks import OptionError, match_names
 
 
@@ -144,12 +145,18 @@ class ImageFinisher:
 
     def _run(self, x: Tensor, features: Mapping[str, Tensor], replaced: Sequence[nn.Module]) -> Tensor:
         """The images from all of ``features``, as one batch; the modules ``replaced``, before all taps, do not run."""
-        with ExitStack() as stack:
-            for module in replaced:
-                stack.enter_context(forward_replaced(module, lambda features, *args, **kwargs: features))
-            for i, (tap, given) in enumerate(features.items()):
-                module = self.network.get_submodule(tap)
-                stack.enter_context(forward_replaced(module, _giving(given, module.forward if i else None)))
+
+        @contextmanager
+        def given() -> Iterator[None]:
+            with ExitStack() as stack:
+                for module in replaced:
+                    stack.enter_context(forward_replaced(module, lambda features, *args, **kwargs: features))
+                for i, (tap, output) in enumerate(features.items()):
+                    module = self.network.get_submodule(tap)
+                    stack.enter_context(forward_replaced(module, _giving(output, module.forward if i else None)))
+                yield
+
+        with recomputed_within(given, self.network):
             return self.network(torch.cat([x] * len(features)))  # type: ignore[no-any-return]
 
     @torch.no_grad()

@@ -14,8 +14,10 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.stateless import _reparametrize_module
 
 from mssr_basicsr.archs.feature_taps import find_feature_taps
+from mssr_basicsr.archs.recomputation import recomputed_within
 from mssr_basicsr.foundation.checkpoints import CheckpointError
 from mssr_basicsr.foundation.checks import (
     OptionError,
@@ -51,23 +53,29 @@ def find_prunable(backbone: nn.Module, prunable: Sequence[str], unprunable: Sequ
     """The names of the weights that pruning may remove.
 
     These are the weights of convolutions and linear layers (never biases, norms or attention tables: our choice, as
-    these are under 1 % of the parameters) that match a pattern of ``prunable`` and none of ``unprunable``.
+    these are under 1 % of the parameters) that match a pattern of ``prunable`` and none of ``unprunable``. Weights that
+    the architecture keeps from training, such as those that shift colours, are not among them.
     """
     layers = [name for name, layer in backbone.named_modules() if isinstance(layer, (_ConvNd, nn.Linear))]
     names = [f'{name}.weight' for name in layers]
-    if not names:
-        raise OptionError('network_g.backbone', type(backbone).__name__, 'a network with convolutions or linear layers')
     parameters = dict(backbone.named_parameters(remove_duplicate=False))
     computed = [name for name in names if name not in parameters]
     if computed:
         allowed = f'a network whose weights are parameters ({computed[0]} is computed, as weight_norm does)'
         raise OptionError('network_g.backbone', type(backbone).__name__, allowed)
-    if len({id(parameters[name]) for name in names}) < len(names):
-        raise OptionError('network_g.backbone', type(backbone).__name__, 'a network whose layers share no weights')
+    names = [name for name in names if parameters[name].requires_grad]
+    if not names:
+        allowed = 'a network with convolutions or linear layers that train'
+        raise OptionError('network_g.backbone', type(backbone).__name__, allowed)
     removed = set(match_names('network_g.unprunable', unprunable, names))
     kept = [name for name in match_names('network_g.prunable', prunable, names) if name not in removed]
     if not kept:
         raise OptionError('network_g.unprunable', list(unprunable), 'patterns that leave one of ' + ', '.join(names))
+    for name in kept:
+        shared = [other for other, weight in parameters.items() if weight is parameters[name] and other != name]
+        if shared:
+            allowed = f'a network whose layers share no weights ({name} is also {shared[0]}), or name it in unprunable'
+            raise OptionError('network_g.backbone', type(backbone).__name__, allowed)
     return kept
 
 
@@ -241,14 +249,14 @@ class MSSR(nn.Module):
             state[name][~mask] = 0
         return state
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Upscale ``x`` (N, C, H, W) with the sub-network at the current level."""
-        if self._level == 0:
-            return self.backbone(x)  # type: ignore[no-any-return]
-        masked = self._mask_weights()
-        return torch.func.functional_call(  # type: ignore[no-any-return]
-            self.backbone, dict(zip(self.prunable_names, masked)), (x,), tie_weights=False
-        )
+    def forward(self, *inputs: Any, **others: Any) -> Any:
+        """What the backbone makes of its inputs with the sub-network at the current level.
+
+        Most take one tensor, (N, C, H, W), and return the upscaled images.
+        """
+        masked = {} if self._level == 0 else dict(zip(self.prunable_names, self._mask_weights()))
+        with recomputed_within(lambda: _reparametrize_module(self.backbone, masked), self.backbone):
+            return self.backbone(*inputs, **others)
 
     def _weights(self) -> list[Tensor]:
         # By attribute, since the copies that DataParallel makes of a module have no named_parameters.
