@@ -535,6 +535,45 @@ def test_testing_every_level_and_one_level_with_the_stock_model(
 
     test_opt['network_g']['level'] = 1
     results = run({**test_opt, 'name': 'stock', 'model_type': 'SRModel'})
+class Fusing(nn.Module):
+    """In eval mode it computes by one convolution what it trains as two, as SPAN does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 3, 1, 1)) for _ in range(2))
+        self.wide, self.narrow = nn.Conv2d(3, 12, 3, 1, 1), nn.Conv2d(3, 12, 3, 1, 1)
+        self.fused = nn.Conv2d(3, 12, 3, 1, 1).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.body:
+            x = block(x)
+        if self.training:
+            return nn.functional.pixel_shuffle(self.wide(x) + self.narrow(x), 2)
+        self.fused.weight.data = self.wide.weight.data + self.narrow.weight.data
+        self.fused.bias.data = self.wide.bias.data + self.narrow.bias.data
+        return nn.functional.pixel_shuffle(self.fused(x), 2)
+
+
+def test_a_network_that_computes_weights_in_eval_mode(
+    forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validating one level leaves the weights of the others as they were."""
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Fusing', Fusing)
+    network_g = {**forward_opt['network_g'], 'backbone': {'type': 'Fusing'}}
+    run({**forward_opt, 'network_g': network_g})
+    models = run({**backward_opt, 'network_g': network_g}) / 'models'
+    result = MSSR({'type': 'Fusing'}, SPARSITY)
+    result.load_state_dict(load(models / 'net_g_latest.pth')['params_ema'])
+    assert 'fused.weight' not in result.prunable_names
+    x, levels = torch.rand(1, 3, 16, 16), [result.export(level) for level in range(3)]
+    for level, exported in enumerate(levels):
+        result.level = level
+        plain = Fusing().eval()
+        plain.load_state_dict(exported)
+        with torch.no_grad():
+            assert torch.equal(result.eval()(x), plain(x))
+
+
     log = next(results.glob('*.log')).read_text()
     assert f'psnr: {records[1]["metrics"]["toyval"]["psnr"]:.4f}' in log
 

@@ -112,15 +112,17 @@ class NestedLevels(Base):
         """While the context is open, ``net_g`` is the :attr:`result`, without a DDP wrapper.
 
         Some of BasicSR's model classes, such as VideoRecurrentModel, validate ``net_g`` even if there is an EMA. With a
-        DDP wrapper, one rank would wait for the others.
+        DDP wrapper, one rank would wait for the others. Some networks, such as SPAN, compute weights in eval mode.
         """
         state, level, trained, result = random_state(), self.network.level, self.net_g, self.result
+        weights = {name: tensor.clone() for name, tensor in result.backbone.state_dict().items()}
         modes = [(net, net.training) for net in (trained, result)]
         self.net_g = result
         try:
             yield
         finally:
             self.net_g = trained
+            result.backbone.load_state_dict(weights)
             for net, training in modes:
                 net.train(training)  # not every model class does
             self.set_level(level)
