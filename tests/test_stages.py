@@ -481,6 +481,33 @@ def test_users_schedules_may_skip_levels(
         def plan(self, delta_sizes: list[int]) -> list[LevelTraining]:
             assert sum(delta_sizes) == TOTAL
             return [LevelTraining(0, self.num_iter)]
+class OwnValidation(SRModel):
+    """It logs its metrics as BasicSR does, of which it keeps the best only where there is none yet."""
+
+    def nondist_validation(self, dataloader: Any, current_iter: int, tb_logger: Any, save_img: bool) -> None:
+        if not hasattr(self, 'best_metric_results'):
+            self._initialize_best_metric_results(dataloader.dataset.opt['name'])
+        self.metric_results = {'psnr': float(self.network.level)}
+        self._log_validation_metric_values(current_iter, dataloader.dataset.opt['name'], tb_logger)
+
+
+class SilentValidation(SRModel):
+    def nondist_validation(self, dataloader: Any, current_iter: int, tb_logger: Any, save_img: bool) -> None:
+        pass
+
+
+def test_a_validation_of_its_own(forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'OwnValidation', OwnValidation)
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'SilentValidation', SilentValidation)
+    own = run({**deepcopy(forward_opt), 'base_model_type': 'OwnValidation', 'name': 'own'})
+    records = json.loads((own / 'models' / 'levels.json').read_text())
+    assert [record['metrics'] for record in records] == [{'toyval': {'psnr': level}} for level in range(3)]
+
+    silent = run({**forward_opt, 'base_model_type': 'SilentValidation', 'name': 'silent'})
+    (log,) = silent.glob('*.log')
+    assert "WARNING: levels.json lacks toyval's metrics, which SilentValidation does not tell." in log.read_text()
+
+
 
     monkeypatch.setattr(EXPANSION_REGISTRY, '_entries', dict(EXPANSION_REGISTRY._entries))
     EXPANSION_REGISTRY.register(AtOnce)

@@ -107,7 +107,7 @@ class LevelwiseTraining(NestedLevels):
         self.restart_training(training)
         if self.ema_decay > 0:
             self.net_g_ema.load_state_dict(self.network.state_dict())
-        self.best_metric_results: dict[str, Any] = {}  # BasicSR's log line of the best so far: the best of this level
+        self.__dict__.pop('best_metric_results', None)  # BasicSR's log of the best so far begins anew at each level
         self._require_agreement(f'Start of level {training.level}')
 
     def end_level(self, training: LevelTraining) -> None:

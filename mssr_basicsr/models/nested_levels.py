@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,11 @@ class NestedLevels(Base):
     def result(self) -> MSSR:
         """The network whose weights are validated and exported: the EMA if there is one."""
         return getattr(self, 'net_g_ema', self.network)
+
+    @property
+    def base_name(self) -> str:
+        """The name of the model class that is extended."""
+        return self.opt.get('base_model_type', 'SRModel')  # type: ignore[no-any-return]
 
     def set_level(self, level: int) -> None:
         """Put the network and its EMA at ``level``."""
@@ -157,8 +163,13 @@ class NestedLevels(Base):
     def _record_validation(self, level: int, name: str) -> None:
         record = self.record(level)
         record.update(self.describe(level))
-        if self._measured:
-            record['metrics'][name] = dict(self._measured)
+        # A class with a validation of its own may keep no best results, but means, as BasicSR's do to log them.
+        means = vars(self).get('metric_results') or {}
+        measured = self._measured or {metric: float(mean) for metric, mean in means.items() if isinstance(mean, Real)}
+        if measured:
+            record['metrics'][name] = measured
+        elif self.opt['val'].get('metrics'):
+            get_root_logger().warning(f"{RECORDS} lacks {name}'s metrics, which {self.base_name} does not tell.")
 
     def decisive_options(self) -> dict[str, Any]:
         """The options that affect levels, by their names in the YAML."""
