@@ -228,6 +228,139 @@ def test_a_stock_checkpoint_as_level_0(forward_opt: dict[str, Any], run: Run) ->
     torch.save({'params': stock}, 'stock.pth')
     forward_opt['path']['pretrain_network_g'] = 'stock.pth'
     forward_opt['train'].update(first_level=1, total_iter=8)
+class Unusual(SRModel):
+    """A model class that trains its network in a way of its own."""
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        self.optimizer_g.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        self.optimizer_g.step()
+        self.log_dict = self.reduce_loss_dict({'l_pix': loss})
+        if self.ema_decay > 0:
+            self.model_ema(self.ema_decay)
+
+    def loss(self) -> Tensor:
+        raise NotImplementedError
+
+
+class WithAutocast(Unusual):
+    def loss(self) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            self.output = self.net_g(self.lq)
+        return self.cri_pix(self.output, self.gt)  # type: ignore[no-any-return]
+
+
+class WithPadding(Unusual):
+    def loss(self) -> Tensor:
+        self.output = self.net_g(nn.functional.pad(self.lq, (0, 8, 0, 8)))
+        return self.cri_pix(self.output, nn.functional.pad(self.gt, (0, 16, 0, 16)))  # type: ignore[no-any-return]
+
+
+class WithCroppedOutput(Unusual):
+    def loss(self) -> Tensor:
+        self.output = self.net_g(nn.functional.pad(self.lq, (0, 8, 0, 8)))[..., :32, :32]
+        return self.cri_pix(self.output, self.gt)  # type: ignore[no-any-return]
+
+
+class WithTwoPasses(Unusual):
+    def loss(self) -> Tensor:
+        self.output = (self.net_g(self.lq) + self.net_g(self.lq.flip(-1)).flip(-1)) / 2
+        return self.cri_pix(self.output, self.gt)  # type: ignore[no-any-return]
+
+
+class WithItsOwnLoss(Unusual):
+    def loss(self) -> Tensor:
+        self.output = self.net_g(self.lq)
+        return (self.output - self.gt).square().mean()
+
+
+@pytest.mark.parametrize('base', [WithAutocast, WithPadding])
+def test_features_are_those_of_the_iteration_itself(
+    base: type, forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the precision and of the input that the model class gives its network."""
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Unusual', base)
+    finish, finished = ImageFinisher.finish, []
+
+    def spy(finisher: ImageFinisher, x: Tensor, features: dict[str, Tensor]) -> list[Tensor]:
+        images = finish(finisher, x, features)
+        dtypes = {tensor.dtype for tensor in features.values()}
+        finished.append((tuple(images[0].shape), dtypes, torch.is_autocast_enabled('cpu')))
+        return images
+
+    monkeypatch.setattr(ImageFinisher, 'finish', spy)
+    run({**forward_opt, 'base_model_type': 'Unusual'})
+    autocast = ((2, 3, 32, 32), {torch.bfloat16}, True)
+    padded = ((2, 3, 48, 48), {torch.float32}, False)
+    assert finished == [autocast if base is WithAutocast else padded] * (1 + 4 + 4)
+
+
+@pytest.mark.parametrize(
+    ('base', 'expected'),
+    [
+        (
+            WithTwoPasses,
+            "network_g.feature_taps: found 'body.0, which runs 2 times'; allowed: modules that run once per forward "
+            'pass and return one tensor (or no train.ssd_opt).',
+        ),
+        (
+            WithCroppedOutput,
+            "train.ssd_opt: found {'type': 'SSDLoss', 'num_depths': 2}; allowed: nothing with Unusual and EDSR: a "
+            'larger network cannot finish images from the features of a smaller one here (The size of tensor a (48) '
+            'must match the size of tensor b (32) at non-singleton dimension 3).',
+        ),
+        (
+            WithItsOwnLoss,
+            "train.ssd_opt: found {'type': 'SSDLoss', 'num_depths': 2}; allowed: nothing with Unusual, which computes "
+            'its loss without cri_pix.',
+        ),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused_at_once(
+    base: type, expected: str, forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after level 0, which distils nothing."""
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Unusual', base)
+    with pytest.raises(OptionError) as error:
+        run({**forward_opt, 'base_model_type': 'Unusual'})
+    assert str(error.value) == expected
+    (log,) = Path('experiments/forward').glob('*.log')
+    assert 'iter:       1' not in log.read_text()
+
+
+def test_a_ticket_that_no_loss_compares_with_is_refused(
+    forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(forward_opt)
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Unusual', WithItsOwnLoss)
+    backward_opt['train']['ticket_opt'] = {'type': 'L1Loss'}
+    expected = r'train\.ticket_opt: found .*; allowed: nothing with Unusual, which computes its loss without cri_pix\.'
+    with pytest.raises(OptionError, match=expected):
+        run({**backward_opt, 'base_model_type': 'Unusual'})
+
+
+class OptimizerAtOnce(SRModel):
+    """It creates an optimizer where only the first level would have it."""
+
+    def init_training_settings(self) -> None:
+        super().init_training_settings()
+        self.optimizers.append(torch.optim.SGD(self.net_g.parameters(), lr=1e-3))
+
+
+def test_an_optimizer_that_later_levels_would_not_have_is_refused(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'OptimizerAtOnce', OptimizerAtOnce)
+    expected = (
+        "base_model_type: found 'OptimizerAtOnce'; allowed: a class that creates all of its optimizers in "
+        'setup_optimizers (OptimizerAtOnce does not).'
+    )
+    with pytest.raises(OptionError) as error:
+        run({**forward_opt, 'base_model_type': 'OptimizerAtOnce'})
+    assert str(error.value) == expected
+
+
     del forward_opt['train']['rewind_iter']
     models = run(forward_opt) / 'models'
     assert equal(load(models / 'net_g_latest.pth')['rewind'], stock)

@@ -141,6 +141,9 @@ class LevelwiseTraining(NestedLevels):
         self.schedulers.clear()
         self.setup_optimizers()
         self.setup_schedulers()
+        if len(self.optimizers) < self._num_optimizers:
+            allowed = f'a class that creates all of its optimizers in setup_optimizers ({self.base_name} does not)'
+            raise OptionError('base_model_type', self.base_name, allowed)
 
     # ------------------------------ one iteration ------------------------------ #
 
@@ -203,6 +206,7 @@ class LevelwiseTraining(NestedLevels):
         self.current_iter = self.step = 0
         self._untrained_at_first = self._untrained()
         super().init_training_settings()
+        self._num_optimizers = len(self.optimizers)
         self.plan = TrainingPlan(self.make_plan())
         self.plan.check({**self.opt, 'train': self._train_opt})
         self._warn_of_unprunable()
