@@ -12,7 +12,7 @@ from conftest import BACKBONES, TOY_EDSR
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mssr_basicsr.archs.feature_taps import ImageFinisher, find_feature_taps, record_features
+from mssr_basicsr.archs.feature_taps import ImageFinisher, features_of, find_feature_taps, record_outputs
 from mssr_basicsr.losses.self_distillation import SelfDistillation
 from mssr_basicsr.losses.ssd_loss import SSDLoss
 
@@ -34,8 +34,9 @@ def test_taps_are_found_and_what_features_replace_is_not_computed(name: str) -> 
 
     x = torch.rand(2, 3, 16, 16)
     finisher = ImageFinisher(network, taps)
-    with torch.no_grad(), record_features(network, taps) as features:
+    with torch.no_grad(), record_outputs(network, taps) as outputs:
         image = network(x)
+    features = features_of(outputs)
     row, blocks = taps[0].split('.')[0], network.get_submodule(taps[0].split('.')[0])
     with_weights = [f'{row}.{i}' for i, block in blocks.named_children() if has_layers(block)]
     finisher.try_out(x)
@@ -89,6 +90,31 @@ def test_what_is_still_needed_is_computed() -> None:
     assert torch.allclose(image, expected)
 
 
+class Noisy(DenselyUsed):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.rand(1))
+
+
+def test_finding_out_what_is_needed_draws_no_random_numbers() -> None:
+    network = Noisy().eval()
+    before = torch.get_rng_state()
+    ImageFinisher(network, find_feature_taps(network)).try_out(torch.rand(1, 3, 8, 8, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_only_networks_of_one_input_can_be_distilled() -> None:
+    class TwoInputs(DenselyUsed):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return super().forward(x + y)
+
+    network, x = TwoInputs(), torch.rand(1, 3, 8, 8)
+    distillation = SelfDistillation(SSDLoss(), network, find_feature_taps(network))
+    with distillation.watching(network, 'seed'):
+        network(x, y=x)
+        with pytest.raises(TypeError, match='the network takes 2 inputs'):
+            distillation.term(x)
+
+
 @pytest.mark.parametrize('name', BACKBONES)
 def test_images_from_several_taps_are_those_from_each_alone(name: str) -> None:
     """As one batch, with the gradients of each; nothing after a tap runs twice."""
@@ -96,8 +122,9 @@ def test_images_from_several_taps_are_those_from_each_alone(name: str) -> None:
     network = build_network(BACKBONES[name]).eval().requires_grad_(False)
     taps = find_feature_taps(network)[1:]
     x = torch.rand(2, 3, 16, 16)
-    with record_features(network, taps) as recorded:
+    with record_outputs(network, taps) as outputs:
         network(torch.rand(2, 3, 16, 16))  # another image's features
+    recorded = features_of(outputs)
     results, calls = {}, {}
     for together in (True, False):
         features = {tap: recorded[tap].clone().requires_grad_() for tap in taps}
@@ -120,8 +147,9 @@ def test_gradients_reach_the_features_and_not_the_larger_network() -> None:
     student = deepcopy(network).requires_grad_(True)
     taps = find_feature_taps(network)
     x = torch.rand(1, 3, 16, 16)
-    with record_features(student, ['body.1']) as features:
+    with record_outputs(student, ['body.1']) as outputs:
         student(x)
+    features = features_of(outputs)
     (image,) = ImageFinisher(network, taps).finish(x, {'body.1': features['body.1']})
     image.sum().backward()
     has_gradient = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
@@ -171,8 +199,9 @@ def test_what_a_batch_share_distils_by_hand() -> None:
     for share, seen in ((0.5, slice(None)), (1.0, ssd_loss(batch_share=0.5).sample_images(4, 'seed'))):
         distillation = SelfDistillation(ssd_loss(batch_share=share, target='both'), teacher, taps)
         student.zero_grad()
-        with distillation.watching(student, x[seen], 'seed'):
-            loss = distillation.term(student(x[seen]), gt[seen])
+        with distillation.watching(student, 'seed'):
+            student(x[seen])
+            loss = distillation.term(gt[seen])
         loss.backward()
         losses[share] = [loss, *(parameter.grad for parameter in student.body[0].parameters())]
     assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-7) for one, other in zip(*losses.values()))

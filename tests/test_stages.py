@@ -17,12 +17,13 @@ from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY
 from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, contents, equal, load, load_network
 from torch import Tensor, nn
 
+from mssr_basicsr.archs.feature_taps import ImageFinisher
 from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.losses.ssd_loss import SSDLoss
 from mssr_basicsr.method.criteria import CRITERION_REGISTRY
 from mssr_basicsr.method.level_map import num_kept
 from mssr_basicsr.method.schedules import EXPANSION_REGISTRY, LevelTraining
-from mssr_basicsr.models import forward_stage
 from mssr_basicsr.models.backward_stage import BackwardStage
 from mssr_basicsr.models.forward_stage import ForwardStage
 from mssr_basicsr.models.levelwise_training import LevelwiseTraining
@@ -213,21 +214,20 @@ def test_trying_out_the_distillation_draws_no_random_numbers(
     """Not even where the network does: a resumed run, which tries it again, would draw others."""
     models = run(forward_opt) / 'models'
     undisturbed = contents(models)
+    forward, drawn = SSDLoss.forward, []
 
-    def draw(network: nn.Module, taps: Any, x: Tensor) -> None:
-        torch.rand(1), random.random(), np.random.random()
+    def draw(loss: SSDLoss, *args: Any) -> Tensor:
+        if not drawn:
+            torch.rand(1), random.random(), np.random.random()
+        drawn.append(loss)
+        return forward(loss, *args)
 
-    monkeypatch.setattr(forward_stage, 'check_feature_taps', draw)
+    monkeypatch.setattr(SSDLoss, 'forward', draw)
     run(forward_opt)
+    assert len(drawn) == 1 + 4 + 4  # once at level 0, and in each iteration of levels 1 and 2
     assert contents(models) == undisturbed
 
 
-def test_a_stock_checkpoint_as_level_0(forward_opt: dict[str, Any], run: Run) -> None:
-    torch.manual_seed(1)
-    stock = build_network(TOY_EDSR).state_dict()
-    torch.save({'params': stock}, 'stock.pth')
-    forward_opt['path']['pretrain_network_g'] = 'stock.pth'
-    forward_opt['train'].update(first_level=1, total_iter=8)
 class Unusual(SRModel):
     """A model class that trains its network in a way of its own."""
 
@@ -361,6 +361,12 @@ def test_an_optimizer_that_later_levels_would_not_have_is_refused(
     assert str(error.value) == expected
 
 
+def test_a_stock_checkpoint_as_level_0(forward_opt: dict[str, Any], run: Run) -> None:
+    torch.manual_seed(1)
+    stock = build_network(TOY_EDSR).state_dict()
+    torch.save({'params': stock}, 'stock.pth')
+    forward_opt['path']['pretrain_network_g'] = 'stock.pth'
+    forward_opt['train'].update(first_level=1, total_iter=8)
     del forward_opt['train']['rewind_iter']
     models = run(forward_opt) / 'models'
     assert equal(load(models / 'net_g_latest.pth')['rewind'], stock)
@@ -475,6 +481,33 @@ def test_the_exported_weights_are_validated_whatever_the_model_class_validates(
     assert all(equal(measured[1][key], measured[3][key]) for key in measured[1])
 
 
+class OwnValidation(SRModel):
+    """It logs its metrics as BasicSR does, of which it keeps the best only where there is none yet."""
+
+    def nondist_validation(self, dataloader: Any, current_iter: int, tb_logger: Any, save_img: bool) -> None:
+        if not hasattr(self, 'best_metric_results'):
+            self._initialize_best_metric_results(dataloader.dataset.opt['name'])
+        self.metric_results = {'psnr': float(self.network.level)}
+        self._log_validation_metric_values(current_iter, dataloader.dataset.opt['name'], tb_logger)
+
+
+class SilentValidation(SRModel):
+    def nondist_validation(self, dataloader: Any, current_iter: int, tb_logger: Any, save_img: bool) -> None:
+        pass
+
+
+def test_a_validation_of_its_own(forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'OwnValidation', OwnValidation)
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'SilentValidation', SilentValidation)
+    own = run({**deepcopy(forward_opt), 'base_model_type': 'OwnValidation', 'name': 'own'})
+    records = json.loads((own / 'models' / 'levels.json').read_text())
+    assert [record['metrics'] for record in records] == [{'toyval': {'psnr': level}} for level in range(3)]
+
+    silent = run({**forward_opt, 'base_model_type': 'SilentValidation', 'name': 'silent'})
+    (log,) = silent.glob('*.log')
+    assert "WARNING: levels.json lacks toyval's metrics, which SilentValidation does not tell." in log.read_text()
+
+
 # ------------------------------ backward ------------------------------ #
 
 
@@ -500,6 +533,45 @@ def test_the_backward_stage(forward_opt: dict[str, Any], backward_opt: dict[str,
     records = json.loads((models / 'levels.json').read_text())
     assert [record['level'] for record in records] == [0, 1, 2]
     assert all(record['metrics']['toyval']['psnr'] > 5 for record in records)
+
+
+class Fusing(nn.Module):
+    """In eval mode it computes by one convolution what it trains as two, as SPAN does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 3, 1, 1)) for _ in range(2))
+        self.wide, self.narrow = nn.Conv2d(3, 12, 3, 1, 1), nn.Conv2d(3, 12, 3, 1, 1)
+        self.fused = nn.Conv2d(3, 12, 3, 1, 1).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.body:
+            x = block(x)
+        if self.training:
+            return nn.functional.pixel_shuffle(self.wide(x) + self.narrow(x), 2)
+        self.fused.weight.data = self.wide.weight.data + self.narrow.weight.data
+        self.fused.bias.data = self.wide.bias.data + self.narrow.bias.data
+        return nn.functional.pixel_shuffle(self.fused(x), 2)
+
+
+def test_a_network_that_computes_weights_in_eval_mode(
+    forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validating one level leaves the weights of the others as they were."""
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Fusing', Fusing)
+    network_g = {**forward_opt['network_g'], 'backbone': {'type': 'Fusing'}}
+    run({**forward_opt, 'network_g': network_g})
+    models = run({**backward_opt, 'network_g': network_g}) / 'models'
+    result = MSSR({'type': 'Fusing'}, SPARSITY)
+    result.load_state_dict(load(models / 'net_g_latest.pth')['params_ema'])
+    assert 'fused.weight' not in result.prunable_names
+    x, levels = torch.rand(1, 3, 16, 16), [result.export(level) for level in range(3)]
+    for level, exported in enumerate(levels):
+        result.level = level
+        plain = Fusing().eval()
+        plain.load_state_dict(exported)
+        with torch.no_grad():
+            assert torch.equal(result.eval()(x), plain(x))
 
 
 @pytest.mark.parametrize('name', BACKBONES)
@@ -614,33 +686,6 @@ def test_users_schedules_may_skip_levels(
         def plan(self, delta_sizes: list[int]) -> list[LevelTraining]:
             assert sum(delta_sizes) == TOTAL
             return [LevelTraining(0, self.num_iter)]
-class OwnValidation(SRModel):
-    """It logs its metrics as BasicSR does, of which it keeps the best only where there is none yet."""
-
-    def nondist_validation(self, dataloader: Any, current_iter: int, tb_logger: Any, save_img: bool) -> None:
-        if not hasattr(self, 'best_metric_results'):
-            self._initialize_best_metric_results(dataloader.dataset.opt['name'])
-        self.metric_results = {'psnr': float(self.network.level)}
-        self._log_validation_metric_values(current_iter, dataloader.dataset.opt['name'], tb_logger)
-
-
-class SilentValidation(SRModel):
-    def nondist_validation(self, dataloader: Any, current_iter: int, tb_logger: Any, save_img: bool) -> None:
-        pass
-
-
-def test_a_validation_of_its_own(forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'OwnValidation', OwnValidation)
-    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'SilentValidation', SilentValidation)
-    own = run({**deepcopy(forward_opt), 'base_model_type': 'OwnValidation', 'name': 'own'})
-    records = json.loads((own / 'models' / 'levels.json').read_text())
-    assert [record['metrics'] for record in records] == [{'toyval': {'psnr': level}} for level in range(3)]
-
-    silent = run({**forward_opt, 'base_model_type': 'SilentValidation', 'name': 'silent'})
-    (log,) = silent.glob('*.log')
-    assert "WARNING: levels.json lacks toyval's metrics, which SilentValidation does not tell." in log.read_text()
-
-
 
     monkeypatch.setattr(EXPANSION_REGISTRY, '_entries', dict(EXPANSION_REGISTRY._entries))
     EXPANSION_REGISTRY.register(AtOnce)
@@ -695,45 +740,6 @@ def test_testing_every_level_and_one_level_with_the_stock_model(
 
     test_opt['network_g']['level'] = 1
     results = run({**test_opt, 'name': 'stock', 'model_type': 'SRModel'})
-class Fusing(nn.Module):
-    """In eval mode it computes by one convolution what it trains as two, as SPAN does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 3, 1, 1)) for _ in range(2))
-        self.wide, self.narrow = nn.Conv2d(3, 12, 3, 1, 1), nn.Conv2d(3, 12, 3, 1, 1)
-        self.fused = nn.Conv2d(3, 12, 3, 1, 1).requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.body:
-            x = block(x)
-        if self.training:
-            return nn.functional.pixel_shuffle(self.wide(x) + self.narrow(x), 2)
-        self.fused.weight.data = self.wide.weight.data + self.narrow.weight.data
-        self.fused.bias.data = self.wide.bias.data + self.narrow.bias.data
-        return nn.functional.pixel_shuffle(self.fused(x), 2)
-
-
-def test_a_network_that_computes_weights_in_eval_mode(
-    forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Validating one level leaves the weights of the others as they were."""
-    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Fusing', Fusing)
-    network_g = {**forward_opt['network_g'], 'backbone': {'type': 'Fusing'}}
-    run({**forward_opt, 'network_g': network_g})
-    models = run({**backward_opt, 'network_g': network_g}) / 'models'
-    result = MSSR({'type': 'Fusing'}, SPARSITY)
-    result.load_state_dict(load(models / 'net_g_latest.pth')['params_ema'])
-    assert 'fused.weight' not in result.prunable_names
-    x, levels = torch.rand(1, 3, 16, 16), [result.export(level) for level in range(3)]
-    for level, exported in enumerate(levels):
-        result.level = level
-        plain = Fusing().eval()
-        plain.load_state_dict(exported)
-        with torch.no_grad():
-            assert torch.equal(result.eval()(x), plain(x))
-
-
     log = next(results.glob('*.log')).read_text()
     assert f'psnr: {records[1]["metrics"]["toyval"]["psnr"]:.4f}' in log
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Callable
 
 import torch
@@ -54,49 +55,36 @@ def _is_activation(layer: nn.Module) -> bool:
 
 
 @contextmanager
-def record_features(network: nn.Module, taps: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """While the context is open, keep the outputs of the ``taps`` in the network's last forward pass, by tap name.
-
-    The tensors are part of the autograd graph: a loss on them reaches the weights before the tap.
-    """
-    features: dict[str, Tensor] = {}
-
-    def keep(name: str, output: Tensor) -> None:
-        features[name] = output
-
-    with _hooked(network, taps, keep):
-        yield features
-
-
-@contextmanager
-def _hooked(network: nn.Module, taps: Sequence[str], keep: Callable[[str, Any], None]) -> Iterator[None]:
-    """While the context is open, ``keep`` gets the name and the output of each tap whenever it runs."""
+def record_outputs(network: nn.Module, taps: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
+    """While the context is open, keep what each of the ``taps`` returns, by its name and in the order of its runs."""
+    outputs: dict[str, list[Any]] = {tap: [] for tap in taps}
 
     def hook_of(name: str) -> Any:
-        return lambda module, inputs, output: keep(name, output)
+        return lambda module, inputs, output: outputs[name].append(output)
 
     handles = [network.get_submodule(name).register_forward_hook(hook_of(name)) for name in taps]
     try:
-        yield
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
 
 
-@torch.no_grad()
-def check_feature_taps(network: nn.Module, taps: Sequence[str], x: Tensor) -> None:
-    """Raise OptionError unless each of the ``taps`` runs once in ``network(x)`` and returns one tensor.
+def features_of(outputs: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:
+    """By tap, the features among what :func:`record_outputs` has kept of one forward pass.
 
-    A recurrent network runs its modules once per frame, so none of its taps has the features of the whole input.
+    They are part of the autograd graph: a loss on them reaches the weights before the tap.
+
+    Raises:
+        OptionError: a tap did not run once, as in a recurrent network, which runs its modules once per frame, or in one
+            that has run twice; or it did not return one tensor.
     """
-    outputs: dict[str, list[object]] = {tap: [] for tap in taps}
-    with _hooked(network, taps, lambda name, output: outputs[name].append(output)):
-        network(x)
     for tap, given in outputs.items():
         if len(given) != 1 or not isinstance(given[0], Tensor):
             what = f'runs {len(given)} times' if len(given) != 1 else f'returns a {type(given[0]).__name__}'
             allowed = 'modules that run once per forward pass and return one tensor (or no train.ssd_opt)'
             raise OptionError('network_g.feature_taps', f'{tap}, which {what}', allowed)
+    return {tap: features for tap, (features,) in outputs.items()}
 
 
 @contextmanager
@@ -161,18 +149,24 @@ class ImageFinisher:
 
     @torch.no_grad()
     def try_out(self, x: Tensor) -> None:
-        """Find out once, with the first image of ``x``, what need not run because the features at a tap are given."""
+        """Find out once, with the first image of ``x``, what need not run because the features at a tap are given.
+
+        In fp32, even where the network computes in bf16, since coarser rounding would hide it; without drawing from
+        torch's random numbers, which a resumed run, in which this happens again, must find as they were.
+        """
         if self._replaced is not None:
             return
-        x = x[:1]
-        with record_features(self.network, self.taps) as recorded:
-            image = self.network(x)
-        features = {tap: recorded[tap] for tap in self.taps}
-        before = {tap: self._before(tap) for tap in self.taps}
-        skippable = {tap for tap in self.taps if self._gives(image, x, {tap: features[tap]}, before[tap])}
-        self._replaced = {tap: before[tap] if tap in skippable else [] for tap in self.taps}
-        in_one_row = len({tap.rpartition('.')[0] for tap in self.taps}) == 1 and len(skippable) == len(self.taps)
-        self._one_batch = in_one_row and self._gives(image, x, features, before[self.taps[0]])
+        x = x[:1].float()
+        in_fp32 = forward_replaced(self.network, partial(type(self.network).forward, self.network))
+        with in_fp32, torch.autocast(x.device.type, enabled=False), torch.random.fork_rng():
+            with record_outputs(self.network, self.taps) as outputs:
+                image = self.network(x)
+            features = features_of(outputs)
+            before = {tap: self._before(tap) for tap in self.taps}
+            skippable = {tap for tap in self.taps if self._gives(image, x, {tap: features[tap]}, before[tap])}
+            self._replaced = {tap: before[tap] if tap in skippable else [] for tap in self.taps}
+            in_one_row = len({tap.rpartition('.')[0] for tap in self.taps}) == 1 and len(skippable) == len(self.taps)
+            self._one_batch = in_one_row and self._gives(image, x, features, before[self.taps[0]])
 
     def _before(self, tap: str) -> list[nn.Module]:
         """The modules before ``tap`` in its row."""

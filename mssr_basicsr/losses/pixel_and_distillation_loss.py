@@ -16,15 +16,16 @@ class PixelAndDistillationLoss(nn.Module):
 
     Args:
         pixel_loss: the loss that the YAML names, or None.
-        name: the term's name in the log.
+        option: what asks for the term under ``train``, such as ``ssd_opt``; the log then has it as ``l_ssd``.
         term: ``term(output, gt)`` is a scalar, or None where there is nothing to distil.
     """
 
     def __init__(
-        self, pixel_loss: nn.Module | None, name: str, term: Callable[[Tensor, Tensor], Tensor | None]
+        self, pixel_loss: nn.Module | None, option: str, term: Callable[[Tensor, Tensor], Tensor | None]
     ) -> None:
         super().__init__()
-        self.pixel_loss, self.name, self.term = pixel_loss, name, term
+        self.pixel_loss, self.option, self.term = pixel_loss, option, term
+        self.used = False  #: whether the model class has called it
         self._parts: dict[str, Tensor] = {}
         self._total: Tensor | None = None
 
@@ -35,9 +36,10 @@ class PixelAndDistillationLoss(nn.Module):
             output: the network's output images.
             gt: what the model class compares it with, of the same shape.
         """
+        self.used = True
         pixel = None if self.pixel_loss is None else self.pixel_loss(output, gt)
         distilled = self.term(output, gt)
-        named = (('pixel', pixel), (self.name, distilled))
+        named = (('pixel', pixel), (f'l_{self.option.removesuffix("_opt")}', distilled))
         self._parts = {name: part for name, part in named if part is not None}
         parts = list(self._parts.values())
         self._total = torch.stack(parts).sum() if parts else output.sum() * 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mssr_basicsr.archs.feature_taps import ImageFinisher, record_features
+from mssr_basicsr.archs.feature_taps import ImageFinisher, features_of, record_outputs
 from mssr_basicsr.losses.ssd_loss import SSDLoss
 
 
@@ -24,53 +25,53 @@ class SelfDistillation:
     def __init__(self, loss: SSDLoss, teacher: nn.Module, taps: Sequence[str]) -> None:
         self.loss, self.teacher, self.taps = loss, teacher, taps
         self._finisher = ImageFinisher(teacher, taps)
-        self._drawn: list[str] = []
-        self._images = slice(None)
-        self._features: dict[str, Tensor] = {}
-        self._x: Tensor | None = None
-
-    @torch.no_grad()
-    def try_out(self, x: Tensor) -> None:
-        """Compute the loss of the teacher's own features and image once, so that what cannot work fails now.
-
-        Nothing of it is kept: what the teacher need not compute is only known when it is trained.
-
-        Args:
-            x: input of the network, (N, C, H, W).
-        """
-        trial = SelfDistillation(self.loss, self.teacher, self.taps)
-        with trial.watching(self.teacher, x, 'trial'):
-            image = self.teacher(x)
-            trial.term(image, image)
+        self._seed: str | None = None
+        self._inputs: list[tuple[Any, ...]] = []  # of each forward pass
+        self._autocast = False  # whether it was on there
+        self._outputs: dict[str, list[Any]] = {}
 
     @contextmanager
-    def watching(self, student: nn.Module, x: Tensor, seed: str) -> Iterator[None]:
-        """While the context is open, keep features of ``student(x)``, at depths and of images drawn by ``seed``.
+    def watching(self, student: nn.Module, seed: str) -> Iterator[None]:
+        """While the context is open, keep what :meth:`term` needs of the student's forward pass.
 
         Args:
             student: the small network.
-            x: its input, (N, C, H, W).
             seed: the same seed draws the same depths and the same positions in the batch on every rank.
         """
-        self._finisher.try_out(x)
-        self._drawn, self._images = self.loss.sample_taps(self.taps, seed), self.loss.sample_images(len(x), seed)
+
+        def keep(student: nn.Module, inputs: tuple[Any, ...], others: dict[str, Any]) -> None:
+            self._inputs.append((*inputs, *others.values()))
+            self._autocast = torch.is_autocast_enabled(next(student.parameters()).device.type)
+
+        handle = student.register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            with record_features(student, self._drawn) as self._features:
-                self._x = x[self._images]
+            with record_outputs(student, self.taps) as self._outputs:
+                self._seed, self._inputs = seed, []
                 yield
         finally:
-            self._features, self._x = {}, None
+            handle.remove()
+            self._seed, self._inputs, self._outputs = None, [], {}
 
-    def term(self, output: Tensor, gt: Tensor) -> Tensor | None:
-        """The self-distillation loss of the iteration being watched, None if there is none.
+    def term(self, gt: Tensor) -> Tensor | None:
+        """The self-distillation loss of the forward pass that is being watched, None if none is.
 
         Args:
-            output: the small network's images; not used.
             gt: the ground truth, (N, C, H, W).
+
+        Raises:
+            OptionError: a tap did not run once, or did not return one tensor.
+            TypeError: the network takes more than one input.
         """
-        x = self._x
-        if x is None:
+        if self._seed is None:
             return None
-        features = {tap: self._features[tap][self._images] for tap in self._drawn}
-        loss: Tensor = self.loss(self._finisher.finish(x, features), gt[self._images], lambda: self.teacher(x))
+        recorded = features_of(self._outputs)
+        (inputs,) = self._inputs
+        if len(inputs) != 1:
+            raise TypeError(f'the network takes {len(inputs)} inputs')
+        x: Tensor = inputs[0]
+        images = self.loss.sample_images(len(x), self._seed)
+        x, gt = x[images], gt[images]
+        features = {tap: recorded[tap][images] for tap in self.loss.sample_taps(self.taps, self._seed)}
+        with torch.autocast(x.device.type, torch.get_autocast_dtype(x.device.type), self._autocast):
+            loss: Tensor = self.loss(self._finisher.finish(x, features), gt, lambda: self.teacher(x))
         return loss

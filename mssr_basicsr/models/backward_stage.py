@@ -15,7 +15,6 @@ from mssr_basicsr.adapter.stage_options import BackwardOptions
 from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.saving import write_whole
-from mssr_basicsr.losses.pixel_and_distillation_loss import PixelAndDistillationLoss
 from mssr_basicsr.method.frozen_weights import FrozenWeights
 from mssr_basicsr.method.level_map import count, delta_of, mask_of
 from mssr_basicsr.method.recovery import recover_weights
@@ -65,7 +64,7 @@ class BackwardStage(LevelwiseTraining):
             self.ticket = frozen_copy(self.network.backbone)
             for training in self.plan.trainings:
                 self._load_ticket(training.level)  # a wrong file is refused now, and not after days of training
-            self.cri_pix = PixelAndDistillationLoss(self.cri_pix, 'l_ticket', self._ticket_loss)
+            self.distil_by('ticket_opt', self._ticket_loss)
 
     def levels_to_validate(self) -> Sequence[int]:
         return range(self.network.level, self.network.smallest_level + 1)

@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 from basicsr.utils import get_root_logger
-from torch import nn
+from torch import Tensor, nn
 
 from mssr_basicsr.adapter.ranks import broadcast_from_rank_0
 from mssr_basicsr.adapter.resuming import random_state, set_random_state
 from mssr_basicsr.adapter.stage_options import ForwardOptions
-from mssr_basicsr.archs.feature_taps import check_feature_taps
 from mssr_basicsr.archs.mssr_arch import running_statistics
-from mssr_basicsr.foundation.checks import OptionError, require_int, require_iterations
-from mssr_basicsr.losses.pixel_and_distillation_loss import PixelAndDistillationLoss
+from mssr_basicsr.foundation.checks import OptionError, first_line, require_int, require_iterations
 from mssr_basicsr.losses.self_distillation import SelfDistillation
 from mssr_basicsr.losses.ssd_loss import SSDLoss
 from mssr_basicsr.method.criteria import CRITERION_REGISTRY
@@ -65,7 +63,7 @@ class ForwardStage(LevelwiseTraining):
         self.rewind_point = frozen_copy(self.network.backbone)
         self.self_distillation, self._tried_out = self._build_self_distillation(), False
         if self.self_distillation is not None:
-            self.cri_pix = PixelAndDistillationLoss(self.cri_pix, 'l_ssd', self.self_distillation.term)
+            self.distil_by('ssd_opt', self._ssd_term)
 
     def _build_self_distillation(self) -> SelfDistillation | None:
         loss, taps = self.build_distillation_loss('ssd_opt', self.options.ssd_opt), self.network.feature_taps
@@ -144,26 +142,42 @@ class ForwardStage(LevelwiseTraining):
 
     @contextmanager
     def distilling(self, current_iter: int) -> Iterator[None]:
-        """At smaller levels than 0, feed the network's features at random depths into the larger network."""
-        if self.self_distillation is not None and not self._tried_out:
-            self._try_out(self.self_distillation)
-            self._tried_out = True
-        if self.self_distillation is None or self.network.level == 0:
+        """Feed the network's features at random depths into the larger network.
+
+        At level 0 there is none yet, and its copy takes its place until this has worked once.
+        """
+        if self.self_distillation is None or (self.network.level == 0 and self._tried_out):
             yield
         else:
             seed = f'{self.seed}, iteration {current_iter}'
-            with self.self_distillation.watching(self.network.backbone, self.lq, seed):
+            with self.self_distillation.watching(self.network.backbone, seed):
                 yield
 
-    def _try_out(self, distillation: SelfDistillation) -> None:
-        """Raise OptionError now, and not after the days of level 0, if self-distillation cannot work here.
+    def _ssd_term(self, output: Tensor, gt: Tensor) -> Tensor | None:
+        """The term of smaller levels; at level 0, None.
 
-        This leaves the random generators alone, for a resumed run to have the same results.
+        Raises:
+            OptionError: self-distillation cannot work here, whatever the level: now, not after the days of level 0.
         """
+        assert self.self_distillation is not None
+        if self._tried_out:
+            return self.self_distillation.term(gt)
         state = random_state()
-        check_feature_taps(self.teacher, self.network.feature_taps, self.lq[:1])
-        distillation.try_out(self.lq[:1])
-        set_random_state(state)
+        try:
+            term = self.self_distillation.term(gt)
+        except (RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, OptionError):
+                raise
+            allowed = (
+                f'nothing with {self.base_name} and {type(self.teacher).__name__}: a larger network cannot finish '
+                f'images from the features of a smaller one here ({first_line(error)})'
+            )
+            raise OptionError('train.ssd_opt', self.options.ssd_opt, allowed) from error
+        self._tried_out = True
+        if self.network.level > 0:
+            return term
+        set_random_state(state)  # level 0 draws the same numbers with and without this
+        return None
 
     # ------------------------------ saving ------------------------------ #
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Callable, ClassVar
 
 import torch
 from basicsr.losses import build_loss
@@ -149,8 +149,10 @@ class LevelwiseTraining(NestedLevels):
 
     def optimize_parameters(self, current_iter: int) -> None:  # type: ignore[override]  # as SRModel's
         """The model class's iteration, after which the frozen weights are restored."""
+        weights_before = self._weight_versions()
         with self.distilling(current_iter), self._computing_in_training():
             super().optimize_parameters(self.step)
+        self._require_distilled(weights_before)
         self.frozen.put_back(self.network.backbone)
         if self.ema_decay > 0:
             self.frozen.put_back(self.net_g_ema.backbone)
@@ -174,11 +176,23 @@ class LevelwiseTraining(NestedLevels):
 
     @contextmanager
     def distilling(self, current_iter: int) -> Iterator[None]:
-        """The context in which iteration ``current_iter`` runs; it keeps what distillation needs from it.
-
-        It is entered before ``train.precision`` applies to the networks, so what is tested there is in fp32.
-        """
+        """The context in which iteration ``current_iter`` runs; it keeps what distillation needs from it."""
         yield
+
+    def _require_distilled(self, weights_before: list[int]) -> None:
+        """Raise OptionError if the network has been trained without the distillation that was asked for.
+
+        Args:
+            weights_before: :meth:`_weight_versions` before the iteration: a GAN's generator does not train in each.
+        """
+        loss = getattr(self, 'cri_pix', None)
+        if isinstance(loss, PixelAndDistillationLoss) and not loss.used and self._weight_versions() != weights_before:
+            allowed = f'nothing with {self.base_name}, which computes its loss without cri_pix'
+            raise OptionError(f'train.{loss.option}', self._train_opt[loss.option], allowed)
+
+    def _weight_versions(self) -> list[int]:
+        """How often each of the network's parameters has been changed."""
+        return [parameter._version for parameter in self.network.backbone.parameters()]
 
     def model_ema(self, decay: float = 0.999) -> None:
         """As in BasicSR, but running statistics, which BasicSR leaves as before the training, are the network's."""
@@ -228,6 +242,10 @@ class LevelwiseTraining(NestedLevels):
         pixel_opt = self._train_opt.get('pixel_opt') or {}
         with arguments_checked(f'train.{key}', found, known_as(LOSS_REGISTRY, found['type'])):
             return build_loss({'loss_weight': pixel_opt.get('loss_weight', 1.0), **found}).to(self.device)
+
+    def distil_by(self, key: str, term: Callable[[Tensor, Tensor], Tensor | None]) -> None:
+        """Add the ``term`` that ``train.<key>`` asks for to the pixel loss; see :class:`PixelAndDistillationLoss`."""
+        self.cri_pix = PixelAndDistillationLoss(getattr(self, 'cri_pix', None), key, term)
 
     def _warn_of_unprunable(self) -> None:
         total = sum(parameter.numel() for parameter in self.network.backbone.parameters())
