@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,17 @@ def test_the_survivors_may_keep_their_weights(
     else:
         assert starts[1]['lr'] == starts[2]['lr'] < 5e-4
         assert [start['schedulers'] for start in starts] == [1, 0, 0]
+
+
+@pytest.mark.parametrize('rewind', ['lr', 'none'])
+def test_each_level_warms_up_unless_the_training_goes_on(rewind: str, forward_opt: dict[str, Any], run: Run) -> None:
+    forward_opt['train'].update(rewind=rewind, warmup_iter=2)
+    experiment = run(forward_opt)
+    (log,) = experiment.glob('*.log')
+    rates = [float(rate) for rate in re.findall(r'lr:\((\S+),\)', log.read_text())]
+    # Cosine annealing from 1e-3 over 4 iterations, of which the first is in half the warm-up.
+    first = [5e-4, 8.55e-4, 5.05e-4, 1.55e-4]
+    assert rates == first + (first * 2 if rewind == 'lr' else [1.55e-4] * 8)
 
 
 @pytest.mark.parametrize('target', ['gt', 'teacher', 'both'])

@@ -135,6 +135,12 @@ class ForwardStage(LevelwiseTraining):
 
     # ------------------------------ one iteration ------------------------------ #
 
+    def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
+        """As in both stages; with ``rewind: none`` the training goes on, so that only its first level warms up."""
+        training, _ = self.plan.locate(current_iter)
+        goes_on = self.options.rewind == 'none' and training != self.plan.first
+        super().update_learning_rate(current_iter, -1 if goes_on else warmup_iter)
+
     def optimize_parameters(self, current_iter: int) -> None:  # type: ignore[override]  # as SRModel's
         super().optimize_parameters(current_iter)
         if current_iter == self.rewind_iter and self.network.level == 0:
