@@ -9,16 +9,23 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from basicsr.data.prefetch_dataloader import CPUPrefetcher
+from basicsr.models.sr_model import SRModel
+from basicsr.models.srgan_model import SRGANModel
+from basicsr.utils.registry import MODEL_REGISTRY
 from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, call, contents, forget_after, pruned_mssr
 
+from mssr_basicsr.adapter.run_state import in_python_numbers, kept_between_iterations, put_back_kept
 from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.method.criteria import global_magnitude
@@ -120,6 +127,88 @@ def test_epochs_that_become_longer_do_not_end_a_resumed_run(forward_opt: dict[st
     assert 'Resuming training from epoch: 0, iter: 8.' in log and 'iter:      12' in log
     resumed = json.loads((experiment / 'models' / 'levels.json').read_text())
     assert [record['iterations'] for record in resumed] == [record['iterations'] for record in complete] == [4, 4, 4]
+
+
+class ForgettingSRGAN(SRGANModel):
+    """It does not load its discriminator, as BasicSR's HiFaceGANModel."""
+
+    def init_training_settings(self) -> None:
+        path = self.opt['path'].pop('pretrain_network_d', None)
+        super().init_training_settings()
+        self.opt['path']['pretrain_network_d'] = path
+
+
+class NumPySchedule(torch.optim.lr_scheduler.LambdaLR):
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer, lambda step: np.float64(0.9) ** step)
+        self.rates = {'next': (np.float32(0.5), [np.int64(3)])}
+
+
+class WithNumPySchedule(SRModel):
+    def setup_schedulers(self) -> None:
+        self.schedulers.append(NumPySchedule(self.optimizer_g))
+
+
+@pytest.mark.parametrize('base', [ForgettingSRGAN, WithNumPySchedule])
+def test_what_a_model_class_does_not_resume_itself(
+    base: type, forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A discriminator that it does not load; numbers of NumPy, which torch reads from no state."""
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Base', base)
+    forward_opt.update(base_model_type='Base')
+    if base is ForgettingSRGAN:
+        forward_opt['network_d'] = {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 4}
+        forward_opt['train']['optim_d'] = {'type': 'Adam', 'lr': 1e-4}
+        forward_opt['train']['gan_opt'] = {'type': 'GANLoss', 'gan_type': 'vanilla', 'loss_weight': 0.1}
+    experiment = run(forward_opt)
+    uninterrupted = contents(experiment / 'models')
+    forget_after(experiment, 8)
+    run(forward_opt, '--auto_resume')
+    assert contents(experiment / 'models') == uninterrupted
+
+
+def test_numbers_of_numpy_become_pythons() -> None:
+    state = {'rate': np.float64(0.5), 'milestones': Counter({3: 2}), 'nested': [np.int64(2), (np.bool_(True), 'text')]}
+    plain = in_python_numbers(state)
+    assert plain == {'rate': 0.5, 'milestones': Counter({3: 2}), 'nested': [2, (True, 'text')]}
+    assert [type(plain['rate']), type(plain['milestones']), type(plain['nested'][0])] == [float, Counter, int]
+    assert type(state['rate']) is np.float64
+
+
+def test_the_pool_of_training_pairs_comes_back_where_it_fits() -> None:
+    """All of it, in projects that keep more in it than Real-ESRGAN; or none, and then the class fills it anew."""
+
+    def model(**options: Any) -> Any:
+        data = {'batch_size_per_gpu': 2, 'gt_size': 32, **options}
+        return SimpleNamespace(
+            opt={'scale': 2, 'queue_size': 4, 'datasets': {'train': data}}, device=torch.device('cpu'), queue_size=4
+        )
+
+    saved = model()
+    assert kept_between_iterations(saved) == {}
+    pool = {'queue_lr': torch.rand(4, 3, 16, 16), 'queue_kernels': torch.rand(4, 21), 'queue_ptr': 2}
+    vars(saved).update(pool)
+    kept = kept_between_iterations(saved)
+
+    resumed = model()
+    put_back_kept(resumed, kept)
+    assert all(getattr(resumed, name) is value for name, value in pool.items())
+    for changed in ({'batch_size_per_gpu': 4}, {'gt_size': 48}):
+        resumed = model(**changed)
+        put_back_kept(resumed, kept)
+        assert not pool.keys() & vars(resumed).keys()
+
+
+def test_a_run_does_not_resume_without_its_network(forward_opt: dict[str, Any], run: Run) -> None:
+    run(forward_opt)
+    forward_opt['path']['ignore_resume_networks'] = ['network_g']
+    expected = (
+        "path.ignore_resume_networks: found ['network_g']; allowed: networks other than network_g, without which "
+        'MSSRForwardModel cannot resume.'
+    )
+    with pytest.raises(OptionError) as error:
+        run(forward_opt, '--auto_resume')
+    assert str(error.value) == expected
 
 
 # ------------------------------ too few epochs ------------------------------ #

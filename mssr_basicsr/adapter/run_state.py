@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
+import numpy as np
 from basicsr.utils import get_root_logger
+from torch import Tensor
 
 from mssr_basicsr.adapter.records import LevelRecord
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.method.schedules import LevelTraining
 
 VERSION = 3  #: of :class:`RunState`; any other is refused
-
-#: Attributes that base model classes keep from one iteration to the next: Real-ESRGAN's pool of training pairs.
-KEPT_BETWEEN_ITERATIONS = ('queue_lr', 'queue_gt', 'queue_ptr')
 
 
 @dataclasses.dataclass
@@ -28,7 +28,7 @@ class RunState:
     records: dict[int, LevelRecord]  #: by level
     untrained: list[str]  #: names of the parameters that a phase of the base class has switched off
     random_states: list[dict[str, Any]]  #: of each rank
-    kept: list[dict[str, Any]]  #: of each rank, :data:`KEPT_BETWEEN_ITERATIONS`
+    kept: list[dict[str, Any]]  #: of each rank, :func:`kept_between_iterations`
     version: int = VERSION
 
     def entry(self) -> dict[str, Any]:
@@ -36,15 +36,48 @@ class RunState:
 
 
 def kept_between_iterations(model: Any) -> dict[str, Any]:
-    """What ``model`` has of :data:`KEPT_BETWEEN_ITERATIONS`, its tensors on the CPU."""
-    found = {name: getattr(model, name) for name in KEPT_BETWEEN_ITERATIONS if hasattr(model, name)}
-    return {name: value.cpu() if hasattr(value, 'cpu') else value for name, value in found.items()}
+    """Real-ESRGAN's pool of training pairs, its tensors on the CPU, and what its shape depends on; empty without one.
+
+    The pool is what the class keeps in ``queue_lr``, ``queue_gt``, ``queue_ptr`` and, in other projects, more of them.
+    """
+    pool = {
+        name: value.cpu() if isinstance(value, Tensor) else value
+        for name, value in vars(model).items()
+        if name.startswith('queue_') and name != 'queue_size'
+    }
+    return {**pool, 'options': _options_of_pool(model)} if pool else {}
 
 
 def put_back_kept(model: Any, kept: Mapping[str, Any]) -> None:
-    """Give ``model`` back what :func:`kept_between_iterations` returned, on its device."""
-    for name, value in kept.items():
-        setattr(model, name, value.to(model.device) if hasattr(value, 'to') else value)
+    """Give ``model`` back what :func:`kept_between_iterations` returned, on its device.
+
+    With another size of the pool, its pairs or the batches, the pool fills anew, as at the start of a run.
+    """
+    pool, options = dict(kept), _options_of_pool(model)
+    kept_options = pool.pop('options', options)
+    if kept_options != options:
+        get_root_logger().warning(f'The pool of training pairs fills anew: it had {kept_options}, now {options}.')
+        return
+    for name, value in pool.items():
+        setattr(model, name, value.to(model.device) if isinstance(value, Tensor) else value)
+
+
+def _options_of_pool(model: Any) -> dict[str, Any]:
+    options = {'scale': model.opt.get('scale'), 'queue_size': model.opt.get('queue_size')}
+    data: Mapping[str, Any] = model.opt['datasets']['train']
+    return {**options, **{key: data.get(key) for key in ('batch_size_per_gpu', 'gt_size')}}
+
+
+def in_python_numbers(state: Any) -> Any:
+    """``state`` with each NumPy number, such as a scheduler may compute, as Python's: torch reads no others back."""
+    if isinstance(state, np.generic):
+        return state.item()
+    if isinstance(state, dict):
+        plain = copy(state)  # of its own class: BasicSR's schedulers have a Counter
+        for key, value in state.items():
+            plain[key] = in_python_numbers(value)
+        return plain
+    return type(state)(map(in_python_numbers, state)) if type(state) in (list, tuple) else state
 
 
 def read_run_state(

@@ -24,13 +24,20 @@ from mssr_basicsr.adapter.ranks import (
 )
 from mssr_basicsr.adapter.records import level_table
 from mssr_basicsr.adapter.resuming import epoch_to_resume, random_state, resume_within_epoch
-from mssr_basicsr.adapter.run_state import RunState, kept_between_iterations, put_back_kept, read_run_state
+from mssr_basicsr.adapter.run_state import (
+    RunState,
+    in_python_numbers,
+    kept_between_iterations,
+    put_back_kept,
+    read_run_state,
+)
 from mssr_basicsr.adapter.stage_options import StageOptions
 from mssr_basicsr.adapter.training_plan import TrainingPlan
 from mssr_basicsr.archs.mssr_arch import running_statistics
 from mssr_basicsr.foundation.checkpoints import read_checkpoint
 from mssr_basicsr.foundation.checks import OptionError, arguments_checked, known_as, read_options, require_type
-from mssr_basicsr.foundation.saving import remove_leftovers, saved_whole, written_whole
+from mssr_basicsr.foundation.patching import replaced
+from mssr_basicsr.foundation.saving import remove_leftovers, saved_whole
 from mssr_basicsr.losses.pixel_and_distillation_loss import PixelAndDistillationLoss
 from mssr_basicsr.method.frozen_weights import FrozenWeights
 from mssr_basicsr.method.schedules import LevelTraining
@@ -328,16 +335,21 @@ class LevelwiseTraining(NestedLevels):
             kept=gather_on_rank_0(kept_between_iterations(self)) if exact else [],
         )
         if self.opt['rank'] == 0:
-            with saved_whole(self.opt['path'], 'training_states') as folder:
+            save = torch.save
+
+            def save_with_entry(state: dict[str, Any], path: str) -> None:
+                save(in_python_numbers({**state, 'mssr': run_state.entry()}), path)
+
+            with saved_whole(self.opt['path'], 'training_states'), replaced(torch, 'save', save_with_entry):
                 super().save_training_state(epoch, current_iter)
-                (file,) = written_whole(folder)
-                state = torch.load(file, weights_only=True)
-                state['mssr'] = run_state.entry()
-                torch.save(state, file)
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
         """Continue from ``resume_state``: level, frozen weights, optimizers, records, random numbers, data."""
         current_iter, epoch, paths = resume_state['iter'], resume_state['epoch'], self.opt['path']
+        ignored = paths.get('ignore_resume_networks') or []
+        if 'network_g' in ignored:
+            allowed = f'networks other than network_g, without which {self.opt["model_type"]} cannot resume'
+            raise OptionError('path.ignore_resume_networks', ignored, allowed)
         training, step = self.plan.locate(current_iter)
         self.current_iter = current_iter
         state = read_run_state(
@@ -351,6 +363,7 @@ class LevelwiseTraining(NestedLevels):
             remove_leftovers(paths['models'], paths['training_states'])
         self.seed, self.records = state.seed, state.records
         self._resume_extra_networks(read_checkpoint(paths['pretrain_network_g']))
+        self._resume_networks_left_out()
         self.restart_training(training)
         super().resume_training(resume_state)
         self._set_untrained(state.untrained)
@@ -373,6 +386,13 @@ class LevelwiseTraining(NestedLevels):
                 allowed = f'a state whose network file has an entry {key}'
                 raise OptionError('path.resume_state', self.opt['path']['resume_state'], allowed)
             network.load_state_dict(checkpoint[key])
+
+    def _resume_networks_left_out(self) -> None:
+        """Load what BasicSR has named for the other networks, where the class does not: HiFaceGAN's discriminator."""
+        for key, path in self.opt['path'].items():
+            net = getattr(self, key.replace('pretrain_network', 'net'), None) if path else None
+            if isinstance(net, nn.Module) and path not in self.loaded and Path(path).is_file():
+                self.load_network(net, path)
 
     def decisive_options(self) -> dict[str, Any]:
         """As in :class:`NestedLevels`, with the stage's own, which should not change within a run."""

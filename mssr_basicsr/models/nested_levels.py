@@ -56,6 +56,7 @@ class NestedLevels(Base):
             opt['num_gpu'] = 1  # BasicSR tests one image or clip at a time, so the other GPUs would do nothing
         self._val_precision = read_options(ValidationOptions, 'val', opt.get('val') or {}).precision
         self.records: dict[int, LevelRecord] = {}
+        self.loaded: set[str] = set()  #: the paths of the checkpoints that have been loaded
         self._measured: dict[str, float] = {}
         self._pictures: dict[int, dict[str, Any]] = {}
         self._board = LevelBoard(opt)
@@ -224,6 +225,7 @@ class NestedLevels(Base):
             if strict:
                 require_same_entries(state, self._as_saved(net, state).state_dict())
             super().load_network(net, load_path, strict, param_key)
+            self.loaded.add(load_path)
         except CheckpointError as error:
             paths = self.opt['path']
             named = next((key for key, path in paths.items() if path == load_path), 'pretrain_network_g')
