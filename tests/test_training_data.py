@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+from basicsr.data.paired_image_dataset import PairedImageDataset
+from basicsr.utils.registry import DATASET_REGISTRY
 from conftest import Run
 
 from mssr_basicsr.foundation.checks import OptionError
@@ -45,6 +48,50 @@ def test_a_corrupt_image_in_the_validation_set(data: Path, forward_opt: dict[str
     (data.with_name('val') / 'lq' / '2.png').write_bytes(b'')
     with pytest.raises(ValueError, match=r'datasets\.val: cannot read .*lq/2\.png'):
         run(forward_opt)
+
+
+class Retrying(PairedImageDataset):
+    """Another project's dataset: it takes the next image where one cannot be read, and knows its length late."""
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        super().__init__(opt)
+        self.length = len(self.paths)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return super().__getitem__(index)
+        except AttributeError:  # BasicSR's, of an image that OpenCV could not decode
+            return self[(index + 1) % len(self)]
+
+
+@pytest.mark.parametrize('registered', [False, True])
+def test_a_dataset_that_deals_with_bad_images_sees_them(
+    registered: bool, data: Path, forward_opt: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a class that it extends has been used before or not. If it gives up, the error names the image once."""
+    opt = {**forward_opt['datasets']['train'], 'phase': 'train', 'scale': 2}
+    monkeypatch.setitem(DATASET_REGISTRY._obj_map, 'Retrying', Retrying)
+    DATASET_REGISTRY.get('PairedImageDataset')
+    for name in ('__init__', '__getitem__'):  # what is patched in it is undone
+        monkeypatch.setattr(Retrying, name, vars(Retrying)[name])
+    dataset = (DATASET_REGISTRY.get('Retrying') if registered else Retrying)(deepcopy(opt))
+    files = [Path(paths['lq_path']) for paths in dataset.paths]
+    for file in files[:2]:
+        file.write_bytes(b'\x89PNG, cut short')
+    assert dataset[0]['lq_path'] == str(files[2])
+
+    class GivingUp(Retrying):
+        def __getitem__(self, index: int) -> Any:
+            return PairedImageDataset.__getitem__(self, index)
+
+    if registered:
+        monkeypatch.setitem(DATASET_REGISTRY._obj_map, 'GivingUp', GivingUp)
+        with pytest.raises(ValueError) as caught:
+            DATASET_REGISTRY.get('GivingUp')(opt)[0]
+        assert str(caught.value).count('cannot read') == 1 and str(files[0]) in str(caught.value)
 
 
 @pytest.mark.parametrize('phase', ['train', 'val'])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Callable
 
 from mssr_basicsr.foundation.checks import OptionError, first_line
@@ -26,13 +28,16 @@ def refuse_empty_dataset(
 ) -> None:
     """Wraps ``__init__`` of a dataset: OptionError, which names the folders, if there is nothing in it."""
     init(dataset, opt, *args, **kwargs)
-    if hasattr(dataset, '__len__') and len(dataset) == 0:
+    if _is_own(init, dataset) and hasattr(dataset, '__len__') and len(dataset) == 0:
         folders = {key: value for key, value in opt.items() if key.startswith('dataroot')}
         raise OptionError(f'datasets.{opt.get("phase")}', folders, 'folders or LMDBs that contain images')
 
 
 def name_unreadable_image(getitem: Callable[..., Any], dataset: Any, index: int) -> Any:
     """Wraps ``__getitem__`` of a dataset: what it raises names the files of the item."""
+    if not _is_own(getitem, dataset) or _reading.get() is dataset:
+        return getitem(dataset, index)
+    token = _reading.set(dataset)
     try:
         return getitem(dataset, index)
     except Exception as error:
@@ -44,3 +49,14 @@ def name_unreadable_image(getitem: Callable[..., Any], dataset: Any, index: int)
         # A worker's error is made anew from its text in the main process: a type that takes a text alone.
         message = f'datasets.{dataset.opt.get("phase")}: cannot read {files} ({first_line(error)})'
         raise ValueError(message) from error
+    finally:
+        _reading.reset(token)
+
+
+#: The dataset that reads an item: it may ask itself for another one if it cannot, and must then see the error as it is.
+_reading: ContextVar[Any] = ContextVar('reading', default=None)
+
+
+def _is_own(method: Callable[..., Any], dataset: Any) -> bool:
+    """Whether ``method`` is the one that the class of ``dataset`` has, and not one that it extends."""
+    return inspect.unwrap(getattr(type(dataset), method.__name__)) is inspect.unwrap(method)
