@@ -360,6 +360,28 @@ def test_model_classes_that_call_cuda(degrading: type[Degrading]) -> None:
     assert dict(vars(degrading)) == patched, 'once, however often it is taken'
 
 
+class Renaming(Degrading):
+    """Its options have a name of their own, and something that names CUDA runs before them, and without."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.prepare('cpu')
+        super().__init__(options)
+        self.sharpen = torch.nn.Conv2d(3, 3, 1).cuda()
+
+    def prepare(self, device: str) -> None:
+        self.mean = torch.zeros(3, device=device if device else 'cuda')
+
+
+def test_model_classes_that_name_their_options_otherwise(
+    degrading: type[Degrading], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Renaming', Renaming)
+    for name in ('__init__', 'prepare'):  # what is patched in it is undone
+        monkeypatch.setattr(Renaming, name, vars(Renaming)[name])
+    model = MODEL_REGISTRY.get('Renaming')({'num_gpu': 0, 'is_train': True})
+    assert {tensor.device.type for tensor in (*model.blur.parameters(), *model.sharpen.parameters())} == {'cpu'}
+
+
 def test_model_classes_on_cuda_stay_there(degrading: type[Degrading]) -> None:
     MODEL_REGISTRY.get('Degrading')
     with needs_cuda():

@@ -9,6 +9,7 @@ import atexit
 import dis
 import gc
 import inspect
+from collections.abc import Mapping
 from types import CodeType, FunctionType
 from typing import Any, Callable
 
@@ -111,13 +112,14 @@ def classes_on_cpu(get: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def method_on_cpu(method: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
     """Wraps a method of a model or a network: in a run on the CPU, ``.cuda()`` and ``device='cuda'`` mean the CPU.
 
-    A model runs on the CPU if its options have ``num_gpu: 0``, a network if there is no CUDA.
+    A model runs on the CPU if its options have ``num_gpu: 0``, a network if there is no CUDA. While a model is set up,
+    its options are an argument.
     """
     if isinstance(owner, torch.nn.Module):
         on_cpu = not torch.cuda.is_available()
     else:
-        opt = vars(owner).get('opt') or inspect.signature(method).bind(owner, *args, **kwargs).arguments['opt']
-        on_cpu = opt['num_gpu'] == 0
+        options = (vars(owner).get('opt'), *args, *kwargs.values())
+        on_cpu = next((opt['num_gpu'] for opt in options if isinstance(opt, Mapping) and 'num_gpu' in opt), None) == 0
     if not on_cpu:
         return method(owner, *args, **kwargs)
     with _CUDAMeansCPU():
