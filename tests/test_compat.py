@@ -28,7 +28,7 @@ from basicsr.archs.basicvsrpp_arch import BasicVSRPlusPlus
 from basicsr.data.prefetch_dataloader import CPUPrefetcher, CUDAPrefetcher
 from basicsr.models import build_model
 from basicsr.models.base_model import BaseModel
-from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
+from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, MODEL_REGISTRY
 from conftest import TOY_EDSR, call
 
 from mssr_basicsr.adapter import compat, cpu
@@ -502,10 +502,13 @@ def test_applied_once_and_signatures_kept() -> None:
     places = [
         (basicsr, 'parse_options'),
         (basicsr.train, 'parse_options'),
+        (basicsr.test, 'parse_options'),
         (basicsr.utils.options, 'parse_options'),
         (basicsr.utils.dist_util, '_init_dist_pytorch'),
         (basicsr.utils.dist_util, '_init_dist_slurm'),
+        (basicsr.models.base_model.BaseModel, '__init__'),
         (basicsr.models.base_model.BaseModel, 'model_to_device'),
+        (DATASET_REGISTRY, 'get'),
         (CUDAPrefetcher, '__init__'),
         (BasicVSRPlusPlus, '__init__'),
         (basicsr.utils.img_process_util, 'filter2D'),

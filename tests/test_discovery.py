@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from conftest import call
 
 PTH = Path(__file__).resolve().parent.parent / 'mssr_basicsr.pth'
@@ -95,6 +99,30 @@ assert 'EDSR' in ARCH_REGISTRY
     said = python(code)
     assert said.count('RuntimeWarning: ') == 1
     assert "ModuleNotFoundError: No module named 'no_such_module'" in said
+
+
+@pytest.mark.slow
+def test_a_copy_of_basicsr_may_lack_what_it_does_not_use(forward_opt: dict[str, Any], tmp_path: Path) -> None:
+    """As DAT's and SRFormer's do: what is there is repaired as ever, and trains."""
+    basicsr = importlib.util.find_spec('basicsr')
+    assert basicsr is not None and basicsr.submodule_search_locations is not None
+    copy = tmp_path / 'basicsr'
+    shutil.copytree(basicsr.submodule_search_locations[0], copy)
+    for module in ('models/realesrnet_model', 'models/realesrgan_model', 'archs/basicvsrpp_arch'):
+        (copy / f'{module}.py').unlink()
+    (tmp_path / 'net.yml').write_text(yaml.safe_dump(forward_opt))
+    (tmp_path / 'train.py').write_text(
+        'import sys; from basicsr.train import train_pipeline; train_pipeline(sys.path[0])'
+    )
+    for arguments in ([], ['--auto_resume']):
+        said = call(sys.executable, 'train.py', '-opt', 'net.yml', *arguments, cwd=tmp_path)
+        assert 'RuntimeWarning' not in said
+    assert (tmp_path / 'experiments' / 'forward' / 'models' / 'levels.json').is_file()
+
+    (copy / 'data' / 'paired_image_dataset.py').unlink()  # what our own dataset extends
+    said = python('import basicsr' + REGISTERED, path=tmp_path)
+    assert said.count('RuntimeWarning: ') == 1
+    assert 'BasicSR continues without mssr_basicsr.data.paired_evaluation_dataset: ModuleNotFoundError' in said
 
 
 def test_looking_up_basicsr_does_not_use_up_the_hook(toys: Path) -> None:

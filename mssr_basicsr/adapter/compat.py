@@ -11,9 +11,11 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
+from operator import attrgetter
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, Callable
@@ -35,40 +37,40 @@ def before_import() -> None:
 
 
 def after_import() -> None:
-    """Apply, in place, what BasicSR needs once it has been imported. Safe to call repeatedly."""
-    import basicsr.archs.basicvsrpp_arch
-    import basicsr.data.prefetch_dataloader
-    import basicsr.models.base_model
-    import basicsr.models.realesrgan_model
-    import basicsr.models.realesrnet_model
-    import basicsr.test
-    import basicsr.train
-    import basicsr.utils.dist_util
-    import basicsr.utils.img_process_util
-    import basicsr.utils.logger
-    import basicsr.utils.options
-    import basicsr.utils.registry
+    """Apply, in place, what BasicSR needs once it has been imported. Safe to call repeatedly.
 
+    Projects that bring a copy of BasicSR have left out what they do not use, so each repair is by itself.
+    """
+    for module, name, wrapper in _repairs():
+        with suppress(ImportError, AttributeError):
+            path, _, function = name.rpartition('.')
+            found = importlib.import_module(f'basicsr.{module}' if module else 'basicsr')
+            patch(attrgetter(path)(found) if path else found, function, wrapper)
+    with suppress(ImportError):
+        provide_color_conversions()
+
+
+def _repairs() -> Iterator[tuple[str, str, Callable[..., Any]]]:
+    """What to wrap: the module of BasicSR, the function in it, and by what."""
     # All of these have bound the function by its name; a script that runs later takes it from basicsr.utils.options.
-    for module in (basicsr, basicsr.train, basicsr.test, basicsr.utils.options):
-        patch(module, 'parse_options', name_wrong_yaml)
-        patch(module, 'parse_options', accept_local_rank)
-        patch(module, 'parse_options', prepare_script)
-    patch(basicsr.utils.dist_util, '_init_dist_pytorch', cpu.launch_on_cpu)
-    patch(basicsr.utils.dist_util, '_init_dist_slurm', cpu.launch_on_cpu)
-    patch(basicsr.models.base_model.BaseModel, '__init__', with_backbone_options)
-    patch(basicsr.models.base_model.BaseModel, 'model_to_device', cpu.parallel_on_cpu)
-    patch(basicsr.data.prefetch_dataloader.CUDAPrefetcher, '__init__', cpu.prefetch_on_cpu)
+    for module in ('', 'train', 'test', 'utils.options'):
+        yield module, 'parse_options', name_wrong_yaml
+        yield module, 'parse_options', accept_local_rank
+        yield module, 'parse_options', prepare_script
+    yield 'utils.dist_util', '_init_dist_pytorch', cpu.launch_on_cpu
+    yield 'utils.dist_util', '_init_dist_slurm', cpu.launch_on_cpu
+    yield 'models.base_model', 'BaseModel.__init__', with_backbone_options
+    yield 'models.base_model', 'BaseModel.model_to_device', cpu.parallel_on_cpu
+    yield 'data.prefetch_dataloader', 'CUDAPrefetcher.__init__', cpu.prefetch_on_cpu
     # The models have bound it by its name; copies of them that others have take it from basicsr.utils.img_process_util.
-    for module in (basicsr.models.realesrnet_model, basicsr.models.realesrgan_model, basicsr.utils.img_process_util):
-        patch(module, 'filter2D', cpu.filter_on_cpu)
-    patch(basicsr.archs.basicvsrpp_arch.BasicVSRPlusPlus, '__init__', cpu.align_on_cpu)
-    for module in (basicsr, basicsr.train, basicsr.utils, basicsr.utils.logger):
-        patch(module, 'init_wandb_logger', provide_wandb_ids)
-    provide_color_conversions()
-    patch(basicsr.utils.registry.DATASET_REGISTRY, 'get', datasets_name_files)
-    for registry in (basicsr.utils.registry.MODEL_REGISTRY, basicsr.utils.registry.ARCH_REGISTRY):
-        patch(registry, 'get', cpu.classes_on_cpu)
+    for module in ('models.realesrnet_model', 'models.realesrgan_model', 'utils.img_process_util'):
+        yield module, 'filter2D', cpu.filter_on_cpu
+    yield 'archs.basicvsrpp_arch', 'BasicVSRPlusPlus.__init__', cpu.align_on_cpu
+    for module in ('', 'train', 'utils', 'utils.logger'):
+        yield module, 'init_wandb_logger', provide_wandb_ids
+    yield 'utils.registry', 'DATASET_REGISTRY.get', datasets_name_files
+    for registry in ('MODEL_REGISTRY', 'ARCH_REGISTRY'):
+        yield 'utils.registry', f'{registry}.get', cpu.classes_on_cpu
 
 
 def provide_functional_tensor() -> None:

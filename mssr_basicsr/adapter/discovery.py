@@ -84,7 +84,8 @@ def _register() -> None:
     if not _registered:
         _registered = True  # first, because the modules call load_basicsr() themselves
         _attempt(_repair)
-        _attempt(_import_plugin)
+        for name in REGISTERING:  # each by itself: a copy of BasicSR may lack what one of them needs
+            _attempt(functools.partial(importlib.import_module, name), name)
 
 
 def _repair() -> None:
@@ -93,15 +94,10 @@ def _repair() -> None:
     compat.after_import()
 
 
-def _import_plugin() -> None:
-    for name in REGISTERING:
-        importlib.import_module(name)
-
-
-def _attempt(step: Callable[[], None]) -> None:
-    """If anything is wrong with the plugin, BasicSR continues without it, and the user is told why."""
+def _attempt(step: Callable[[], Any], part: str = 'the mssr_basicsr plugin') -> None:
+    """If anything is wrong with a part of the plugin, BasicSR continues without it, and the user is told why."""
     try:
         step()
     except Exception as error:
-        message = f'BasicSR continues without the mssr_basicsr plugin: {type(error).__name__}: {error}'
+        message = f'BasicSR continues without {part}: {type(error).__name__}: {error}'
         warnings.warn(message, RuntimeWarning, stacklevel=1)  # one place, so that Python says the same thing once

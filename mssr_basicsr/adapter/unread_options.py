@@ -133,8 +133,8 @@ def _uses(function: Any, variable: str) -> bool:
 
 
 def _modules(names: Iterable[str]) -> list[ModuleType]:
-    """The modules of BasicSR of these names."""
-    return [sys.modules[f'basicsr.{name}'] for name in names]
+    """The modules of BasicSR of these names; copies that other projects have may lack some."""
+    return [sys.modules[f'basicsr.{name}'] for name in names if f'basicsr.{name}' in sys.modules]
 
 
 def _modules_of(one: type) -> list[ModuleType]:
