@@ -12,7 +12,7 @@ import torch
 from basicsr.archs import build_network
 from basicsr.metrics import calculate_psnr
 from basicsr.models.sr_model import SRModel
-from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGISTRY
+from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 from conftest import BACKBONES, TOY_EDSR, Run, pruned_mssr
 from torch import Tensor, nn
 
@@ -571,6 +571,25 @@ def test_misspelt_options_outside_train_are_named(forward_opt: dict[str, Any], r
         'datasets.train.use_flip (the nearest that is read is use_hflip), '
         'datasets.val.gt_sise (the nearest that is read is gt_size), '
         'val.metrics.psnr.test_Y_channel (the nearest that is read is test_y_channel).'
+    )
+
+
+class OfOneNetwork(SRModel):
+    def test(self) -> None:
+        if self.opt['network_g']['type'] == 'EDSR':
+            raise AssertionError
+        super().test()
+
+
+@pytest.mark.usefixtures('no_training')
+def test_a_class_that_looks_for_the_backbones_type_is_named(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'OfOneNetwork', OfOneNetwork)
+    said = warnings_of({**forward_opt, 'base_model_type': 'OfOneNetwork'}, run)
+    assert said.partition('WARNING: ')[2] == (
+        'OfOneNetwork names EDSR in its code. If it compares network_g.type with that, it finds MSSR there; '
+        "the backbone's is network_g.backbone.type."
     )
 
 

@@ -66,7 +66,8 @@ def report_unread_options(opt: Mapping[str, Any], model_type: str, base: type) -
 
     Raises:
         OptionError: an unread option is almost one of MSSR's own or belongs to the other stage, or a metric does not
-            take one of its options. All other unread options together give one warning.
+            take one of its options. All other unread options together give one warning; so does a class that may look
+            for the backbone's type where MSSR's is.
     """
     of_pipelines = set(_strings_in_code(_modules(_PIPELINES)))
     of_model = set(_strings_in_code(_modules_of(base)))
@@ -93,6 +94,13 @@ def report_unread_options(opt: Mapping[str, Any], model_type: str, base: type) -
     if unread:
         get_root_logger().warning(
             f'{model_type} with {base.__name__} reads none of these options: {", ".join(unread)}.'
+        )
+    backbone = (opt.get('network_g') or {}).get('backbone')
+    named = backbone.get('type') if isinstance(backbone, Mapping) else None
+    if named in of_model:  # its type is the only option of the backbone that MSSR has one of the same name as
+        get_root_logger().warning(
+            f'{base.__name__} names {named} in its code. If it compares network_g.type with that, it finds MSSR there; '
+            "the backbone's is network_g.backbone.type."
         )
 
 
