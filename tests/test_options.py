@@ -631,6 +631,16 @@ def test_a_metric_without_options_is_refused(forward_opt: dict[str, Any], run: R
 
 
 @pytest.mark.usefixtures('no_training')
+def test_a_misspelt_metric_is_refused_before_the_first_validation(forward_opt: dict[str, Any], run: Run) -> None:
+    forward_opt['val']['metrics']['psnr']['type'] = 'calculate_pnsr'
+    expected = r"val\.metrics\.psnr\.type: found 'calculate_pnsr'; allowed: calculate_psnr\."
+    with pytest.raises(OptionError, match=expected):
+        run(forward_opt)
+    forward_opt['val']['metrics']['psnr']['type'] = 'fid'  # the model class may know it
+    warnings_of(forward_opt, run)
+
+
+@pytest.mark.usefixtures('no_training')
 def test_a_backbone_with_little_to_prune_is_reported(forward_opt: dict[str, Any], run: Run) -> None:
     ecbsr = {'type': 'ECBSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_block': 2, 'num_channel': 8, 'with_idt': False}
     ecbsr.update(act_type='prelu', scale=2)

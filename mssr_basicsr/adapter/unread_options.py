@@ -120,7 +120,10 @@ def _unread_by_metric(section: str, found: Any) -> Iterator[str]:
     if not isinstance(found, Mapping):
         raise OptionError(section[:-1], found, 'a mapping with the type and the options of a metric')
     metric = known_as(METRIC_REGISTRY, found.get('type'))
-    if metric is None:
+    if metric is None:  # a model class may have metrics of its own
+        nearest = closest(str(found.get('type')), [name.removesuffix('_basicsr') for name, _ in METRIC_REGISTRY])
+        if nearest is not None:
+            raise OptionError(f'{section}type', found['type'], nearest)
         return
     parameters = inspect.signature(metric, follow_wrapped=False).parameters.values()
     named = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
