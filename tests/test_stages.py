@@ -318,9 +318,9 @@ def test_features_are_those_of_the_iteration_itself(
         ),
         (
             WithCroppedOutput,
-            "train.ssd_opt: found {'type': 'SSDLoss', 'num_depths': 2}; allowed: nothing with Unusual and EDSR: a "
-            'larger network cannot finish images from the features of a smaller one here (The size of tensor a (48) '
-            'must match the size of tensor b (32) at non-singleton dimension 3).',
+            "train.ssd_opt: found {'type': 'SSDLoss', 'num_depths': 2}; allowed: nothing with Unusual and EDSR, from "
+            'which it cannot be computed (The size of tensor a (48) must match the size of tensor b (32) at '
+            'non-singleton dimension 3).',
         ),
         (
             WithItsOwnLoss,
@@ -341,7 +341,7 @@ def test_what_cannot_be_distilled_is_refused_at_once(
     assert 'iter:       1' not in log.read_text()
 
 
-def test_a_ticket_that_no_loss_compares_with_is_refused(
+def test_a_ticket_that_cannot_be_learnt_from_is_refused(
     forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(forward_opt)

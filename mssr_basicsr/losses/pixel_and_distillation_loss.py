@@ -25,7 +25,7 @@ class PixelAndDistillationLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.pixel_loss, self.option, self.term = pixel_loss, option, term
-        self.used = False  #: whether the model class has called it
+        self.used = False  #: whether it has been computed
         self._parts: dict[str, Tensor] = {}
         self._total: Tensor | None = None
 
@@ -36,9 +36,9 @@ class PixelAndDistillationLoss(nn.Module):
             output: the network's output images.
             gt: what the model class compares it with, of the same shape.
         """
-        self.used = True
         pixel = None if self.pixel_loss is None else self.pixel_loss(output, gt)
         distilled = self.term(output, gt)
+        self.used = True
         named = (('pixel', pixel), (f'l_{self.option.removesuffix("_opt")}', distilled))
         self._parts = {name: part for name, part in named if part is not None}
         parts = list(self._parts.values())

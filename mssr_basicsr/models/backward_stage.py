@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from mssr_basicsr.adapter.ranks import digest
 from mssr_basicsr.adapter.records import level_file
 from mssr_basicsr.adapter.stage_options import BackwardOptions
+from mssr_basicsr.archs.forward_pass import only_pass, record_passes
 from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.saving import write_whole
@@ -127,8 +129,17 @@ class BackwardStage(LevelwiseTraining):
     def networks_to_learn_from(self) -> list[nn.Module]:
         return [] if self.cri_ticket is None else [self.ticket]
 
+    @contextmanager
+    def distilling(self, current_iter: int) -> Iterator[None]:
+        """Keep what the network is given, for its ticket to be given the same."""
+        if self.cri_ticket is None:
+            yield
+        else:
+            with record_passes(self.network.backbone) as self._passes:
+                yield
+
     def _ticket_loss(self, output: Tensor, gt: Tensor) -> Tensor:
-        loss: Tensor = self.cri_ticket(output, self.ticket(self.lq))
+        loss: Tensor = self.cri_ticket(output, only_pass(self._passes).repeated_by(self.ticket))
         return loss
 
     def _ticket_file(self, level: int) -> Path:

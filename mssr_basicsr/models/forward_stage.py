@@ -14,7 +14,7 @@ from mssr_basicsr.adapter.ranks import broadcast_from_rank_0
 from mssr_basicsr.adapter.resuming import random_state, set_random_state
 from mssr_basicsr.adapter.stage_options import ForwardOptions
 from mssr_basicsr.archs.mssr_arch import running_statistics
-from mssr_basicsr.foundation.checks import OptionError, first_line, require_int, require_iterations
+from mssr_basicsr.foundation.checks import OptionError, require_int, require_iterations
 from mssr_basicsr.losses.self_distillation import SelfDistillation
 from mssr_basicsr.losses.ssd_loss import SSDLoss
 from mssr_basicsr.method.criteria import CRITERION_REGISTRY
@@ -160,29 +160,14 @@ class ForwardStage(LevelwiseTraining):
                 yield
 
     def _ssd_term(self, output: Tensor, gt: Tensor) -> Tensor | None:
-        """The term of smaller levels; at level 0, None.
-
-        Raises:
-            OptionError: self-distillation cannot work here, whatever the level: now, not after the days of level 0.
-        """
+        """The term of smaller levels; None at level 0, where it is only computed to see that it can be."""
         assert self.self_distillation is not None
-        if self._tried_out:
+        if self.network.level > 0 or self._tried_out:
             return self.self_distillation.term(gt)
         state = random_state()
-        try:
-            term = self.self_distillation.term(gt)
-        except (RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, OptionError):
-                raise
-            allowed = (
-                f'nothing with {self.base_name} and {type(self.teacher).__name__}: a larger network cannot finish '
-                f'images from the features of a smaller one here ({first_line(error)})'
-            )
-            raise OptionError('train.ssd_opt', self.options.ssd_opt, allowed) from error
+        self.self_distillation.term(gt)
+        set_random_state(state)  # level 0 draws the same numbers as without self-distillation
         self._tried_out = True
-        if self.network.level > 0:
-            return term
-        set_random_state(state)  # level 0 draws the same numbers with and without this
         return None
 
     # ------------------------------ saving ------------------------------ #

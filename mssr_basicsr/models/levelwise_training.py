@@ -35,7 +35,14 @@ from mssr_basicsr.adapter.stage_options import StageOptions
 from mssr_basicsr.adapter.training_plan import TrainingPlan
 from mssr_basicsr.archs.mssr_arch import running_statistics
 from mssr_basicsr.foundation.checkpoints import read_checkpoint
-from mssr_basicsr.foundation.checks import OptionError, arguments_checked, known_as, read_options, require_type
+from mssr_basicsr.foundation.checks import (
+    OptionError,
+    arguments_checked,
+    first_line,
+    known_as,
+    read_options,
+    require_type,
+)
 from mssr_basicsr.foundation.patching import replaced
 from mssr_basicsr.foundation.saving import remove_leftovers, saved_whole
 from mssr_basicsr.losses.pixel_and_distillation_loss import PixelAndDistillationLoss
@@ -251,8 +258,22 @@ class LevelwiseTraining(NestedLevels):
             return build_loss({'loss_weight': pixel_opt.get('loss_weight', 1.0), **found}).to(self.device)
 
     def distil_by(self, key: str, term: Callable[[Tensor, Tensor], Tensor | None]) -> None:
-        """Add the ``term`` that ``train.<key>`` asks for to the pixel loss; see :class:`PixelAndDistillationLoss`."""
-        self.cri_pix = PixelAndDistillationLoss(getattr(self, 'cri_pix', None), key, term)
+        """Add the ``term`` that ``train.<key>`` asks for to the pixel loss; see :class:`PixelAndDistillationLoss`.
+
+        If it cannot be computed in the first iteration, that is an OptionError.
+        """
+
+        def tried_out(output: Tensor, gt: Tensor) -> Tensor | None:
+            try:
+                return term(output, gt)
+            except (RuntimeError, TypeError, ValueError) as error:
+                if loss.used or isinstance(error, OptionError):
+                    raise
+                both = f'{self.base_name} and {type(self.network.backbone).__name__}'
+                allowed = f'nothing with {both}, from which it cannot be computed ({first_line(error)})'
+                raise OptionError(f'train.{key}', self._train_opt[key], allowed) from error
+
+        self.cri_pix = loss = PixelAndDistillationLoss(getattr(self, 'cri_pix', None), key, tried_out)
 
     def _warn_of_unprunable(self) -> None:
         total = sum(parameter.numel() for parameter in self.network.backbone.parameters())

@@ -1,0 +1,53 @@
+"""What a network is given in training: another one, from which it learns, is then given the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """The inputs of one forward pass, as the model class gave them: padded, or under torch's autocast."""
+
+    inputs: tuple[Any, ...]
+    others: dict[str, Any]  #: inputs by keyword
+    device_type: str
+    autocast: bool
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The context in which networks compute as this one did."""
+        return torch.autocast(self.device_type, torch.get_autocast_dtype(self.device_type), self.autocast)
+
+    def repeated_by(self, network: nn.Module) -> Any:
+        """What ``network`` makes of the same inputs."""
+        with self.precision():
+            return network(*self.inputs, **self.others)
+
+
+@contextmanager
+def record_passes(network: nn.Module) -> Iterator[list[ForwardPass]]:
+    """While the context is open, keep every forward pass of ``network``."""
+    passes: list[ForwardPass] = []
+
+    def keep(network: nn.Module, inputs: tuple[Any, ...], others: dict[str, Any]) -> None:
+        device_type = next(network.parameters()).device.type
+        passes.append(ForwardPass(inputs, others, device_type, torch.is_autocast_enabled(device_type)))
+
+    handle = network.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+def only_pass(passes: list[ForwardPass]) -> ForwardPass:
+    """The one forward pass of an iteration; RuntimeError if there was not just one."""
+    if len(passes) != 1:
+        raise RuntimeError(f'the network runs {len(passes)} times in an iteration')
+    return passes[0]
