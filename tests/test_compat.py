@@ -326,13 +326,18 @@ class Degrading(BaseModel):
     def free(self) -> None:
         torch.cuda.empty_cache()
 
+    def fork(self) -> None:
+        device = 'cuda'
+        with torch.random.fork_rng(device_type=device):
+            torch.rand(1)
+
 
 @pytest.fixture
 def degrading(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Degrading]]:
     """Registered by BasicSR's rule for a name that is taken twice; what is patched in it is undone."""
     monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Degrading_basicsr', Degrading)
     with pytest.MonkeyPatch.context() as undo:
-        for name in ('__init__', 'enqueue', 'tensors', 'free'):
+        for name in ('__init__', 'enqueue', 'tensors', 'free', 'fork'):
             undo.setattr(Degrading, name, vars(Degrading)[name])
         yield Degrading
 
@@ -345,6 +350,8 @@ def test_model_classes_that_call_cuda(degrading: type[Degrading]) -> None:
     patched = dict(vars(degrading))
     assert degrading.free is stock(degrading.free), 'which needs no CUDA'
     model = degrading(opt)
+    torch.get_device_module.cache_clear()
+    model.fork()
     tensors = [*model.blur.parameters(), model.enqueue(), *model.tensors()]
     assert {tensor.device.type for tensor in tensors} == {'cpu'}
     assert [tensor.tolist() for tensor in model.tensors()] == [[1], [1], [1], [0], [1, 1, 1], [1, 1, 1]]
@@ -357,6 +364,7 @@ def test_model_classes_that_call_cuda(degrading: type[Degrading]) -> None:
 
     stage = type('DegradingStage', (Stage, MODEL_REGISTRY.get('Degrading')), {})(opt)
     assert torch.equal(stage.enqueue(), torch.ones(2, 3))
+    assert torch.get_device_module('cuda') is torch.cuda, 'which torch keeps as it first finds it'
     assert dict(vars(degrading)) == patched, 'once, however often it is taken'
 
 

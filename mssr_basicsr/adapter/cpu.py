@@ -138,6 +138,8 @@ def _names_cuda(code: FunctionType | CodeType) -> bool:
 
 class _CUDAMeansCPU(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:  # by which torch finds, and keeps for the whole process, the module torch.cuda
+            return func(*args, **(kwargs or {}))
         if func is torch.Tensor.cuda:
             result = args[0]
         else:

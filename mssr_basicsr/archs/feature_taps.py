@@ -158,7 +158,8 @@ class ImageFinisher:
             return
         x = x[:1].float()
         in_fp32 = forward_replaced(self.network, partial(type(self.network).forward, self.network))
-        with in_fp32, torch.autocast(x.device.type, enabled=False), torch.random.fork_rng():
+        generators = torch.random.fork_rng([] if x.device.type == 'cpu' else [x.device])
+        with in_fp32, torch.autocast(x.device.type, enabled=False), generators:
             with record_outputs(self.network, self.taps) as outputs:
                 image = self.network(x)
             features = features_of(outputs)
