@@ -9,6 +9,9 @@ ends with (weights, EMA, level map, rewind point, every level's file, all metric
 be the undisturbed one's, bit for bit. When a pair is done before all kills are spent, the next one begins. A run that
 was killed before its first save begins anew; "resumes" counts those that went on from a save.
 
+However slow the machine is and whatever the seed, each stage is killed at least once and resumed from a save: the first
+kill of either stage comes where its first level meets the next, which every run passes, and which has saves before it.
+
 The exit status is 1 if anything differs.
 """
 
@@ -41,6 +44,8 @@ EVENTS = (
     *FILE_EVENTS,
 )
 NO_EVENT = ''
+# What surely happens in a run from the start, and after its first save: which event, the how-manieth time.
+SURE_EVENTS = (('before a level ends', 1), ('after a level ends', 1), ('before a level begins', 2))
 STAGES = ('forward', 'backward')
 
 # ------------------------------ the training that is killed ------------------------------ #
@@ -232,20 +237,23 @@ class Trainer:
         if process.wait():
             sys.exit(''.join(said))
 
-    def disturbed(self, stage: str, aimed: bool, seconds: float) -> str:
+    def aim(self) -> tuple[str, int]:
+        """An event, and the how-manieth of its kind in a run to kill at: there need not be as many."""
+        event = self.rng.choice(EVENTS)
+        return event, self.rng.randint(1, 5 if event in FILE_EVENTS else 2)
+
+    def disturbed(self, stage: str, event: str, count: int, seconds: float) -> str:
         """Begin or resume the stage and kill it: what it was killed at, '' if it was done before that.
 
-        Without an aim: at a random time of its training, which takes ``seconds``, sometimes of its start; all processes
-        or, sometimes, one rank.
+        Without an event: at a random time of its training, which takes ``seconds``, sometimes of its start; all
+        processes or, sometimes, one rank.
         """
         rng, rank, said = self.rng, self.rng.randrange(self.ranks), []
-        event = rng.choice(EVENTS) if aimed else NO_EVENT
-        count = rng.randint(1, 5 if event in FILE_EVENTS else 2)
         # Rank 0 does nearly all that can be aimed at.
         mark, process = self.start(stage, event, count, rank if 'level' in event or 'resuming' in event else 0)
         assert process.stdout is not None
         killed = ''
-        if not aimed:
+        if event == NO_EVENT:
             if rng.random() < 0.8:
                 for line in process.stdout:
                     said.append(line)
@@ -302,7 +310,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 def chaos(ranks: int, num_kills: int, seed: int, base_model: str) -> int:
     """Kill a training ``num_kills`` times, print what happened, and return the number of differences."""
-    kills: list[str] = []
+    kills: list[tuple[str, str]] = []  # the stage, and what it was killed at
     resumes = pairs = mismatches = 0
     with tempfile.TemporaryDirectory() as folder:
         root, rng = Path(folder), random.Random(f'{seed} {ranks}')
@@ -313,11 +321,22 @@ def chaos(ranks: int, num_kills: int, seed: int, base_model: str) -> int:
         while len(kills) < num_kills or not pairs:
             trainer = Trainer(root / f'pair{pairs}', ranks, base_model, rng)
             for stage in STAGES:
-                while len(kills) < num_kills:
-                    killed = trainer.disturbed(stage, len(kills) % 2 == 0, reference.seconds[stage])
+                surely = not pairs
+                # The first forward stage leaves kills to the backward stage.
+                most = num_kills // 2 if not pairs and stage == 'forward' else num_kills
+                while len(kills) < most:
+                    event, count = NO_EVENT, 0
+                    if surely:
+                        event, count = rng.choice(SURE_EVENTS)
+                    elif len(kills) % 2 == 0:
+                        event, count = trainer.aim()
+                    killed = trainer.disturbed(stage, event, count, reference.seconds[stage])
+                    if not killed and surely:
+                        sys.exit(f'{ranks} rank(s), {stage} stage: ended without what every run passes: {event}')
                     if not killed:
                         break
-                    kills.append(killed)
+                    surely = False
+                    kills.append((stage, killed))
                     print(f'{ranks} rank(s), kill {len(kills)}, {stage} stage: {killed}', flush=True)
                 else:
                     trainer.undisturbed(stage)
@@ -326,9 +345,11 @@ def chaos(ranks: int, num_kills: int, seed: int, base_model: str) -> int:
                     print(f'{ranks} rank(s), {stage} stage: {difference} differs', flush=True)
             pairs += 1
             resumes += trainer.resumes
-    counts = f'{len(kills)} kills, {resumes} resumes, {pairs} pairs of stages compared, {mismatches} mismatches'
+    of_stage = Counter(stage for stage, _ in kills)
+    counts = ', '.join(f'{of_stage[stage]} kills of the {stage} stage' for stage in STAGES)
+    counts += f', {resumes} resumes, {pairs} pairs of stages compared, {mismatches} mismatches'
     print(f'{base_model}, {ranks} rank(s), seed {seed}: {counts}')
-    for what, count in Counter(kills).most_common():
+    for what, count in Counter(killed for _, killed in kills).most_common():
         print(f'    {count:3} {what}')
     return mismatches
 
@@ -349,6 +370,8 @@ def main() -> None:
         help='base_model_type: the default; with a discriminator; with a pool of training pairs',
     )
     args = parser.parse_args()
+    if args.kills < len(STAGES):
+        parser.error(f'--kills: found {args.kills}; allowed: at least one for each of the {len(STAGES)} stages')
     sys.exit(1 if sum(chaos(ranks, args.kills, args.seed, args.base_model) for ranks in args.ranks) else 0)
 
 
