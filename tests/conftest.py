@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any, Callable
 from unittest import mock
 
+# One thread in each test and in each process that it starts, whatever is set outside, since each core has tests of its
+# own. torch and numpy read this when they are imported.
+os.environ['OMP_NUM_THREADS'] = os.environ['MKL_NUM_THREADS'] = os.environ['OPENBLAS_NUM_THREADS'] = '1'
+
 import numpy as np
 import pytest
 import torch

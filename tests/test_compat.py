@@ -73,8 +73,8 @@ def stock(function: object) -> object:
 
 
 def run(folder: Path, *command: str, expect: int = 0) -> str:
-    """What a new Python prints, with no CUDA, one thread and ``folder`` as its current one."""
-    environment = {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'MSSR_BASICSR_DISCOVERY': '1'}
+    """What a new Python prints, with no CUDA and ``folder`` as its current one."""
+    environment = {'CUDA_VISIBLE_DEVICES': '', 'MSSR_BASICSR_DISCOVERY': '1'}
     return call(sys.executable, *command, cwd=folder, expect=expect, **environment)
 
 

@@ -33,7 +33,6 @@ class Normalised(torch.nn.Module):
         return torch.nn.functional.pixel_shuffle(self.body(x), 2)
 
 ARCH_REGISTRY.register(Normalised)
-torch.set_num_threads(1)
 rank, harm = os.environ['RANK'], {'differ': 1e-3, 'diverge': float('nan')}.get(sys.argv[-1])
 save, optimize, depths = LevelwiseTraining.save, ForwardStage.optimize_parameters, []
 
@@ -76,7 +75,7 @@ def torchrun(folder: Path, opt: dict[str, Any], *arguments: str, expect: int = 0
     (folder / f'{opt["name"]}.yml').write_text(yaml.safe_dump(opt, sort_keys=False))
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'driver.py']
     command += ['-opt', f'{opt["name"]}.yml', '--launcher', 'pytorch', *arguments]
-    return call(*command, cwd=folder, expect=expect, CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
+    return call(*command, cwd=folder, expect=expect, CUDA_VISIBLE_DEVICES='')
 
 
 def ended_with(folder: Path, name: str, rank: int) -> dict[str, Any]:
@@ -93,7 +92,7 @@ init_dist('pytorch')
 open('gathered' + os.environ['RANK'], 'w').write(str(gather_on_rank_0('of rank ' + os.environ['RANK'])))
 """)
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'gathering.py']
-    call(*command, cwd=tmp_path, CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
+    call(*command, cwd=tmp_path, CUDA_VISIBLE_DEVICES='')
     assert (tmp_path / 'gathered0').read_text() == str(['of rank 0', 'of rank 1'])
     assert (tmp_path / 'gathered1').read_text() == '[]'
 

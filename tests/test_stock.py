@@ -25,7 +25,6 @@ try:
 except ModuleNotFoundError:  # BasicSR 1.4.2 alone would not be imported
     import torchvision.transforms._functional_tensor as successor
     sys.modules['torchvision.transforms.functional_tensor'] = successor
-torch.set_num_threads(1)
 import basicsr.models.sr_model as sr_model
 from basicsr.train import train_pipeline
 from basicsr.utils.registry import ARCH_REGISTRY
