@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -59,17 +60,26 @@ BACKBONES: dict[str, dict[str, Any]] = {
 
 def call(*command: str | Path, cwd: Path | None = None, expect: int = 0, **environment: str) -> str:
     """What a command prints on both channels; it ends with ``expect``, and has ``environment`` besides ours."""
-    done = subprocess.run(
+    process = subprocess.Popen(
         [str(word) for word in command],
         cwd=cwd,
         env={**os.environ, **environment},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=HANGING,
+        start_new_session=True,
     )
-    assert done.returncode == expect, done.stdout
-    return done.stdout
+    with process:
+        try:
+            said, _ = process.communicate(timeout=HANGING)
+        except subprocess.TimeoutExpired as expired:  # which has bytes, even of a text
+            printed = (expired.output or b'').decode(errors='replace')
+            pytest.fail(f'{command} did not end within {HANGING} s. It printed:\n{printed}')
+        finally:
+            if process.poll() is None:  # not SIGKILL, after which torchrun could not end its ranks
+                os.killpg(process.pid, signal.SIGTERM)
+    assert process.returncode == expect, said
+    return said
 
 
 def pruned_mssr(backbone: dict[str, Any], sparsity: Sequence[float] = tuple(SPARSITY), **options: Any) -> MSSR:

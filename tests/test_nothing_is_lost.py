@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -308,19 +307,20 @@ def test_killed_and_resumed_on_two_ranks() -> None:
 # ------------------------------ full disks, read-only folders ------------------------------ #
 
 
+# A Python that limits the size of the files that it may write, and then becomes the command behind the limit.
+LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
 def train_in(folder: Path, opt: dict[str, Any], *before: str, largest: int | None = None) -> str:
     """What a training in ``folder`` that fails prints; it may write files of at most ``largest`` bytes."""
     (folder / 'x.yml').write_text(yaml.safe_dump(opt, sort_keys=False))
-    size = largest or resource.RLIM_INFINITY
-    done = subprocess.run(
-        [*before, sys.executable, '-m', 'mssr_basicsr.train', '-opt', 'x.yml', '--auto_resume'],
-        cwd=folder,
-        text=True,
-        capture_output=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)),
-    )
-    assert done.returncode == 1
-    return done.stderr
+    limited = [] if largest is None else [sys.executable, '-c', LIMITED, str(largest)]
+    command = [*before, *limited, sys.executable, '-m', 'mssr_basicsr.train', '-opt', 'x.yml', '--auto_resume']
+    return call(*command, cwd=folder, expect=1, PYTHONUNBUFFERED='1')  # so that the error comes last
 
 
 def finish_in(folder: Path) -> None:
