@@ -22,6 +22,13 @@ from mssr_basicsr import pack
 from mssr_basicsr.commands.batch import plan_batch
 from mssr_basicsr.commands.main import main
 
+# A Python that hears Ctrl-C, which a background job and all that it starts ignore, and then becomes another command.
+INTERRUPTIBLE = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -190,12 +197,8 @@ def test_long_names(here: Path, file: Path) -> None:
 def test_ctrl_c(here: Path, file: Path) -> None:
     for i in range(300):
         picture(f'in/{i:03}.png', i)
-    process = subprocess.Popen(
-        [sys.executable, '-m', 'mssr_basicsr', 'upscale', str(file), 'in', '-o', 'out'],
-        text=True,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a background job ignores
-    )
+    command = [sys.executable, '-m', 'mssr_basicsr', 'upscale', str(file), 'in', '-o', 'out']
+    process = subprocess.Popen([sys.executable, '-c', INTERRUPTIBLE, *command], text=True, stderr=subprocess.PIPE)
     try:
         while process.poll() is None and not list(Path('.').glob('out/???.png')):
             time.sleep(0.01)
