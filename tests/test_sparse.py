@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import threading
+import traceback
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -467,10 +468,16 @@ def test_from_several_threads_and_after_fork(monkeypatch: pytest.MonkeyPatch) ->
             assert all(torch.equal(result, expected) for result in found[i])
         child = os.fork()
         if child == 0:
-            signal.alarm(60)  # a child that hangs is one that fails
-            torch.set_num_threads(1)  # torch's own pool does not survive a fork
-            monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)  # the kernel's threads do
-            os._exit(not torch.equal(model.network(images[0]), found[0][0]))
+            failed = True
+            try:
+                signal.alarm(60)  # a child that hangs is one that fails
+                torch.set_num_threads(1)  # torch's own pool does not survive a fork
+                monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)  # the kernel's threads do
+                failed = not torch.equal(model.network(images[0]), found[0][0])
+            except BaseException:
+                traceback.print_exc()
+            finally:  # so that it does not become a second pytest
+                os._exit(failed)
     assert os.waitpid(child, 0)[1] == 0
 
 
