@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,23 +31,19 @@ from mssr_basicsr.adapter.tensorboard import BLUE, CELL, LINE, pictures_of
 from mssr_basicsr.method.criteria import CRITERION_REGISTRY
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(('127.0.0.1', 0))
-        return int(server.getsockname()[1])
-
-
-def tags_served(port: int, server: subprocess.Popen[bytes], log: Path, run_name: str) -> set[str]:
-    """The scalars' tags that the server has of the run, as soon as it has any."""
+def tags_served(server: subprocess.Popen[bytes], log: Path, run_name: str) -> set[str]:
+    """The scalars' tags that the server has of the run, as soon as it has any. It says in its log where it serves."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + HANGING
     while time.monotonic() < deadline:
         assert server.poll() is None, log.read_text()
-        try:
-            with opener.open(f'http://127.0.0.1:{port}/data/plugin/scalars/tags', timeout=60) as answer:
-                runs: dict[str, Any] = json.load(answer)
-        except OSError:  # it is not up yet
-            runs = {}
+        runs: dict[str, Any] = {}
+        serves = re.search(r'http://127\.0\.0\.1:\d+/', log.read_text())
+        # Where it serves, it may not answer yet.
+        with contextlib.suppress(OSError):
+            if serves is not None:
+                with opener.open(f'{serves[0]}data/plugin/scalars/tags', timeout=60) as answer:
+                    runs = json.load(answer)
         if runs.get(run_name):
             return set(runs[run_name])
         time.sleep(0.2)
@@ -60,15 +56,15 @@ def test_tensorboard_shows_a_run(forward_opt: dict[str, Any], run: Run, tmp_path
     forward_opt['val']['val_freq'] = 1
     forward_opt['logger']['use_tb_logger'] = True
     run(forward_opt)
-    port, log = free_port(), tmp_path / 'tensorboard.txt'
+    log = tmp_path / 'tensorboard.txt'
     command = [sys.executable, '-m', 'tensorboard.main', '--logdir', 'tb_logger', '--host', '127.0.0.1']
     with log.open('w') as said:
         server = subprocess.Popen(
-            [*command, '--port', str(port), '--load_fast=false'],
+            [*command, '--port', '0', '--load_fast=false'],
             stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True,
         )  # fmt: skip
     try:
-        tags = tags_served(port, server, log, 'forward')
+        tags = tags_served(server, log, 'forward')
     finally:
         with contextlib.suppress(ProcessLookupError):  # it has ended, which is what the test then fails for
             os.killpg(server.pid, signal.SIGKILL)
