@@ -3,10 +3,10 @@
     python scripts/checks/fuzz_file.py [--cases 20000] [--seed 0]
 
 Each case is read to the right bits (a cut behind a section leaves the smaller levels whole), or refused with one
-ScalableFileError. Anything else ends the script with status 1: a wrong weight, another exception, more than 10 s, or
-tensors and buffers of more than 4 times the uncorrupted file. Cases that lie have right checksums: they come from
-someone who knows the format. Those that sign other positions or values are other models, and their weights are not
-compared.
+ScalableFileError. Anything else ends the script with status 1: a wrong weight, another exception, more than 10 s of
+processor time, or tensors and buffers of more than 4 times the uncorrupted file. Cases that lie have right checksums:
+they come from someone who knows the format. Those that sign other positions or values are other models, and their
+weights are not compared.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LIES: tuple[Any, ...] = (
     -1, 0, 1, 2, 7, 64, 255, 256, 4096, 10**6, 2**31, 2**32, 2**47, 2**63, 10**30, 0.5, 1e308, True, None, '', 'x',
     '../../x', '/etc/passwd', 'F16', 'BF16', 'RRDBNet', [], [[]], {}, [0] * 100, [2**40] * 8, 'a' * 10000,
 )  # fmt: skip
-SECONDS = 10
+SECONDS = 10  # of processor time: a machine that has other work to do is no fault
 
 
 class TensorBytes(TorchDispatchMode):
@@ -200,7 +200,7 @@ CORRUPTIONS: dict[Callable[[bytes, ScalableFile, random.Random], bytes], int] = 
 
 def read(data: bytes, right: Mapping[int, Mapping[str, torch.Tensor]] | None, limit: int) -> str:
     """What became of one case, as a text; RuntimeError if that is wrong. ``right=None`` allows every weight."""
-    began = time.perf_counter()
+    began = time.process_time()
     with TensorBytes() as tensors:
         try:
             with ScalableModel(io.BytesIO(data), level=3, engine='torch') as model:
@@ -219,8 +219,9 @@ def read(data: bytes, right: Mapping[int, Mapping[str, torch.Tensor]] | None, li
             outcome = 'refused'
     if tensors.largest > limit:
         raise RuntimeError(f'a tensor of {tensors.largest:,} bytes')
-    if time.perf_counter() - began > SECONDS:
-        raise RuntimeError(f'took {time.perf_counter() - began:.1f} s')
+    took = time.process_time() - began
+    if took > SECONDS:
+        raise RuntimeError(f'took {took:.1f} s')
     return outcome
 
 
