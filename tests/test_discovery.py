@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -30,12 +31,14 @@ discovery.REGISTERING = ('toy_plugin',)
 """
 
 
-def python(code: str, *, hook: bool = True, path: Path | None = None, options: tuple[str, ...] = ()) -> str:
+def python(
+    code: str, *, hook: bool = True, path: Path | None = None, options: tuple[str, ...] = (), cwd: Path | None = None
+) -> str:
     """What a new Python that runs ``code`` prints on both channels; it must succeed."""
     environment = {'MSSR_BASICSR_DISCOVERY': '1' if hook else '0'}
     if path is not None:
         environment['PYTHONPATH'] = str(path)
-    return call(sys.executable, *options, '-c', code, **environment)
+    return call(sys.executable, *options, '-c', code, cwd=cwd, **environment)
 
 
 @pytest.fixture
@@ -58,18 +61,29 @@ def test_environment_variable_switches_the_hook_off(hook: bool) -> None:
     assert python(code, hook=hook).strip() == str(int(hook))
 
 
-@pytest.mark.parametrize('fault', [None, 'no python', 'raise RuntimeError', 'import no_such_module', '\0', ''])
-def test_broken_plugin_breaks_neither_python_nor_basicsr(toys: Path, fault: str | None) -> None:
+@pytest.mark.parametrize(
+    ('fault', 'error'),
+    [
+        (None, "ModuleNotFoundError: No module named 'mssr_basicsr'"),
+        ('no python', 'SyntaxError: '),
+        ('raise RuntimeError("why")', 'RuntimeError: why'),
+        ('import no_such_module', "ModuleNotFoundError: No module named 'no_such_module'"),
+        ('\0', '(SyntaxError|ValueError): source code .*null bytes'),
+        ('', "ImportError: cannot import name 'find_basicsr' from 'mssr_basicsr.adapter.discovery'"),
+    ],
+)
+def test_broken_plugin_breaks_neither_python_nor_basicsr(toys: Path, fault: str | None, error: str) -> None:
+    """The hook is installed; its package is not there (``fault=None``), or the module that it imports is broken."""
     (toys / PTH.name).write_text(PTH.read_text())
     if fault is not None:
-        (toys / 'mssr_basicsr').mkdir()
-        (toys / 'mssr_basicsr' / '__init__.py').touch()
-        (toys / 'mssr_basicsr' / 'discovery.py').write_text(fault)
-    # -S: without the site-packages that the plugin is really installed in.
-    start = f'import site; site.addsitedir({str(toys)!r})'
-    assert python(start, path=toys, options=('-S',)) == ''
-    said = python(start + '\nimport basicsr; assert basicsr.done', path=toys, options=('-S',))
-    assert said.count('RuntimeWarning: BasicSR continues without the mssr_basicsr plugin: ') == 1
+        (toys / 'mssr_basicsr' / 'adapter').mkdir(parents=True)
+        (toys / 'mssr_basicsr' / 'adapter' / 'discovery.py').write_text(fault)
+    # -S, and a current folder without one: neither the plugin that is really installed, nor this repository's.
+    options, start = ('-S',), f'import site; site.addsitedir({str(toys)!r})'
+    assert python(start, path=toys, options=options, cwd=toys) == ''
+    said = python(start + '\nimport basicsr; assert basicsr.done', path=toys, options=options, cwd=toys)
+    warning = 'RuntimeWarning: BasicSR continues without the mssr_basicsr plugin: '
+    assert said.count(warning) == len(re.findall(warning + error, said)) == 1, said
 
 
 @pytest.mark.slow
