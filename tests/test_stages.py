@@ -116,20 +116,30 @@ def test_the_forward_stage(forward_opt: dict[str, Any], run: Run, monkeypatch: p
     assert rb'^metrics/(toyval/)?psnr_level\d+$' in layout.tensor_proto.string_val[0]
 
 
+@pytest.mark.parametrize(('level_iter', 'rewind_iter', 'expected'), [(4, 2, 2), (10, 0, 0), (30, None, 3)])
 def test_the_rewind_point_is_the_weights_at_rewind_iter(
-    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+    level_iter: int,
+    rewind_iter: int | None,
+    expected: int,
+    forward_opt: dict[str, Any],
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """By default, that is after a tenth of level 0."""
     seen = {}
     optimize = ForwardStage.optimize_parameters
 
     def spy(model: Any, current_iter: int) -> None:
+        seen.setdefault(current_iter - 1, deepcopy(model.network.backbone.state_dict()))
         optimize(model, current_iter)
         seen[current_iter] = deepcopy(model.network.backbone.state_dict())
 
     monkeypatch.setattr(ForwardStage, 'optimize_parameters', spy)
-    models = run(forward_opt) / 'models'
-    assert equal(load(models / 'net_g_latest.pth')['rewind'], seen[2])
-    assert not equal(seen[2], seen[3])
+    forward_opt['train'].update(level_iter=[level_iter, 4, 4], total_iter=level_iter + 8, rewind_iter=rewind_iter)
+    forward_opt['train']['scheduler']['periods'] = [level_iter]
+    forward_opt['val']['val_freq'] = 2
+    rewind = load(run(forward_opt) / 'models' / 'net_g_latest.pth')['rewind']
+    assert [iteration for iteration, weights in seen.items() if equal(weights, rewind)] == [expected]
 
 
 @pytest.mark.parametrize('rewind', ['lr', 'none'])
