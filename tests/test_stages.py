@@ -179,6 +179,31 @@ def test_ssd_with_each_target_with_and_without_ema(
     assert equal(teacher, load(models / 'net_g_level1.pth')['params'])
 
 
+def test_each_iteration_distils_at_depths_of_its_own(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterations, distilled = [], {}
+    optimize, finish = ForwardStage.optimize_parameters, ImageFinisher.finish
+
+    def spy(model: Any, current_iter: int) -> None:
+        iterations.append(current_iter)
+        optimize(model, current_iter)
+
+    def spy_on_finish(finisher: ImageFinisher, x: Tensor, features: dict[str, Tensor]) -> list[Tensor]:
+        distilled[iterations[-1]] = list(features)
+        return finish(finisher, x, features)
+
+    monkeypatch.setattr(ForwardStage, 'optimize_parameters', spy)
+    monkeypatch.setattr(ImageFinisher, 'finish', spy_on_finish)
+    forward_opt['train']['ssd_opt']['num_depths'] = 1
+    run(forward_opt)
+    level1, level2 = ([distilled[i] for i in range(first, first + 4)] for first in (5, 9))
+    assert all(len(depths) == 1 for depths in level1 + level2)
+    assert {depth for (depth,) in level1 + level2} == {'body.0', 'body.1', 'body.2'}
+    assert all(len({depth for (depth,) in level}) > 1 for level in (level1, level2))
+    assert level1 != level2
+
+
 class Repeating(nn.Module):
     """A toy network that runs its blocks twice."""
 
