@@ -204,6 +204,43 @@ def test_each_iteration_distils_at_depths_of_its_own(
     assert level1 != level2
 
 
+@pytest.mark.parametrize(('own', 'expected'), [({}, 0.25), ({'loss_weight': 2.0}, 2.0)])
+def test_a_distillation_loss_without_a_weight_has_the_pixel_losss(
+    own: dict[str, float],
+    expected: float,
+    forward_opt: dict[str, Any],
+    backward_opt: dict[str, Any],
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forward_opt['train']['pixel_opt']['loss_weight'] = backward_opt['train']['pixel_opt']['loss_weight'] = 0.25
+    forward_opt['train']['ssd_opt'] = {'type': 'SSDLoss', 'num_depths': 'all', **own}
+    backward_opt['train']['ticket_opt'] = {'type': 'L1Loss', **own}
+    found, images = [], []
+    finish, log = ImageFinisher.finish, LevelwiseTraining.reduce_loss_dict
+
+    def spy_on_finish(*args: Any) -> list[Tensor]:
+        images[:] = finish(*args)
+        return images
+
+    def spy(model: Any, losses: dict[str, Tensor]) -> dict[str, float]:
+        reduced = log(model, losses)
+        with torch.no_grad():
+            if 'l_ssd' in reduced:
+                differences = [nn.functional.l1_loss(image, model.gt) for image in images]
+                found.append(reduced['l_ssd'] / float(torch.stack(differences).mean()))
+            elif 'l_ticket' in reduced:
+                found.append(reduced['l_ticket'] / float(nn.functional.l1_loss(model.output, model.ticket(model.lq))))
+        return reduced
+
+    monkeypatch.setattr(ImageFinisher, 'finish', spy_on_finish)
+    monkeypatch.setattr(LevelwiseTraining, 'reduce_loss_dict', spy)
+    run(forward_opt)
+    assert found == [pytest.approx(expected)] * 8
+    run(backward_opt)
+    assert found == [pytest.approx(expected)] * 14
+
+
 class Repeating(nn.Module):
     """A toy network that runs its blocks twice."""
 
