@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from copy import deepcopy
@@ -239,6 +240,29 @@ def test_a_distillation_loss_without_a_weight_has_the_pixel_losss(
     assert found == [pytest.approx(expected)] * 8
     run(backward_opt)
     assert found == [pytest.approx(expected)] * 14
+
+
+def test_the_schedule_of_a_level_begins_with_a_warm_up(
+    forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The learning rates by hand; the model class counts its iterations within the level, too."""
+    seen = []
+    optimize = SRModel.optimize_parameters
+
+    def spy(model: Any, current_iter: int) -> None:
+        seen.append((current_iter, model.get_current_learning_rate()[0]))
+        optimize(model, current_iter)
+
+    monkeypatch.setattr(SRModel, 'optimize_parameters', spy)
+    high, low = 1e-3, 1e-5
+    cosine = [low + (high - low) * (1 + math.cos(math.pi * done / 4)) / 2 for done in range(4)]
+    level = list(enumerate([high / 2, *cosine[1:]], 1))  # in the first of two iterations, half of the learning rate
+    for opt, expected in ((forward_opt, level * 3), (backward_opt, level[:3] * 2)):
+        opt['train']['warmup_iter'] = 2
+        run(opt)
+        assert [iteration for iteration, _ in seen] == [iteration for iteration, _ in expected]
+        assert [rate for _, rate in seen] == pytest.approx([rate for _, rate in expected])
+        seen.clear()
 
 
 class Repeating(nn.Module):
