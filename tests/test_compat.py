@@ -30,6 +30,7 @@ from basicsr.models import build_model
 from basicsr.models.base_model import BaseModel
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, MODEL_REGISTRY
 from conftest import TOY_EDSR, call
+from toy import DEGRADATION, add_discriminator
 
 from mssr_basicsr.adapter import compat, cpu
 
@@ -405,24 +406,17 @@ def test_model_classes_on_cuda_stay_there(degrading: type[Degrading]) -> None:
 @pytest.mark.parametrize('model_type', ['RealESRNetModel', 'RealESRGANModel'])
 def test_real_esrgan_on_cpu(model_type: str) -> None:
     """Both degrade images by layers, and keep training pairs in tensors, that BasicSR asks CUDA for."""
-    optimizer = {'type': 'Adam', 'lr': 1e-4}
     no_kernel = torch.zeros(2, 21, 21)
     no_kernel[:, 10, 10] = 1
-    opt = {
+    opt: dict[str, Any] = {
         'model_type': model_type, 'num_gpu': 0, 'is_train': True, 'dist': False, 'scale': 2, 'path': {},
-        'gt_size': 32, 'queue_size': 4, 'gt_usm': True, 'l1_gt_usm': True, 'percep_gt_usm': True, 'gan_gt_usm': False,
-        'resize_prob': [0.2, 0.7, 0.1], 'resize_range': [0.5, 1.5], 'gaussian_noise_prob': 0.5,
-        'noise_range': [1, 30], 'poisson_scale_range': [0.05, 3], 'gray_noise_prob': 0.4, 'jpeg_range': [30, 95],
-        'second_blur_prob': 0.8, 'resize_prob2': [0.3, 0.4, 0.3], 'resize_range2': [0.5, 1.2],
-        'gaussian_noise_prob2': 0.5, 'noise_range2': [1, 25], 'poisson_scale_range2': [0.05, 2.5],
-        'gray_noise_prob2': 0.4, 'jpeg_range2': [30, 95],
-        'network_g': dict(TOY_EDSR), 'network_d': {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 4},
+        'network_g': dict(TOY_EDSR), **DEGRADATION,
         'train': {
-            'ema_decay': 0.9, 'optim_g': dict(optimizer), 'optim_d': dict(optimizer),
+            'ema_decay': 0.9, 'optim_g': {'type': 'Adam', 'lr': 1e-4},
             'scheduler': {'type': 'MultiStepLR', 'milestones': [10]}, 'pixel_opt': {'type': 'L1Loss'},
-            'gan_opt': {'type': 'GANLoss', 'gan_type': 'vanilla', 'loss_weight': 0.1},
         },
     }  # fmt: skip
+    add_discriminator(opt, model_type)
     model = build_model(opt)
     kernels = dict.fromkeys(('kernel1', 'kernel2', 'sinc_kernel'), no_kernel)
     for iteration in (1, 2, 3):  # the pool of pairs is full after the second

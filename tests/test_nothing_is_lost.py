@@ -23,6 +23,7 @@ from basicsr.models.sr_model import SRModel
 from basicsr.models.srgan_model import SRGANModel
 from basicsr.utils.registry import MODEL_REGISTRY
 from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, call, contents, forget_after, pruned_mssr
+from toy import add_discriminator
 
 from mssr_basicsr.adapter.run_state import in_python_numbers, kept_between_iterations, put_back_kept
 from mssr_basicsr.archs.mssr_arch import MSSR
@@ -156,9 +157,7 @@ def test_what_a_model_class_does_not_resume_itself(
     monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Base', base)
     forward_opt.update(base_model_type='Base')
     if base is ForgettingSRGAN:
-        forward_opt['network_d'] = {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 4}
-        forward_opt['train']['optim_d'] = {'type': 'Adam', 'lr': 1e-4}
-        forward_opt['train']['gan_opt'] = {'type': 'GANLoss', 'gan_type': 'vanilla', 'loss_weight': 0.1}
+        add_discriminator(forward_opt, 'Base')
     experiment = run(forward_opt)
     uninterrupted = contents(experiment / 'models')
     forget_after(experiment, 8)

@@ -14,6 +14,7 @@ from basicsr.archs.discriminator_arch import VGGStyleDiscriminator
 from basicsr.archs.edsr_arch import EDSR
 from conftest import TOY_EDSR, Run, contents, equal, forget_after, load, load_network
 from torch import Tensor, nn
+from toy import add_discriminator
 
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.models import levelwise_training
@@ -176,10 +177,8 @@ def test_a_gan_in_bf16(forward_opt: dict[str, Any], run: Run, monkeypatch: pytes
     from basicsr.archs.discriminator_arch import UNetDiscriminatorSN
     from basicsr.losses.gan_loss import GANLoss
 
-    forward_opt['base_model_type'] = 'SRGANModel'
-    forward_opt['network_d'] = {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 4}
-    forward_opt['train'].update(FAST, optim_d={'type': 'Adam', 'lr': 1e-4})
-    forward_opt['train']['gan_opt'] = {'type': 'GANLoss', 'gan_type': 'vanilla', 'loss_weight': 0.1}
+    add_discriminator(forward_opt, 'SRGANModel')
+    forward_opt['train'].update(FAST)
     seen = []
     discriminate, judge = UNetDiscriminatorSN.forward, GANLoss.forward
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import call
+from toy import add_discriminator
 
 pytestmark = pytest.mark.slow
 
@@ -66,10 +67,6 @@ except Exception as error:
 """
 
 
-DISCRIMINATOR = {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 4}
-GAN_LOSS = {'type': 'GANLoss', 'gan_type': 'vanilla', 'loss_weight': 0.1}
-
-
 def torchrun(folder: Path, opt: dict[str, Any], *arguments: str, expect: int = 0) -> str:
     (folder / 'driver.py').write_text(DRIVER)
     (folder / f'{opt["name"]}.yml').write_text(yaml.safe_dump(opt, sort_keys=False))
@@ -108,8 +105,7 @@ def test_both_stages_on_two_ranks(
             opt['network_g']['backbone'] = {'type': 'Normalised'}
     if setup == 'gan':
         for opt in (forward_opt, backward_opt):
-            opt.update(base_model_type='ESRGANModel', network_d=dict(DISCRIMINATOR))
-            opt['train'].update(optim_d={'type': 'Adam', 'lr': 1e-3}, gan_opt=dict(GAN_LOSS))
+            add_discriminator(opt, 'ESRGANModel')
     for opt in (forward_opt, backward_opt):
         opt['train'].update(precision='bf16' if 'bf16' in setup else 'fp32', channels_last='bf16' in setup)
         torchrun(tmp_path, opt)

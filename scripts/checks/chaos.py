@@ -31,10 +31,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable
 
-import numpy as np
 import torch
 import yaml
-from toy import backward_options, forward_options, write_pairs
+from toy import (
+    add_degradation,
+    add_discriminator,
+    backward_options,
+    forward_options,
+    register_kernels_dataset,
+    write_pairs,
+)
 
 MARK = 'MSSR_CHAOS'  # an environment variable that all processes of one training have, with a value of its own
 FILE_EVENTS = ('open', 'os.mkdir', 'os.rename', 'os.remove', 'os.rmdir')  # as Python's audit hooks name them
@@ -70,42 +76,11 @@ def options(folder: Path, stage: str, ranks: int, base_model: str) -> dict[str, 
         opt['train'].update(total_iter=24, ticket_opt={'type': 'L1Loss'})
         opt['val']['val_freq'], opt['logger']['save_checkpoint_freq'] = 6, 4
     if base_model == 'ESRGANModel':
-        opt['network_d'] = {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 4}
-        opt['train'].update(
-            optim_d={'type': 'Adam', 'lr': 1e-3}, gan_opt={**GAN_LOSS}, net_d_iters=1, net_d_init_iters=0
-        )
+        add_discriminator(opt, base_model)
     elif base_model == 'RealESRNetModel':
-        opt.update(DEGRADATION)
-        opt['datasets']['train'].update(type='ChaosKernelsDataset', gt_size=32)
+        add_degradation(opt)
+        opt['gt_size'] = 16  # out of 32: where, is drawn
     return opt
-
-
-GAN_LOSS = {
-    'type': 'GANLoss', 'gan_type': 'vanilla', 'real_label_val': 1.0, 'fake_label_val': 0.0, 'loss_weight': 0.1,
-}  # fmt: skip
-# Real-ESRGAN's own, with a pool of four training pairs.
-DEGRADATION = {
-    'gt_size': 16, 'queue_size': 4, 'resize_prob': [0.2, 0.7, 0.1], 'resize_range': [0.5, 1.5],
-    'gaussian_noise_prob': 0.5, 'noise_range': [1, 30], 'poisson_scale_range': [0.05, 3], 'gray_noise_prob': 0.4,
-    'jpeg_range': [30, 95], 'second_blur_prob': 0.8, 'resize_prob2': [0.3, 0.4, 0.3], 'resize_range2': [0.5, 1.2],
-    'gaussian_noise_prob2': 0.5, 'noise_range2': [1, 25], 'poisson_scale_range2': [0.05, 2.5],
-    'gray_noise_prob2': 0.4, 'jpeg_range2': [30, 95], 'gt_usm': True,
-}  # fmt: skip
-
-
-def register_kernels_dataset() -> None:
-    """A data set of images and blur kernels, as BasicSR's RealESRGANDataset, which makes any image 400 x 400."""
-    from basicsr.data.paired_image_dataset import PairedImageDataset
-    from basicsr.utils.registry import DATASET_REGISTRY
-
-    class ChaosKernelsDataset(PairedImageDataset):  # type: ignore[misc]
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            item = super().__getitem__(index)
-            kernels = torch.from_numpy(np.random.rand(3, 21, 21).astype(np.float32))
-            kernels /= kernels.sum((1, 2), keepdim=True)
-            return {'gt': item['gt'], **dict(zip(('kernel1', 'kernel2', 'sinc_kernel'), kernels))}
-
-    DATASET_REGISTRY.register(ChaosKernelsDataset)
 
 
 def child() -> None:

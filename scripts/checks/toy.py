@@ -8,9 +8,19 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 
 TOY_EDSR = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 3, 'upscale': 2}
 SPARSITY = [0, 0.5, 0.75]
+# Real-ESRGAN's own, with a pool of four training pairs.
+DEGRADATION = {
+    'gt_size': 32, 'queue_size': 4, 'resize_prob': [0.2, 0.7, 0.1], 'resize_range': [0.5, 1.5],
+    'gaussian_noise_prob': 0.5, 'noise_range': [1, 30], 'poisson_scale_range': [0.05, 3], 'gray_noise_prob': 0.4,
+    'jpeg_range': [30, 95], 'second_blur_prob': 0.8, 'resize_prob2': [0.3, 0.4, 0.3], 'resize_range2': [0.5, 1.2],
+    'gaussian_noise_prob2': 0.5, 'noise_range2': [1, 25], 'poisson_scale_range2': [0.05, 2.5],
+    'gray_noise_prob2': 0.4, 'jpeg_range2': [30, 95], 'gt_usm': True, 'l1_gt_usm': True, 'percep_gt_usm': True,
+    'gan_gt_usm': False,
+}  # fmt: skip
 
 
 def write_pairs(folder: Path) -> None:
@@ -78,3 +88,32 @@ def backward_options(forward: dict[str, Any]) -> dict[str, Any]:
     opt['val']['val_freq'] = 3
     opt['logger']['save_checkpoint_freq'] = 3
     return opt
+
+
+def add_discriminator(opt: dict[str, Any], base_model_type: str) -> None:
+    """Train by ``opt`` with this model class, one that derives from SRGANModel."""
+    opt['base_model_type'] = base_model_type
+    opt['network_d'] = {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 4}
+    opt['train']['optim_d'] = {'type': 'Adam', 'lr': 1e-3}
+    opt['train']['gan_opt'] = {'type': 'GANLoss', 'gan_type': 'vanilla', 'loss_weight': 0.1}
+
+
+def add_degradation(opt: dict[str, Any]) -> None:
+    """Degrade the images of ``opt``'s training set as Real-ESRGAN does; this needs :func:`register_kernels_dataset`."""
+    opt.update(deepcopy(DEGRADATION))
+    opt['datasets']['train'].update(type='ToyKernelsDataset', gt_size=32)
+
+
+def register_kernels_dataset() -> None:
+    """A data set of images and blur kernels, as BasicSR's RealESRGANDataset, which makes any image 400 x 400."""
+    from basicsr.data.paired_image_dataset import PairedImageDataset
+    from basicsr.utils.registry import DATASET_REGISTRY
+
+    class ToyKernelsDataset(PairedImageDataset):  # type: ignore[misc]
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            item = super().__getitem__(index)
+            kernels = torch.from_numpy(np.random.rand(3, 21, 21).astype(np.float32))
+            kernels /= kernels.sum((1, 2), keepdim=True)
+            return {'gt': item['gt'], **dict(zip(('kernel1', 'kernel2', 'sinc_kernel'), kernels))}
+
+    DATASET_REGISTRY.register(ToyKernelsDataset)
