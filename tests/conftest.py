@@ -126,7 +126,7 @@ def contents(models: Path) -> dict[str, Any]:
 
 def forget_after(experiment: Path, iteration: int) -> None:
     """Remove the saves after ``iteration``."""
-    for path in [*experiment.glob('training_states/*'), *experiment.glob('models/net_g_*')]:
+    for path in [*experiment.glob('training_states/*'), *experiment.glob('models/net_[gd]_*')]:
         number = path.stem.rpartition('_')[2]
         if number == 'latest' or (number.isdigit() and int(number) > iteration):
             path.unlink()

@@ -21,9 +21,9 @@ import yaml
 from basicsr.data.prefetch_dataloader import CPUPrefetcher
 from basicsr.models.sr_model import SRModel
 from basicsr.models.srgan_model import SRGANModel
-from basicsr.utils.registry import MODEL_REGISTRY
+from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, call, contents, forget_after, pruned_mssr
-from toy import add_discriminator
+from toy import add_degradation, add_discriminator, register_kernels_dataset
 
 from mssr_basicsr.adapter.run_state import in_python_numbers, kept_between_iterations, put_back_kept
 from mssr_basicsr.archs.mssr_arch import MSSR
@@ -77,6 +77,57 @@ def test_a_resumed_backward_stage_ends_as_an_uninterrupted_one(
     run(backward_opt)
     assert contents(experiment / 'models') == uninterrupted
     assert (experiment / 'models' / 'net_g.mssr').read_bytes() == file
+
+
+def saved(path: Path) -> dict[str, Any]:
+    """All that a checkpoint or a training state holds, by its place in there; tensors as bytes."""
+    found: dict[str, Any] = {}
+    rest = [('', torch.load(path, weights_only=True))]
+    while rest:
+        place, value = rest.pop()
+        if isinstance(value, (dict, list, tuple)):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            rest += [(f'{place}/{key}', item) for key, item in items]
+        else:
+            found[place] = value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
+    return found
+
+
+def resumes_exactly(opt: dict[str, Any], run: Run, *iterations: int) -> dict[str, Any]:
+    """Run, and resume at each of ``iterations``, with ``net_d``: the last training state, which is always the same."""
+    opt['logger']['save_checkpoint_freq'] = 3
+    experiment = run(opt)
+    models, state = experiment / 'models', experiment / 'training_states' / f'{opt["train"]["total_iter"]}.state'
+    uninterrupted = contents(models), saved(models / 'net_d_latest.pth'), saved(state)
+    for iteration in iterations:
+        forget_after(experiment, iteration)
+        assert not state.exists() and not (models / 'net_d_latest.pth').exists()
+        run(opt, '--auto_resume')
+        assert (contents(models), saved(models / 'net_d_latest.pth'), saved(state)) == uninterrupted
+    return uninterrupted[2]
+
+
+def test_a_discriminator_and_its_optimizer_resume_exactly(
+    forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run
+) -> None:
+    for opt, iteration in ((forward_opt, 6), (backward_opt, 3)):
+        add_discriminator(opt, 'ESRGANModel')
+        state = resumes_exactly(opt, run, iteration)
+        assert '/optimizers/1/state/0/exp_avg' in state  # the discriminator's, beside the network's
+
+
+def test_real_esrgans_pool_resumes_exactly(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four training pairs: after iteration 3 it is not full yet, after iteration 6 pairs have been drawn from it."""
+    monkeypatch.setattr(DATASET_REGISTRY, '_obj_map', dict(DATASET_REGISTRY._obj_map))
+    register_kernels_dataset()
+    add_discriminator(forward_opt, 'RealESRGANModel')
+    add_degradation(forward_opt)
+    forward_opt['datasets']['train']['batch_size_per_gpu'] = 1
+    state = resumes_exactly(forward_opt, run, 6, 3)
+    pool = {place for place in state if place.startswith('/mssr/kept/0/queue_')}
+    assert pool == {f'/mssr/kept/0/queue_{name}' for name in ('lr', 'gt', 'ptr')}
 
 
 def test_networks_that_draw_random_numbers_resume_exactly(forward_opt: dict[str, Any], run: Run) -> None:
