@@ -112,6 +112,19 @@ def test_grey_images_through_a_network_for_grey() -> None:
     assert np.array_equal(result[..., 1], model.upscale(grey[::-1]))
 
 
+def test_grey_images_through_a_network_for_colour() -> None:
+    """Its three channels are grey, and what comes out is the luma of the network's colours, here as OpenCV has it."""
+    model, grey = model_of(), picture(9, 13, dtype='float32') / np.float32(255)
+    with torch.no_grad():
+        (colours,) = model.network(torch.from_numpy(np.stack([grey] * 3))[None])
+    assert all((colours[i] - colours[j]).abs().max() > 0.01 for i, j in ((0, 1), (0, 2), (1, 2)))
+    expected = cv2.cvtColor(colours.permute(1, 2, 0).numpy(), cv2.COLOR_RGB2GRAY).clip(0, 1)
+    assert np.abs(model.upscale(grey) - expected).max() <= 1e-5
+    assert np.abs(model.upscale(grey, bgr=True) - expected).max() <= 1e-5
+    eight_bits = model.upscale(picture(9, 13))
+    assert np.abs(eight_bits - 255 * expected).max() <= 0.501
+
+
 @pytest.mark.parametrize('image', [picture(4, 4, 5), picture(4, 4, 3).astype(np.int64), picture(0, 4, 3), picture(4)])
 def test_what_is_not_an_image_is_refused(image: Any) -> None:
     with pytest.raises(ValueError, match=r'image: found .*; allowed: '):
