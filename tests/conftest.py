@@ -108,10 +108,12 @@ def network(backbone: dict[str, Any] = TOY_EDSR, levels: int = 3, seed: int = 0,
 
 
 def assert_same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same tensors, bit for bit."""
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert state[name].dtype == tensor.dtype, name
-        assert torch.equal(state[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
+        assert (state[name].dtype, state[name].shape) == (tensor.dtype, tensor.shape), name
+        one, other = (value.detach().flatten().view(torch.uint8) for value in (state[name], tensor))
+        assert torch.equal(one, other), name
 
 
 def contents(models: Path) -> dict[str, Any]:

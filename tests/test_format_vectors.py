@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 import xxhash
 import zstandard
-from conftest import HANGING
+from conftest import HANGING, assert_same
 from torch import Tensor, nn
 
 from mssr_basicsr import ScalableModel
@@ -30,7 +30,7 @@ from mssr_basicsr.scalable.container import ScalableFile, write_file
 from mssr_basicsr.scalable.frames import decompress
 from mssr_basicsr.scalable.quantisation import quantise
 from mssr_basicsr.scalable.sections import encode_section
-from mssr_basicsr.scalable.values import TORCH_DTYPES, to_planes
+from mssr_basicsr.scalable.values import TORCH_DTYPES
 
 DATA = Path(__file__).parent / 'data'
 READER = Path(__file__).parents[1] / 'docs' / 'read_mssr.mjs'
@@ -137,13 +137,6 @@ def at_level(expected: dict[str, Tensor], level: int) -> dict[str, Tensor]:
     for name in WEIGHTS:
         state[name] = torch.where(expected[f'level_map.{name}'] >= level, state[name], 0.0)
     return state
-
-
-def assert_same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert state.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (state[name].dtype, state[name].shape) == (tensor.dtype, tensor.shape), name
-        assert to_planes(state[name].detach().flatten()) == to_planes(tensor.flatten()), name
 
 
 @pytest.mark.parametrize('kind', KINDS)
