@@ -134,6 +134,18 @@ def forget_after(experiment: Path, iteration: int) -> None:
             path.unlink()
 
 
+class Clips(list):  # type: ignore[type-arg]
+    """What video validation asks of a data set."""
+
+    def __init__(self, samples: list[dict[str, Any]]) -> None:
+        super().__init__(samples)
+        self.opt = {'name': 'clips'}
+        self.data_info = {'folder': ['000'] * 3}
+
+    def __getitem__(self, index: Any) -> Any:  # BasicSR changes a sample's shapes
+        return {'folder': '000', **deepcopy(super().__getitem__(index))}
+
+
 def load(path: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import basicsr.data.degradations
@@ -29,7 +29,7 @@ from basicsr.data.prefetch_dataloader import CPUPrefetcher, CUDAPrefetcher
 from basicsr.models import build_model
 from basicsr.models.base_model import BaseModel
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, MODEL_REGISTRY
-from conftest import TOY_EDSR, call
+from conftest import TOY_EDSR, Clips, call
 from toy import DEGRADATION, add_discriminator
 
 from mssr_basicsr.adapter import compat, cpu
@@ -439,13 +439,6 @@ def test_filter2d_of_any_strides_on_cpu() -> None:
         stock(basicsr.utils.img_process_util.filter2D)(image, mean)
 
 
-class Clips(list):  # type: ignore[type-arg]
-    """What video validation asks of a data set."""
-
-    opt = MappingProxyType({'name': 'clips'})
-    data_info = MappingProxyType({'folder': ['000'] * 3})
-
-
 @pytest.mark.parametrize('model_type', ['VideoBaseModel', 'VideoRecurrentModel'])
 def test_video_validation_on_cpu(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Enlarge(torch.nn.Module):
@@ -459,10 +452,9 @@ def test_video_validation_on_cpu(model_type: str, monkeypatch: pytest.MonkeyPatc
     model = build_model({**opt, 'model_type': model_type, 'name': 'x', 'val': {'metrics': {'psnr': psnr}}})
     grey, white = torch.full((3, 3, 4, 4), 0.5), torch.ones(3, 3, 8, 8)
     if model_type == 'VideoRecurrentModel':
-        clips = Clips([{'folder': '000', 'lq': grey, 'gt': white}])
+        clips = Clips([{'lq': grey, 'gt': white}])
     else:
-        frames = [{'folder': '000', 'lq': grey.clone(), 'gt': white[0].clone(), 'idx': f'{i}/3'} for i in range(3)]
-        clips = Clips([{**frame, 'lq_path': 'x.png'} for frame in frames])
+        clips = Clips([{'lq': grey, 'gt': white[0], 'idx': f'{i}/3', 'lq_path': 'x.png'} for i in range(3)])
     model.validation(SimpleNamespace(dataset=clips), 1, None, False)
     assert model.metric_results['000'].device.type == 'cpu'
     expected = pytest.approx(20 * torch.log10(torch.tensor(255 / (255 - 128))).item())  # 0.5 is saved as 128

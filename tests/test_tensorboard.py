@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from copy import deepcopy
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ import torch
 from basicsr.archs import build_network
 from basicsr.models import build_model
 from basicsr.utils.registry import ARCH_REGISTRY
-from conftest import HANGING, TOY_EDSR, Run, contents, forget_after
+from conftest import HANGING, TOY_EDSR, Clips, Run, contents, forget_after
 from PIL import Image
 
 from mssr_basicsr.adapter.tensorboard import BLUE, CELL, LINE, pictures_of
@@ -145,18 +144,6 @@ def test_a_picture_is_the_middle_of_an_image() -> None:
     assert np.array_equal(np.asarray(found['gt']), middle[..., :1].repeat(3, axis=2))
     clip = torch.rand(1, 2, 3, 8, 8)
     assert pictures_of({'result': clip, 'gt': clip}) == pictures_of({}) == {}
-
-
-class Clips(list):  # type: ignore[type-arg]
-    """What video validation asks of a data set."""
-
-    def __init__(self, samples: list[dict[str, Any]]) -> None:
-        super().__init__(samples)
-        self.opt = {'name': 'clips'}
-        self.data_info = {'folder': ['000'] * 3}
-
-    def __getitem__(self, index: Any) -> Any:  # BasicSR changes a sample's shapes
-        return {'folder': '000', **deepcopy(super().__getitem__(index))}
 
 
 class Double(torch.nn.Module):
