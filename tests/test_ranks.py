@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import toy
 import yaml
 from conftest import call
 from toy import add_discriminator
@@ -23,15 +24,7 @@ from mssr_basicsr.models.levelwise_training import LevelwiseTraining
 from basicsr.models.sr_model import SRModel
 from basicsr.train import train_pipeline
 from basicsr.utils.registry import ARCH_REGISTRY
-
-class Normalised(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        layers = torch.nn.Conv2d(3, 8, 3, 1, 1), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 12, 3, 1, 1)
-        self.body = torch.nn.Sequential(*layers)
-
-    def forward(self, x):
-        return torch.nn.functional.pixel_shuffle(self.body(x), 2)
+from toy import Normalised
 
 ARCH_REGISTRY.register(Normalised)
 rank, harm = os.environ['RANK'], {'differ': 1e-3, 'diverge': float('nan')}.get(sys.argv[-1])
@@ -72,7 +65,8 @@ def torchrun(folder: Path, opt: dict[str, Any], *arguments: str, expect: int = 0
     (folder / f'{opt["name"]}.yml').write_text(yaml.safe_dump(opt, sort_keys=False))
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'driver.py']
     command += ['-opt', f'{opt["name"]}.yml', '--launcher', 'pytorch', *arguments]
-    return call(*command, cwd=folder, expect=expect, CUDA_VISIBLE_DEVICES='')
+    toys = str(Path(toy.__file__).parent)
+    return call(*command, cwd=folder, expect=expect, CUDA_VISIBLE_DEVICES='', PYTHONPATH=toys)
 
 
 def ended_with(folder: Path, name: str, rank: int) -> dict[str, Any]:

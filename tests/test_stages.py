@@ -18,6 +18,7 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY
 from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, contents, equal, load, load_network
 from torch import Tensor, nn
+from toy import Normalised
 
 from mssr_basicsr.archs.feature_taps import ImageFinisher
 from mssr_basicsr.archs.mssr_arch import MSSR
@@ -703,26 +704,13 @@ def test_every_backbone_goes_through_both_stages(
         assert equal(plain, network.export(level))
 
 
-class Normalised(nn.Module):
-    """A toy network with batch normalisation."""
-
-    def __init__(self, num_feat: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, num_feat, 3, 1, 1), nn.BatchNorm2d(num_feat), nn.Conv2d(num_feat, 12, 3, 1, 1)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.pixel_shuffle(self.body(x), 2)
-
-
 def test_running_statistics_stay_in_the_backward_stage(
     forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All levels share them: they move in the forward stage, and are then left alone."""
     monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Normalised', Normalised)
     for opt in (forward_opt, backward_opt):
-        opt['network_g']['backbone'] = {'type': 'Normalised', 'num_feat': 8}
+        opt['network_g']['backbone'] = {'type': 'Normalised'}
     del forward_opt['train']['ssd_opt']
     mean, count = 'body.1.running_mean', 'body.1.num_batches_tracked'
     before = load(run(forward_opt) / 'models' / 'net_g_latest.pth')['params_ema']

@@ -9,6 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 TOY_EDSR = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 3, 'upscale': 2}
 SPARSITY = [0, 0.5, 0.75]
@@ -21,6 +22,17 @@ DEGRADATION = {
     'gray_noise_prob2': 0.4, 'jpeg_range2': [30, 95], 'gt_usm': True, 'l1_gt_usm': True, 'percep_gt_usm': True,
     'gan_gt_usm': False,
 }  # fmt: skip
+
+
+class Normalised(nn.Module):
+    """A toy network with batch normalisation, for BasicSR's registry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 12, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(self.body(x), 2)
 
 
 def write_pairs(folder: Path) -> None:
