@@ -189,13 +189,19 @@ def backward_opt(forward_opt: dict[str, Any]) -> dict[str, Any]:
     return backward_options(forward_opt)
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, so that paths in tests are as short as they read."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 Run = Callable[..., Path]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(here: Path) -> Run:
     """``run(opt, *arguments)`` trains (or tests) through BasicSR's own pipeline and returns the experiment's folder."""
-    monkeypatch.chdir(tmp_path)
 
     def run(opt: dict[str, Any], *arguments: str) -> Path:
         from basicsr.test import test_pipeline
@@ -205,11 +211,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         # BasicSR opens its log file once in a process, here there are several runs in one.
         initialized_logger.clear()
         logging.getLogger('basicsr').handlers.clear()
-        yml = tmp_path / f'{opt["name"]}.yml'
+        yml = here / f'{opt["name"]}.yml'
         yml.write_text(yaml.safe_dump(opt, sort_keys=False))
         training = 'train' in opt
         with mock.patch.object(sys, 'argv', ['train.py', '-opt', str(yml), *arguments]):
-            (train_pipeline if training else test_pipeline)(str(tmp_path))
-        return tmp_path / ('experiments' if training else 'results') / opt['name']
+            (train_pipeline if training else test_pipeline)(str(here))
+        return here / ('experiments' if training else 'results') / opt['name']
 
     return run

@@ -25,15 +25,14 @@ METRICS = {'0': {'toy': {'psnr': 31.25}}, '2': {'toy': {'psnr': 30.5}}}
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model, a checkpoint, its options and an image, as the current one."""
-    monkeypatch.chdir(tmp_path)
+def here(here: Path) -> Path:
+    """The current folder has a model, a checkpoint, its options and an image."""
     built = network()
     Path('m.mssr').write_bytes(pack(built, 2, METRICS))
     torch.save({'params': built.state_dict()}, 'net.pth')
     write_options('net.yml')
     cv2.imwrite('a.png', np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8))
-    return tmp_path
+    return here
 
 
 def write_options(path: str, **changes: Any) -> None:
