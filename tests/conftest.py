@@ -82,6 +82,15 @@ def call(*command: str | Path, cwd: Path | None = None, expect: int = 0, **envir
     return said
 
 
+def parsed(yml: Path, folder: Path) -> dict[str, Any]:
+    """The options in a file as BasicSR's ``train.py`` gets them; what it writes is to go below ``folder``."""
+    from basicsr.utils.options import parse_options
+
+    with mock.patch.object(sys, 'argv', ['train.py', '-opt', str(yml)]):
+        opt, _ = parse_options(str(folder), is_train=True)
+    return opt  # type: ignore[no-any-return]
+
+
 def pruned_mssr(backbone: dict[str, Any], sparsity: Sequence[float] = tuple(SPARSITY), **options: Any) -> MSSR:
     """An MSSR network with all its levels, pruned by magnitude without training."""
     torch.manual_seed(0)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import yaml
 from basicsr.models import build_model
-from basicsr.utils.options import parse_options
-from conftest import pruned_mssr, save_as_forward_stage
+from conftest import parsed, pruned_mssr, save_as_forward_stage
 
 OPTIONS = Path(__file__).resolve().parent.parent / 'options'
 FORWARD = {path.name: yaml.safe_load(path.read_text()) for path in sorted(OPTIONS.glob('*forward*.yml'))}
@@ -19,8 +16,7 @@ BACKWARD = {path.name: yaml.safe_load(path.read_text()) for path in sorted(OPTIO
 
 
 def build(recipe: str, folder: Path, **path: str) -> Any:
-    with mock.patch.object(sys, 'argv', ['train.py', '-opt', str(OPTIONS / recipe)]):
-        opt, _ = parse_options(str(folder), is_train=True)
+    opt = parsed(OPTIONS / recipe, folder)
     opt['path'].update(path)
     opt['num_gpu'] = min(opt['num_gpu'], 1)  # several need a launcher
     return build_model(opt)

@@ -6,13 +6,11 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import yaml
 from basicsr.models import build_model
-from basicsr.utils.options import parse_options
-from conftest import pruned_mssr, save_as_forward_stage
+from conftest import parsed, pruned_mssr, save_as_forward_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'scripts' / 'study'))
@@ -120,8 +118,7 @@ def test_a_run_is_accepted(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         network_g = {key: value for key, value in options['network_g'].items() if key not in ('type', 'level')}
         save_as_forward_stage(pruned_mssr(**network_g), Path(start))
     Path('run.yml').write_text(yaml.safe_dump(options))
-    with mock.patch.object(sys, 'argv', ['train.py', '-opt', 'run.yml']):
-        opt, _ = parse_options(str(tmp_path), is_train=True)
+    opt = parsed(Path('run.yml'), tmp_path)
     model = build_model(opt)
     total_iter = (
         sum(training.num_iter for training in model.plan.trainings)

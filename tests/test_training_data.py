@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from basicsr.data.paired_image_dataset import PairedImageDataset
 from basicsr.utils.registry import DATASET_REGISTRY
-from conftest import Run
+from conftest import Run, parsed
 
 from mssr_basicsr.foundation.checks import OptionError
 
@@ -115,12 +113,10 @@ def test_an_empty_folder_is_refused_before_training(
     ],
 )
 def test_a_yaml_that_holds_no_options_is_named(text: str, message: str, tmp_path: Path) -> None:
-    from basicsr.utils.options import parse_options
-
     yml = tmp_path / 'net.yml'
     yml.write_text(text)
-    with mock.patch.object(sys, 'argv', ['train.py', '-opt', str(yml)]), pytest.raises(ValueError) as caught:
-        parse_options(str(tmp_path))
+    with pytest.raises(ValueError) as caught:
+        parsed(yml, tmp_path)
     assert str(caught.value).startswith(f'{yml}: ')
     assert message in str(caught.value)
 
