@@ -131,7 +131,11 @@ def test_what_works_without_basicsr(tmp_path: Path, without_basicsr: dict[str, s
 
 
 @pytest.mark.slow
-def test_a_network_built_by_the_user_needs_no_basicsr(tmp_path: Path, without_basicsr: dict[str, str]) -> None:
+@pytest.mark.parametrize('is_there', [True, False])
+def test_a_network_built_by_the_user_needs_no_basicsr(
+    is_there: bool, tmp_path: Path, without_basicsr: dict[str, str]
+) -> None:
+    """Where there is one, it is not imported."""
     file = tmp_path / 'model.mssr'
     built = network({**BACKBONES['SRVGGNetCompact'], 'num_conv': 0})  # a network that a few lines can write again
     file.write_bytes(pack(built, 2))
@@ -152,10 +156,13 @@ class Compact(nn.Module):
         return F.pixel_shuffle(out, 2) + F.interpolate(x, scale_factor=2, mode='nearest')
 
 image = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
-np.save(sys.argv[2], ScalableModel(sys.argv[1], 1, network=Compact()).upscale(image))
+model = ScalableModel(sys.argv[1], 1, network=Compact())
+assert model.level == 1 and not model.network.training
+np.save(sys.argv[2], model.upscale(image))
 assert not [name for name in sys.modules if name.split('.')[0] == 'basicsr']
 """
-    call(sys.executable, '-c', code, file, tmp_path / 'image.npy', **without_basicsr)
+    environment = {} if is_there else without_basicsr
+    call(sys.executable, '-c', code, file, tmp_path / 'image.npy', **environment)
     image = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
     assert np.array_equal(np.load(tmp_path / 'image.npy'), mssr_basicsr.ScalableModel(file, 1).upscale(image))
 

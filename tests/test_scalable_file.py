@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -471,25 +470,6 @@ def test_describing_a_file_needs_no_torch(tmp_path: Path) -> None:
     (tmp_path / 'model.mssr').write_bytes(pack(network(), 2))
     code = "import sys; from mssr_basicsr import ScalableFile; ScalableFile('model.mssr').describe()"
     call(sys.executable, '-c', code + "; assert 'torch' not in sys.modules", cwd=tmp_path)
-
-
-@pytest.mark.slow
-def test_a_given_network_needs_no_basicsr(tmp_path: Path) -> None:
-    (tmp_path / 'model.mssr').write_bytes(pack(network({'type': 'SRVGGNetCompact', 'num_feat': 4, 'num_conv': 1}), 4))
-    code = """
-import sys
-from torch import nn
-from mssr_basicsr import ScalableModel
-class Mine(nn.Module):
-    def __init__(self):
-        super().__init__()
-        layers = nn.Conv2d(3, 4, 3), nn.PReLU(4), nn.Conv2d(4, 4, 3), nn.PReLU(4), nn.Conv2d(4, 48, 3)
-        self.body = nn.ModuleList(layers)
-model = ScalableModel('model.mssr', level=0, network=Mine())
-print(model.level, model.network.training, 'basicsr' in sys.modules)
-"""
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == '0 False False\n'
 
 
 # ------------------------------ what is refused ------------------------------ #
