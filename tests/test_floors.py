@@ -177,16 +177,3 @@ def test_buffers_that_an_architecture_computes_need_its_code(tmp_path: Path, wit
     assert 'SwinIR computes ' in said
     assert 'basicsr is needed' in said
     assert not (tmp_path / 'level.pth').exists()
-
-
-@pytest.mark.slow
-def test_info_loads_nothing_heavy_but_torch(tmp_path: Path) -> None:
-    file = tmp_path / 'model.mssr'
-    file.write_bytes(pack(network(), 2))
-    code = f"""
-import sys
-from mssr_basicsr.commands.main import main
-main(['info', {str(file)!r}])
-print([name for name in ('basicsr', 'torchvision', 'cv2', 'matplotlib', 'scipy', 'yaml') if name in sys.modules])
-"""
-    assert call(sys.executable, '-c', code).endswith('[]\n')
