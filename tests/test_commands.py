@@ -61,13 +61,26 @@ COMMANDS = {
     'pack ./net.pth -opt net.yml -o {} --dtype fp16': 'net.yml',
     'upscale m.mssr a.png -o {}': 'a.png',
 }
+#: What a command reads without its being named: the images of a folder, and the records beside a checkpoint.
+UNNAMED = {
+    'pack net.pth --opt net.yml --gt gt -o {}': 'gt/a.png',
+    'pack net.pth --opt net.yml --gt gt --lq lq -o {}': 'lq/a.png',
+    'pack net.pth --opt net.yml -o {}': 'levels.json',
+    'upscale m.mssr a.png --gt gt -o {}': 'gt/a.png',
+    'upscale m.mssr a.png --gt gt -o {} --level 2': 'gt/b.png',  # not compared, since gt/b.bmp may be meant
+}
 
 
 @pytest.mark.parametrize('spelling', ['plain', 'dots', 'absolute', 'symlink', 'hardlink'])
-@pytest.mark.parametrize(('command', 'victim'), COMMANDS.items())
+@pytest.mark.parametrize(('command', 'victim'), [*COMMANDS.items(), *UNNAMED.items()])
 def test_an_input_is_never_overwritten(
     command: str, victim: str, spelling: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for folder in ('gt', 'lq'):
+        Path(folder).mkdir()
+        for name in ('a.png', 'b.png', 'b.bmp'):
+            Path(folder, name).write_bytes(Path('a.png').read_bytes())
+    Path('levels.json').write_text('[]')
     before = Path(victim).read_bytes()
     link = f'link{Path(victim).suffix}'
     if spelling == 'symlink':

@@ -65,14 +65,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     require_basicsr('to read a checkpoint of MSSR')
     from mssr_basicsr import evaluate, load_checkpoint, pack
+    from mssr_basicsr.adapter.records import RECORDS
     from mssr_basicsr.foundation.saving import require_output, write_whole
 
     metadata = dict(arguments.metadata)
     if len(metadata) < len(arguments.metadata):
         raise OptionError('--metadata', [key for key, _ in arguments.metadata], 'each key only once')
     output = arguments.output or arguments.checkpoint.with_suffix('.mssr')
-    require_output(output, arguments.checkpoint, arguments.opt)
     sets = _validation_sets(arguments.gt, arguments.lq)
+    images = [file for folder in (*arguments.gt, *arguments.lq) for file in folder.iterdir()]
+    require_output(output, arguments.checkpoint, arguments.opt, arguments.checkpoint.with_name(RECORDS), *images)
     network, scale, metrics = load_checkpoint(arguments.checkpoint, arguments.opt)
     dtype = _DTYPES[arguments.dtype]
     if dtype != 'F32':

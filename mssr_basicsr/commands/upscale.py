@@ -107,7 +107,7 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
     if arguments.tile is not None:
         require_int('--tile', arguments.tile, 0)
     truths = _truths(arguments.gt)
-    others = [arguments.file, *truths.values()]
+    others = [arguments.file, *(arguments.gt.iterdir() if arguments.gt is not None else ())]
     jobs, passed_over = plan_batch(source, output, others)
     if passed_over:
         some = [f'{path.name}/' if path.is_dir() else path.name for path in passed_over[:3]]
