@@ -216,6 +216,15 @@ def test_a_checkpoint_may_have_the_names_of_a_ddp_wrapper(here: Path) -> None:
     assert Path('x.mssr').read_bytes() == Path('y.mssr').read_bytes()
 
 
+def test_a_checkpoint_from_the_middle_of_a_run_has_no_metrics_of_its_end(here: Path) -> None:
+    records = [{'level': int(level), 'metrics': metrics} for level, metrics in METRICS.items()]
+    Path('levels.json').write_text(json.dumps(records))
+    for checkpoint, expected in (('net_g_latest.pth', METRICS), ('net_g_3.pth', {})):
+        Path(checkpoint).write_bytes(Path('net.pth').read_bytes())
+        assert main(['pack', checkpoint, '--opt', 'net.yml', '-o', 'x.mssr']) == 0
+        assert ScalableFile('x.mssr').header.metrics == expected
+
+
 # ------------------------------ one line for every failure ------------------------------ #
 
 FAULTS = {
@@ -262,7 +271,7 @@ FAULTS = {
     'pack net.pth --opt net.yml --gt x': 'x: ',
     'pack net.pth --opt net.yml --gt y': "--gt: found 'y'; allowed: a folder of images",
     'pack net.pth --opt net.yml --gt x --lq y': "--lq: found 'y'; allowed: a folder of images",
-    'pack records/net.pth --opt net.yml': 'records/levels.json: ',
+    'pack records/net_g_latest.pth --opt net.yml': 'records/levels.json: ',
 }
 
 
@@ -272,7 +281,7 @@ def test_a_failure_is_one_line(command: str, message: str, here: Path, capsys: p
         Path(folder).mkdir()
     Path('broken').symlink_to('gone')
     Path('text.png').write_text('no image\n')
-    Path('records/net.pth').write_bytes(Path('net.pth').read_bytes())
+    Path('records/net_g_latest.pth').write_bytes(Path('net.pth').read_bytes())
     Path('records/levels.json').write_text('[{"level": 0, "metr')
     Path('empty.yml').touch()
     Path('list.yml').write_text('- scale\n- network_g\n')

@@ -9,6 +9,7 @@ from mssr_basicsr.foundation.tables import table_with_metrics
 from mssr_basicsr.method.level_map import LevelMap, count, mask_of
 
 RECORDS = 'levels.json'  #: beside the models, or in a test beside the results
+LAST_CHECKPOINT = 'net_g_latest.pth'  #: what BasicSR calls the one that a run ends with
 
 
 def level_file(level: int) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mssr_basicsr.adapter.option_files import read_yaml
-from mssr_basicsr.adapter.records import RECORDS
+from mssr_basicsr.adapter.records import LAST_CHECKPOINT, RECORDS
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain, require_nested
 from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
 from mssr_basicsr.foundation.checks import OptionError, first_line, require_int
@@ -20,8 +20,8 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
     """The network in a checkpoint of the backward stage, its upscaling factor, and its levels' metrics where known.
 
     Args:
-        checkpoint: a file saved by BasicSR. The EMA's weights are used if it has any; the metrics are those of the
-            ``levels.json`` beside it, if there is one.
+        checkpoint: a file saved by BasicSR. The EMA's weights are used if it has any. The metrics of
+            ``net_g_latest.pth`` are those of the ``levels.json`` beside it, if there is one.
         options: the YAML that it was trained or tested with, of which ``network_g`` and ``scale`` are read. The
             upscaling factor is found by running the network on a small image; a different ``scale`` is an error.
 
@@ -43,7 +43,7 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
         loaded = read_checkpoint(checkpoint)
         state = state_dict_of(loaded, 'params_ema')
         if is_plain(state):
-            raise CheckpointError('it is not of an MSSR network (net_g_latest.pth of the backward stage is)')
+            raise CheckpointError(f'it is not of an MSSR network ({LAST_CHECKPOINT} of the backward stage is)')
         require_nested(loaded)
         require_same_entries(state, network.state_dict())
         network.load_state_dict(state)
@@ -54,9 +54,12 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
 
 
 def _metrics_beside(checkpoint: Path) -> dict[str, Any]:
-    """The metrics in the ``levels.json`` beside a checkpoint; empty if there is none."""
+    """The metrics in the ``levels.json`` beside a run's last checkpoint; empty if there is none.
+
+    The records say what the run ended with, so they are not those of an earlier checkpoint.
+    """
     records = checkpoint.with_name(RECORDS)
-    if not records.is_file():
+    if checkpoint.name != LAST_CHECKPOINT or not records.is_file():
         return {}
     try:
         return level_metrics(json.loads(records.read_text('utf-8')))
