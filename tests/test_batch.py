@@ -169,6 +169,12 @@ def test_metrics_are_of_the_images_that_have_a_ground_truth(
     assert main(['upscale', str(file), 'in', '-o', 'out', '--gt', 'gt']) == 1
     assert 'in/b.png: gt/b.png: not an image' in capsys.readouterr().err
     assert os.listdir('out') == ['a.png']
+    cv2.imwrite('gt/b.png', np.zeros((16, 20, 3), np.uint8))
+    assert main(['upscale', str(file), 'in', '-o', 'out', '--gt', 'gt']) == 1
+    assert 'in/b.png: the ground truth: found 20x16 pixels; allowed: 18x16, like the upscaled image' in (
+        capsys.readouterr().err
+    )
+    assert os.listdir('out') == ['a.png']
 
 
 def test_files_of_other_kinds_are_named(here: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:

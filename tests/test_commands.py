@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -460,6 +461,20 @@ def test_pack_measures_several_sets(here: Path, capsys: pytest.CaptureFixture[st
     assert list(compared) == list(metrics) == ['one', 'two']
     for name, found in metrics.items():
         assert found == pytest.approx(evaluate('x.mssr', Path(name), Path(f'{name}_lq'))['1'], rel=1e-4)
+
+
+@pytest.mark.parametrize('size', [(12, 12), (1, 12)])
+def test_pack_refuses_an_image_too_small_before_it_measures_any(
+    size: tuple[int, int], here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, shape in (('one', (24, 22, 3)), ('two', (*size, 3))):
+        Path(folder).mkdir()
+        cv2.imwrite(f'{folder}/a.png', np.zeros(shape, np.uint8))
+    monkeypatch.setattr(ScalableModel, 'upscale', pytest.fail)
+    said = error('pack net.pth --opt net.yml -o x.mssr --gt one --gt two', capsys)
+    assert said == f'two/a.png: found 12x{size[0]} pixels; allowed: at least 16 per side, to be compared'
+    with pytest.raises(ValueError, match=re.escape(said)):
+        evaluate('m.mssr', Path('two'))
 
 
 @pytest.mark.parametrize('dtype', ['fp32', 'int8'])

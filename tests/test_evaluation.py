@@ -83,9 +83,11 @@ def test_a_grey_file_is_its_y(tmp_path: Path) -> None:
         ((12, 10), (24, 20, 3), r'lq/a.png: found a grey image; allowed: a colour one, like .*gt/a\.png'),
         ((24, 20, 3), (24, 20, 3), r'lq/a.png: found 20x24 pixels; allowed: 10x12, like .*gt/a\.png / 2'),
         (None, (24, 20, 3), r'lq/a.png: the LR image of .*gt/a\.png is missing'),
+        ((8, 7), (17, 15), r'gt/a.png: found 15x17 pixels; allowed: at least 16 per side, to be compared'),
+        ((1, 6), (1, 12), r'gt/a.png: found 12x1 pixels; allowed: at least 16 per side, to be compared'),
     ],
 )
-def test_lr_images_that_do_not_fit_are_named(small: Any, truth: Any, text: str, tmp_path: Path) -> None:
+def test_images_that_cannot_be_compared_are_named(small: Any, truth: Any, text: str, tmp_path: Path) -> None:
     for name, shape in (('lq', small), ('gt', truth)):
         (tmp_path / name).mkdir()
         if shape:

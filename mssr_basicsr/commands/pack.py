@@ -64,9 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
     from mssr_basicsr.foundation.on_demand import require_basicsr
 
     require_basicsr('to read a checkpoint of MSSR')
-    from mssr_basicsr import evaluate, load_checkpoint, pack
+    from mssr_basicsr import ScalableModel, load_checkpoint, pack
     from mssr_basicsr.adapter.records import RECORDS
     from mssr_basicsr.foundation.saving import require_output, write_whole
+    from mssr_basicsr.scalable.evaluation import evaluate_on
+    from mssr_basicsr.scalable.images import validation_pairs
 
     metadata = dict(arguments.metadata)
     if len(metadata) < len(arguments.metadata):
@@ -76,15 +78,16 @@ def run(arguments: argparse.Namespace) -> int:
     images = [file for folder in (*arguments.gt, *arguments.lq) for file in folder.iterdir()]
     require_output(output, arguments.checkpoint, arguments.opt, arguments.checkpoint.with_name(RECORDS), *images)
     network, scale, metrics = load_checkpoint(arguments.checkpoint, arguments.opt)
+    pairs = {name: list(validation_pairs(gt, lq, scale)) for name, (gt, lq) in sets.items()}  # before any is upscaled
     dtype = _DTYPES[arguments.dtype]
     if dtype != 'F32':
         metrics = {}  # they are of the exact values
     data = pack(network, scale, metrics, dtype, metadata)
     changes: dict[str, dict[str, dict[str, float]]] = {}  # what rounding does: by level, set and metric
     exact = pack(network, scale) if sets and dtype != 'F32' else None
-    for name, (gt, lq) in sets.items():
-        measured = evaluate(io.BytesIO(data), gt, lq)
-        of_exact = evaluate(io.BytesIO(exact), gt, lq) if exact else {}
+    for name in sets:
+        measured = evaluate_on(pairs[name], ScalableModel(io.BytesIO(data)))
+        of_exact = evaluate_on(pairs[name], ScalableModel(io.BytesIO(exact))) if exact else {}
         for level, values in measured.items():
             metrics.setdefault(level, {})[name] = values
             said = f'level {level}: PSNR {values["psnr"]:.4f} dB on {name}'

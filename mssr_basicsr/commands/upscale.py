@@ -116,7 +116,7 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
     # torch takes seconds to import: not before the paths are known to be right.
     from mssr_basicsr import ScalableModel
     from mssr_basicsr.scalable.images import check_writable, read_image, write_image
-    from mssr_basicsr.scalable.metrics import metrics
+    from mssr_basicsr.scalable.metrics import check_truth, metrics
 
     device = _device(arguments.device)
     engine = arguments.engine if device.startswith('cpu') else 'torch'
@@ -131,7 +131,10 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
     def upscale(source: Path, target: Path) -> dict[str, Any]:
         picture = read_image(source)
         truth = None if arguments.gt is None else read_image(_truth(arguments.gt, truths, source)).pixels
-        check_writable(target, *(side * header.scale for side in picture.pixels.shape[:2]))
+        height, width = (side * header.scale for side in picture.pixels.shape[:2])
+        check_writable(target, height, width)
+        if truth is not None:
+            check_truth(truth, (height, width, *picture.pixels.shape[2:]), header.scale)
         result = upscaler.upscale(picture.pixels, arguments.tile, bgr=True, progress=tiles)
         lost = picture.lost + write_image(target, result, picture.icc)
         if lost:

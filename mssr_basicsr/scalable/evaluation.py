@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mssr_basicsr.scalable.container import Source
 from mssr_basicsr.scalable.images import validation_pairs
 from mssr_basicsr.scalable.metrics import metrics
 from mssr_basicsr.scalable.model import ScalableModel
+from mssr_basicsr.scalable.pixels import Image
 
 
 def evaluate(source: Source, gt: Path, lq: Path | None = None) -> dict[str, dict[str, float]]:
@@ -22,11 +24,15 @@ def evaluate(source: Source, gt: Path, lq: Path | None = None) -> dict[str, dict
         ValueError: a wrong file or image; the text says which.
         OSError: a file cannot be read.
     """
-    found = {}
     with ScalableModel(source) as model:
-        pairs = list(validation_pairs(gt, lq, model.header.scale))
-        for level in range(model.level, model.header.smallest_level + 1):
-            model.shrink(level)
-            results = [metrics(model.upscale(small, bgr=True), truth, model.header.scale) for small, truth in pairs]
-            found[str(level)] = {key: sum(result[key] for result in results) / len(results) for key in results[0]}
+        return evaluate_on(list(validation_pairs(gt, lq, model.header.scale)), model)
+
+
+def evaluate_on(pairs: Sequence[tuple[Image, Image]], model: ScalableModel) -> dict[str, dict[str, float]]:
+    """The same of a model at its largest level, on pairs of LR image and ground truth; it is left at its smallest."""
+    found = {}
+    for level in range(model.level, model.header.smallest_level + 1):
+        model.shrink(level)
+        results = [metrics(model.upscale(small, bgr=True), truth, model.header.scale) for small, truth in pairs]
+        found[str(level)] = {key: sum(result[key] for result in results) / len(results) for key in results[0]}
     return found

@@ -24,6 +24,7 @@ from PIL import ImageCms, features
 
 from mssr_basicsr.foundation.on_demand import require_basicsr
 from mssr_basicsr.foundation.saving import write_whole
+from mssr_basicsr.scalable.metrics import smallest_side
 from mssr_basicsr.scalable.pixels import Image, as_colours, to_depth, white, without_alpha
 
 PIL.Image.init()  # lets Pillow find out which formats it was built with
@@ -426,10 +427,15 @@ def validation_pairs(gt: Path, lq: Path | None, scale: int) -> Iterator[tuple[Im
     The LR image is the one with the same name in ``lq``, or made by :func:`resize_bicubic`.
 
     Raises:
-        ValueError: an LR image is missing, or does not fit its ground truth; the text names both.
+        ValueError: an image cannot be read or is too small to be compared, or an LR image is missing, or does not fit
+            its ground truth; the text names the file, or both.
     """
+    least = -(-smallest_side(scale) // scale) * scale
     for file in list_images(gt)[0]:
         truth = read_eight_bits(file)
+        if min(truth.shape[:2]) < least:
+            found = f'{truth.shape[1]}x{truth.shape[0]}'
+            raise ValueError(f'{file}: found {found} pixels; allowed: at least {least} per side, to be compared')
         height, width = (size - size % scale for size in truth.shape[:2])
         truth = truth[:height, :width]
         if lq is None:

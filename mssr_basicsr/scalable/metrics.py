@@ -28,11 +28,9 @@ def published_metrics(image: Image, truth: Image, border: int, round_y: bool = F
         ValueError: the sizes differ or are too small, or the truth is in colour and the image is not.
     """
     if image.shape[:2] != truth.shape[:2]:
-        raise ValueError(f'the ground truth: found {_size(truth)} pixels; allowed: {_size(image)}, like the image')
-    if truth.ndim == 3 and image.ndim == 2:
-        raise ValueError('the ground truth: found a colour image; allowed: a grey one, like the upscaled image')
-    if min(truth.shape[:2]) < 2 * border + 11:  # SSIM's window
-        raise ValueError(f'the ground truth: found {_size(truth)} pixels; allowed: at least {2 * border + 11} per side')
+        found, allowed = _size(truth.shape), _size(image.shape)
+        raise ValueError(f'the ground truth: found {found} pixels; allowed: {allowed}, like the image')
+    _require_alike(image.shape, truth.shape, border)
     planes = [_plane(picture, as_grey=truth.ndim == 2) for picture in (image, truth)]
     if round_y:
         planes = [plane.round() for plane in planes]
@@ -52,18 +50,41 @@ def metrics(image: Image, truth: Image, scale: int) -> dict[str, float]:
         ValueError: the image is grey and the truth in colour, the sizes do not fit, too little is left within the
             border, or :func:`check_values` rejects the truth's values.
     """
-    image, truth = without_alpha(image), without_alpha(truth)
-    (height, width), (true_height, true_width) = image.shape[:2], truth.shape[:2]
-    if not (0 <= true_height - height < scale and 0 <= true_width - width < scale):
-        allowed = f'{_size(image)}, like the upscaled image, or up to {scale - 1} more per side'
-        raise ValueError(f'the ground truth: found {_size(truth)} pixels; allowed: {allowed}')
-    check_values(truth)
-    one, other = (picture * (255 / white(picture.dtype)) for picture in (image, truth[:height, :width]))
+    check_truth(truth, image.shape, scale)
+    image, truth = without_alpha(image), without_alpha(truth)[: image.shape[0], : image.shape[1]]
+    one, other = (picture * (255 / white(picture.dtype)) for picture in (image, truth))
     return published_metrics(one, other, scale)
 
 
-def _size(image: Image) -> str:
-    return f'{image.shape[1]}x{image.shape[0]}'
+def check_truth(truth: Image, shape: tuple[int, ...], scale: int) -> None:
+    """Raise the ValueError of :func:`metrics`, if any, knowing only the ``shape`` of the upscaled picture."""
+    (height, width), (true_height, true_width) = shape[:2], truth.shape[:2]
+    if not (0 <= true_height - height < scale and 0 <= true_width - width < scale):
+        allowed = f'{_size(shape)}, like the upscaled image, or up to {scale - 1} more per side'
+        raise ValueError(f'the ground truth: found {_size(truth.shape)} pixels; allowed: {allowed}')
+    _require_alike(shape, (height, width, *truth.shape[2:]), scale)
+    check_values(truth)
+
+
+def smallest_side(border: int) -> int:
+    """The smallest height and width that can be compared: SSIM's window has 11 pixels."""
+    return 2 * border + 11
+
+
+def _require_alike(shape: tuple[int, ...], true_shape: tuple[int, ...], border: int) -> None:
+    if _is_colour(true_shape) and not _is_colour(shape):
+        raise ValueError('the ground truth: found a colour image; allowed: a grey one, like the upscaled image')
+    if min(true_shape[:2]) < smallest_side(border):
+        found, least = _size(true_shape), smallest_side(border)
+        raise ValueError(f'the ground truth: found {found} pixels; allowed: at least {least} per side')
+
+
+def _is_colour(shape: tuple[int, ...]) -> bool:
+    return shape[2:] in ((3,), (4,))
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f'{shape[1]}x{shape[0]}'
 
 
 def _plane(image: Image, as_grey: bool) -> Image:
