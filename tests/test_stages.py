@@ -8,7 +8,8 @@ import random
 import re
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from mssr_basicsr.method.schedules import EXPANSION_REGISTRY, LevelTraining
 from mssr_basicsr.models.backward_stage import BackwardStage
 from mssr_basicsr.models.forward_stage import ForwardStage
 from mssr_basicsr.models.levelwise_training import LevelwiseTraining
+from mssr_basicsr.models.nested_levels import NestedLevels
 
 pytestmark = pytest.mark.slow
 TOTAL = sum(weight.numel() for weight in MSSR(TOY_EDSR, SPARSITY).prunable_weights().values())
@@ -681,6 +683,20 @@ def test_a_network_that_computes_weights_in_eval_mode(
         plain.load_state_dict(exported)
         with torch.no_grad():
             assert torch.equal(result.eval()(x), plain(x))
+
+
+def test_a_level_trained_on_a_gpu_is_exported_from_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a machine without a GPU could not load the file, unless told to.
+
+    The GPU is torch's meta device, which every machine has. Its tensors hold no values, so ``cpu`` makes some up.
+    """
+    network = MSSR(TOY_EDSR, SPARSITY).to('meta')
+    monkeypatch.setattr(Tensor, 'cpu', lambda tensor: torch.zeros(tensor.shape))
+    model = SimpleNamespace(opt={'rank': 0, 'path': {'models': str(tmp_path)}}, network=network)
+    NestedLevels.export_level(cast(Any, model), 1)
+    exported = load(tmp_path / 'net_g_level1.pth')['params']
+    assert exported.keys() == network.backbone.state_dict().keys()
+    assert {tensor.device.type for tensor in exported.values()} == {'cpu'}
 
 
 @pytest.mark.parametrize('name', BACKBONES)

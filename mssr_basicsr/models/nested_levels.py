@@ -205,7 +205,7 @@ class NestedLevels(Base):
         """Write ``net_g_level{level}.pth``, ``{'params': ...}`` of the plain backbone. Only rank 0 does this."""
         if self.opt['rank'] == 0:
             with saved_whole(self.opt['path'], 'models'):
-                state: dict[str, Tensor] = self.network.export(level)
+                state = {name: tensor.cpu() for name, tensor in self.network.export(level).items()}
                 torch.save({'params': state}, Path(self.opt['path']['models'], level_file(level)))
 
     # ------------------------------ loading ------------------------------ #
