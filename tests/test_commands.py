@@ -373,6 +373,20 @@ def test_a_closed_pipe(here: Path) -> None:
     assert said == ''
 
 
+@pytest.mark.slow
+def test_a_model_from_a_pipe(here: Path) -> None:
+    def said(command: str, expect: int = 0) -> str:
+        line = f'cat m.mssr | "{sys.executable}" -m mssr_basicsr {command}'
+        return call('bash', '-c', line, cwd=here, expect=expect)
+
+    assert main(['extract', 'm.mssr', '--level', '1', '-o', 'x.mssr']) == 0
+    assert said('extract /dev/stdin --level 1 -o y.mssr').startswith('y.mssr: levels 1 to 2, ')
+    assert Path('x.mssr').read_bytes() == Path('y.mssr').read_bytes()
+    for command in ('benchmark /dev/stdin', 'plot /dev/stdin --time -o x.png'):
+        several = 'mssr: error: /dev/stdin: found a pipe; allowed: a file, since it is read several times\n'
+        assert said(command, expect=1) == several
+
+
 # ------------------------------ in the shell ------------------------------ #
 
 

@@ -413,6 +413,19 @@ def test_a_stream_that_cannot_seek_is_read_in_its_order() -> None:
     assert_same(model.network.state_dict(), packed.export(0))
 
 
+def test_a_prefix_of_a_stream_that_cannot_seek() -> None:
+    data = pack(network(), 2)
+    for level in (2, 1, 0):
+        file = ScalableFile(Pipe(data))  # type: ignore[arg-type]
+        prefix = file.read_prefix(level)
+        assert prefix == data[: file.header.section(level).end] and file.bytes_read == len(prefix)
+    with pytest.raises(ScalableFileError, match='the stream cannot seek'):
+        file.read_prefix(2)
+    cut = data[:-1]
+    with pytest.raises(ScalableFileError, match=f'level 0 needs the first {len(data):,} bytes; there are {len(cut):,}'):
+        ScalableFile(Pipe(cut)).read_prefix(0)  # type: ignore[arg-type]
+
+
 def test_a_stream_that_its_owner_moved_is_read_where_the_section_is() -> None:
     packed = network()
     stream = io.BytesIO(pack(packed, 2))

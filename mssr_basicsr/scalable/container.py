@@ -15,6 +15,7 @@ import struct
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, Union
 
 import xxhash
@@ -178,12 +179,12 @@ class ScalableFile:
             self.size = self._stream.seek(0, io.SEEK_END) - self._origin if self._seekable else None
             if self._seekable:
                 self._stream.seek(self._origin)
-            self.header, self._position = read_header(self._stream, self.name, self.size)
+            self.header, self._start = read_header(self._stream, self.name, self.size)
         except BaseException:
             self.close()
             raise
         #: How many bytes have been read so far.
-        self.bytes_read = self._position
+        self.bytes_read = self._position = len(self._start)
 
     def close(self) -> None:
         """Close the file, if it was given as a path."""
@@ -245,31 +246,32 @@ class ScalableFile:
             self.size = self._stream.seek(0, io.SEEK_END) - self._origin
             if section.end > self.size:
                 raise self.cut_short(level)
-        start = section.start - section.padding
-        if self._seekable:  # always: whoever gave us the stream may have moved it since
-            self._stream.seek(self._origin + start)
-        elif self._position != start:
-            raise ScalableFileError(f'{self.name}: level {level} is not the next one, and the stream cannot seek')
-        padding = read_exactly(self._stream, section.padding)
-        frame = read_exactly(self._stream, section.size)
-        self._position = start + len(padding) + len(frame)
-        self.bytes_read += len(padding) + len(frame)
-        if len(frame) < section.size:
-            self.size = self._position
-            raise self.cut_short(level)
+        padding = self._read(section.start - section.padding, section.start, level)
+        frame = self._read(section.start, section.end, level)
         if xxhash.xxh64_hexdigest(frame) != section.checksum or any(padding):
             raise ScalableFileError(f'{self.name}: the section of level {level} is corrupted (checksum)')
         return frame
 
     def read_prefix(self, level: int) -> bytes:
-        """The file's bytes up to the end of ``level``'s section: a file of the levels from ``level`` to K."""
-        if not self._seekable:
-            raise ScalableFileError(f'{self.name}: cannot read a prefix of a stream that cannot seek')
-        section = self.header.section(level)
-        self._stream.seek(self._origin)
-        data = read_exactly(self._stream, section.end)
+        """The file's bytes up to the end of ``level``'s section: a file of the levels from ``level`` to K.
+
+        Raises:
+            ScalableFileError: the file ends before the section does, or the stream cannot seek and a section has been
+                read from it.
+        """
+        return self._start + self._read(len(self._start), self.header.section(level).end, level)
+
+    def _read(self, start: int, end: int, level: int) -> bytes:
+        """The file's bytes from ``start`` to ``end``, of which ``level`` has need."""
+        if self._seekable:  # always: whoever gave us the stream may have moved it since
+            self._stream.seek(self._origin + start)
+        elif self._position != start:
+            raise ScalableFileError(f'{self.name}: level {level} is not the next one, and the stream cannot seek')
+        data = read_exactly(self._stream, end - start)
+        self._position = start + len(data)
         self.bytes_read += len(data)
-        if len(data) < section.end:
+        if self._position < end:
+            self.size = self._position
             raise self.cut_short(level)
         return data
 
@@ -287,6 +289,12 @@ class ScalableFile:
         return ScalableFileError(f'{self.name}: level {level} needs the first {end:,} bytes; there are {self.size:,}')
 
 
+def require_no_pipe(path: str | os.PathLike[str]) -> None:
+    """Raise ScalableFileError if ``path`` is a pipe: what measures the model reads it several times."""
+    if Path(path).is_fifo():
+        raise ScalableFileError(f'{path}: found a pipe; allowed: a file, since it is read several times')
+
+
 def read_exactly(stream: BinaryIO, size: int) -> bytes:
     """Up to ``size`` bytes, fewer only at the stream's end; one read of a pipe or a socket may give fewer."""
     data = b''
@@ -295,8 +303,8 @@ def read_exactly(stream: BinaryIO, size: int) -> bytes:
     return data
 
 
-def read_header(stream: BinaryIO, name: str, size: int | None = None) -> tuple[Header, int]:
-    """The header, checked, and the number of bytes read: where the sections start.
+def read_header(stream: BinaryIO, name: str, size: int | None = None) -> tuple[Header, bytes]:
+    """The header, checked, and the bytes that were read for it, after which the sections start.
 
     Raises:
         ScalableFileError: not a ``.mssr`` file, another version, or a header that is corrupted or inconsistent.
@@ -310,7 +318,6 @@ def read_header(stream: BinaryIO, name: str, size: int | None = None) -> tuple[H
     if major != MAJOR:
         remedy = 'pack the model again' if major < MAJOR else 'update mssr-basicsr'
         raise ScalableFileError(f'{name}: format version: found {major}.{minor}; allowed: {MAJOR}.x ({remedy})')
-    end = _PREAMBLE.size + length
     allowed = _MAX_FRAME if size is None else min(_MAX_FRAME, size - _PREAMBLE.size)
     if length > allowed:
         raise ScalableFileError(f'{name}: length of the header: found {length:,} bytes; allowed: up to {allowed:,}')
@@ -325,7 +332,7 @@ def read_header(stream: BinaryIO, name: str, size: int | None = None) -> tuple[H
     except (ValueError, RecursionError) as error:
         raise ScalableFileError(f'{name}: the header is not JSON ({error})') from error
     try:
-        return _parse(fields, end), end
+        return _parse(fields, _PREAMBLE.size + length), start + frame
     except (_Contradiction, RecursionError) as error:
         raise ScalableFileError(f'{name}: header: {error}') from error
 

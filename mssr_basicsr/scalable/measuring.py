@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mssr_basicsr.scalable.container import require_no_pipe
 from mssr_basicsr.scalable.model import ScalableModel
 from mssr_basicsr.sparse.layers import SparseConv2d
 
@@ -29,7 +30,12 @@ def measure_levels(path: Path, size: tuple[int, int], threads: int | None, round
         size: width and height of the input, in pixels.
         threads: how many torch and the kernel use; None: the current number.
         rounds: how many times to run each.
+
+    Raises:
+        ScalableFileError: the file is corrupted or incomplete, or a pipe.
+        OSError: the file cannot be read.
     """
+    require_no_pipe(path)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

@@ -12,7 +12,7 @@ from typing import Any
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.on_demand import optional_package
 from mssr_basicsr.foundation.saving import require_output, write_whole
-from mssr_basicsr.scalable.container import ScalableFile
+from mssr_basicsr.scalable.container import ScalableFile, require_no_pipe
 
 
 def new_figure(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -71,6 +71,8 @@ def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
         OSError: a file cannot be read or written.
     """
     require_output(output, *files)
+    for path in files if time else ():
+        require_no_pipe(path)
     figure, axis = new_figure(figsize=(7, 4.5))
     figure_format(figure, output)
     sizes = 'ms for 320 x 180 pixels on this CPU' if time else 'KB read from the file, up to each level'
