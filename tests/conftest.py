@@ -9,7 +9,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Callable
@@ -209,17 +209,14 @@ Run = Callable[..., Path]
 
 
 @pytest.fixture
-def run(here: Path) -> Run:
+def run(here: Path) -> Iterator[Run]:
     """``run(opt, *arguments)`` trains (or tests) through BasicSR's own pipeline and returns the experiment's folder."""
 
     def run(opt: dict[str, Any], *arguments: str) -> Path:
         from basicsr.test import test_pipeline
         from basicsr.train import train_pipeline
-        from basicsr.utils.logger import initialized_logger
 
-        # BasicSR opens its log file once in a process, here there are several runs in one.
-        initialized_logger.clear()
-        logging.getLogger('basicsr').handlers.clear()
+        _forget_logger()  # BasicSR opens its log file once in a process, here there are several runs in one
         yml = here / f'{opt["name"]}.yml'
         yml.write_text(yaml.safe_dump(opt, sort_keys=False))
         training = 'train' in opt
@@ -227,4 +224,13 @@ def run(here: Path) -> Run:
             (train_pipeline if training else test_pipeline)(str(here))
         return here / ('experiments' if training else 'results') / opt['name']
 
-    return run
+    yield run
+    _forget_logger()  # it logs every network to what pytest had in place of stderr, which later tests have not
+
+
+def _forget_logger() -> None:
+    from basicsr.utils.logger import initialized_logger
+
+    initialized_logger.clear()
+    logging.getLogger('basicsr').handlers.clear()
+    logging.getLogger('basicsr').setLevel(logging.NOTSET)
