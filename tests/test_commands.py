@@ -8,7 +8,8 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -21,6 +22,7 @@ from mssr_basicsr import ScalableFile, ScalableModel, evaluate, extract, load_ch
 from mssr_basicsr.commands.completion import complete
 from mssr_basicsr.commands.main import build_parser, main
 from mssr_basicsr.foundation.saving import write_whole
+from mssr_basicsr.models.nested_levels import NestedLevels
 
 METRICS = {'0': {'toy': {'psnr': 31.25}}, '2': {'toy': {'psnr': 30.5}}}
 
@@ -215,6 +217,18 @@ def test_a_checkpoint_may_have_the_names_of_a_ddp_wrapper(here: Path) -> None:
     torch.save({'params': {f'module.{name}': tensor for name, tensor in state.items()}}, 'net.pth')
     assert main(['pack', 'net.pth', '--opt', 'net.yml', '-o', 'y.mssr']) == 0
     assert Path('x.mssr').read_bytes() == Path('y.mssr').read_bytes()
+
+
+def test_records_of_equal_images_are_json_and_can_be_packed(here: Path) -> None:
+    """JSON has no infinite numbers: Python alone would read Infinity, and jq or JavaScript refuse the whole file."""
+    records = {0: {'level': 0, 'metrics': {'toy': {'psnr': float('inf'), 'ssim': 1.0}}}}
+    opt = {'rank': 0, 'is_train': True, 'path': {'models': str(here)}}
+    NestedLevels.write_records(cast(Any, SimpleNamespace(opt=opt, records=records)))
+    (written,) = json.loads(Path('levels.json').read_text(), parse_constant=pytest.fail)
+    assert written['metrics'] == {'toy': {'psnr': None, 'ssim': 1.0}}
+    Path('net.pth').rename('net_g_latest.pth')
+    assert main(['pack', 'net_g_latest.pth', '--opt', 'net.yml', '-o', 'x.mssr']) == 0
+    assert ScalableFile('x.mssr').header.metrics == {'0': {'toy': {'ssim': 1.0}}}
 
 
 def test_a_checkpoint_from_the_middle_of_a_run_has_no_metrics_of_its_end(here: Path) -> None:

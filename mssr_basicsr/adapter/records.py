@@ -18,7 +18,7 @@ def level_file(level: int) -> str:
 
 
 class LevelRecord(TypedDict, total=False):
-    """One level's entry in :data:`RECORDS`."""
+    """One level's entry in :data:`RECORDS`, where null is a metric that is not finite."""
 
     level: int  #: its number
     sparsity: float  #: the removed share of the prunable weights

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mssr_basicsr.commands.json_text import as_json
 from mssr_basicsr.foundation.checks import OptionError, require_int
+from mssr_basicsr.foundation.json_text import as_json
 
 HELP = 'time and memory of each level on this CPU'
 EXAMPLES = ('mssr benchmark net_g.mssr --size 640x360 --threads 1',)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mssr_basicsr.commands.json_text import as_json
+from mssr_basicsr.foundation.json_text import as_json
 
 HELP = 'metadata and the table of levels: parameters, bytes, PSNR'
 EXAMPLES = ('mssr info net_g.mssr',)

@@ -9,8 +9,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 from mssr_basicsr.commands import info
-from mssr_basicsr.commands.json_text import as_json
 from mssr_basicsr.foundation.checks import OptionError, require_folder
+from mssr_basicsr.foundation.json_text import as_json
 
 HELP = 'turn a checkpoint into a .mssr file'
 EXAMPLES = ('mssr pack net_g_latest.pth --opt backward.yml -o net_g.mssr --dtype int8 --gt Set5/ --gt Set14/',)

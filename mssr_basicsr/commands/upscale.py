@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mssr_basicsr.commands.errors import one_line
-from mssr_basicsr.commands.json_text import as_json
 from mssr_basicsr.foundation.checks import OptionError, require_folder, require_int
+from mssr_basicsr.foundation.json_text import as_json
 from mssr_basicsr.sparse import ENGINES
 
 HELP = 'upscale an image or a folder'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mssr_basicsr.commands.json_text import as_json
+from mssr_basicsr.foundation.json_text import as_json
 
 HELP = 'check every byte of the file'
 EXAMPLES = ('mssr verify net_g.mssr',)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from mssr_basicsr.adapter.tensorboard import LevelBoard, LevelTags, pictures_of
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain, require_nested
 from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
 from mssr_basicsr.foundation.checks import OptionError, read_options
+from mssr_basicsr.foundation.json_text import as_json
 from mssr_basicsr.foundation.saving import saved_whole, write_whole
 from mssr_basicsr.models.precision import computing
 
@@ -199,7 +199,7 @@ class NestedLevels(Base):
         if self.opt['rank'] == 0:
             records = [self.records[level] for level in sorted(self.records)]
             folder = self.opt['path']['models' if self.opt['is_train'] else 'results_root']
-            write_whole(Path(folder, RECORDS), json.dumps(records, indent=2).encode())
+            write_whole(Path(folder, RECORDS), as_json(records).encode())
 
     def export_level(self, level: int) -> None:
         """Write ``net_g_level{level}.pth``, ``{'params': ...}`` of the plain backbone. Only rank 0 does this."""

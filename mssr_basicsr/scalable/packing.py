@@ -46,7 +46,7 @@ def pack(
         network: after the backward stage.
         scale: its upscaling factor, which is checked by running it on a small image.
         metrics: metrics of the levels: by level (as a string), then validation set, then metric. The file keeps six
-            digits of each, and none that is not finite, such as the PSNR of equal images.
+            digits of each, and none that is None or not finite, such as the PSNR of equal images.
         dtype: the type of the prunable weights in the file: ``F32`` is lossless; ``F16`` and ``BF16`` round to nearest;
             ``I8`` are integers with one scale per output channel (:func:`quantise`), the same at every level. All other
             parameters and buffers keep theirs.
@@ -123,9 +123,13 @@ def _computed(network: NestedNetwork, state: Mapping[str, Tensor]) -> tuple[str,
 def _for_a_file(metrics: Any) -> Any:
     """Metrics with six digits each, without those that are not finite, which a file cannot hold."""
     if isinstance(metrics, Mapping):
-        kept = {key: item for key, item in metrics.items() if not isinstance(item, float) or math.isfinite(item)}
-        return {key: _for_a_file(item) for key, item in kept.items()}
+        return {key: _for_a_file(item) for key, item in metrics.items() if _is_finite(item)}
     return float(f'{metrics:.6g}') if isinstance(metrics, float) else metrics
+
+
+def _is_finite(item: Any) -> bool:
+    """False for a number that is not, and for None, which ``levels.json`` has in its place."""
+    return item is not None and (not isinstance(item, float) or math.isfinite(item))
 
 
 def level_metrics(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

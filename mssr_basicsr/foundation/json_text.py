@@ -1,4 +1,4 @@
-"""What the commands print with ``--json``."""
+"""JSON for any reader, as the commands print it and training writes it."""
 
 from __future__ import annotations
 
