@@ -22,12 +22,13 @@ from mssr_basicsr.commands.main import main
 from mssr_basicsr.scalable.building import AllocationLimit, _TooLarge, build_backbone
 from mssr_basicsr.scalable.container import join_file
 from mssr_basicsr.scalable.frames import MAX_WINDOW, compress_parts, compress_text, decompress
-from mssr_basicsr.scalable.positions import choose, decode_positions, encode_positions, entropy_bound
+from mssr_basicsr.scalable.positions import choose, decode_positions, encode_positions
 from mssr_basicsr.scalable.quantisation import quantise
 from mssr_basicsr.scalable.values import TORCH_DTYPES, from_planes, to_planes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'scripts' / 'checks'))
 import fuzz_file
+from benchmark_file import entropy_bound
 
 
 def dequantised(weight: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,6 @@ the entropy.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Union
 
@@ -44,18 +43,6 @@ def choose(candidates: Indices, choice: Choice) -> Indices:
         return candidates
     # A random mask as an index would take several times as long: numpy finds what is not zero without branches.
     return candidates.take(choice.nonzero()[0] if choice.dtype == np.bool_ else choice)
-
-
-def entropy_bound(counts: Sequence[int], candidates: Sequence[int]) -> float:
-    """A lower bound in bytes for any code that knows only how many candidates are chosen in each layer.
-
-    ``counts[i]`` of ``candidates[i]``, in any order: the sum of n * H(count / n) over the layers, in bytes.
-    """
-    bits = 0.0
-    for count, n in zip(counts, candidates):
-        for share in (count / n, 1 - count / n) if n else ():
-            bits -= n * share * math.log2(share) if share else 0
-    return bits / 8
 
 
 def encode_positions(chosen: Sequence[npt.NDArray[np.bool_]]) -> bytes:

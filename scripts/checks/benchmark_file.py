@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import math
 import statistics
 import tempfile
 import time
@@ -31,7 +32,6 @@ from mssr_basicsr.scalable.container import WEIGHT_DTYPES, ScalableFile
 from mssr_basicsr.scalable.extraction import FileTensors
 from mssr_basicsr.scalable.model import ScalableModel
 from mssr_basicsr.scalable.packing import pack
-from mssr_basicsr.scalable.positions import entropy_bound
 from mssr_basicsr.sparse import ENGINES
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -68,6 +68,18 @@ def of_file(path: Path) -> MSSR:
             {info.name: torch.from_numpy(w.levels()).view(info.shape) for info, w in zip(header.weights, model.weights)}
         )
     return network
+
+
+def entropy_bound(counts: Sequence[int], candidates: Sequence[int]) -> float:
+    """A lower bound in bytes for any code that knows only how many candidates are chosen in each layer.
+
+    ``counts[i]`` of ``candidates[i]``, in any order: the sum of n * H(count / n) over the layers, in bytes.
+    """
+    bits = 0.0
+    for count, n in zip(counts, candidates):
+        for share in (count / n, 1 - count / n) if n else ():
+            bits -= n * share * math.log2(share) if share else 0
+    return bits / 8
 
 
 def compare_sizes(network: MSSR, dtypes: Sequence[str], folder: Path) -> None:
