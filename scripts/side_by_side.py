@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import cv2
 
 from mssr_basicsr import ScalableModel
+from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.saving import require_output
 from mssr_basicsr.scalable.images import resize_bicubic, validation_pairs
 from mssr_basicsr.scalable.metrics import metrics
-from mssr_basicsr.scalable.plotting import new_figure, save_figure
+from mssr_basicsr.scalable.plotting import figure_format, new_figure, save_figure
 
 
 class Panel(NamedTuple):
@@ -56,10 +57,6 @@ def draw(panels: list[Panel], crop: tuple[int, int, int], output: Path) -> None:
     figure, axes = new_figure(1, len(panels), figsize=(2.6 * len(panels), 3))
     for axis, (title, image) in zip(axes, panels):
         square = image[y : y + side, x : x + side]
-        if 0 in square.shape or min(x, y) < 0:
-            raise ValueError(
-                f'--crop: found {x} {y} {side}; allowed: a square within {image.shape[1]}x{image.shape[0]}'
-            )
         axis.imshow(cv2.cvtColor(square, cv2.COLOR_BGR2RGB), interpolation='nearest')
         axis.set_title(title, fontsize=9)
         axis.axis('off')
@@ -69,10 +66,20 @@ def draw(panels: list[Panel], crop: tuple[int, int, int], output: Path) -> None:
 def side_by_side(arguments: argparse.Namespace) -> None:
     photo: Path = arguments.photo or photo_of_skimage()
     require_output(arguments.output, arguments.model, photo)
+    figure_format(arguments.output)
+    if photo.is_dir():
+        raise OptionError('PHOTO', str(photo), 'an image')
     with ScalableModel(arguments.model) as model:
         scale, smallest = model.header.scale, model.header.smallest_level
         ((small, whole),) = validation_pairs(photo, None, scale)
         levels = arguments.levels or [smallest, model.level]
+        if not all(model.level <= level <= smallest for level in levels):
+            raise OptionError('--levels', levels, f'{model.level} to {smallest}, which {arguments.model} has')
+        height, width = whole.shape[:2]
+        side = min(height, width) // 3
+        x, y, side = arguments.crop or ((width - side) // 2, (height - side) // 2, side)
+        if min(x, y) < 0 or not 1 <= side <= min(width - x, height - y):
+            raise OptionError('--crop', arguments.crop, f'X Y SIZE of a square within {width}x{height}')
         if arguments.downscale:
             levels = arguments.levels or list(range(model.level, smallest + 1))
             panels = upscaled(model, small, levels)
@@ -82,9 +89,7 @@ def side_by_side(arguments: argparse.Namespace) -> None:
             zoom = 1
         else:
             panels, zoom = upscaled(model, whole, levels), scale
-    side = min(whole.shape[:2]) // 3
-    crop = arguments.crop or ((whole.shape[1] - side) // 2, (whole.shape[0] - side) // 2, side)
-    draw(panels, (crop[0] * zoom, crop[1] * zoom, crop[2] * zoom), arguments.output)
+    draw(panels, (x * zoom, y * zoom, side * zoom), arguments.output)
     print(arguments.output)
 
 

@@ -25,6 +25,9 @@ from mssr_basicsr.commands.main import main
 from mssr_basicsr.commands.upscale import parse_size
 from mssr_basicsr.scalable import measuring, plotting, upscaling
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'scripts'))
+import side_by_side
+
 
 def model_of(name: str = 'EDSR', level: int = 1) -> ScalableModel:
     return ScalableModel(io.BytesIO(pack(network(BACKBONES[name]), 2)), level=level)
@@ -341,6 +344,31 @@ def test_plotted_files_of_the_same_name_are_told_apart(
     plotting.plot(['a/net_g.mssr', 'b/net_g.mssr', 'b/other.mssr'], 'plot.png')
     labels = figures[0].axes[0].get_legend_handles_labels()[1]
     assert labels == ['toy, a/net_g.mssr', 'toy, b/net_g.mssr', 'toy, other']
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ('a.png -o x.txt', "--output: found 'x.txt'; allowed: a name that ends in ."),
+        ('a.png --levels 2 7', '--levels: found [2, 7]; allowed: 0 to 2, which m.mssr has.'),
+        ('a.png --crop 20 9 12', '--crop: found [20, 9, 12]; allowed: X Y SIZE of a square within 30x20.'),
+        ('a.png --crop 0 0 0', '--crop: found [0, 0, 0]; allowed: '),
+        ('folder', "PHOTO: found 'folder'; allowed: an image."),
+    ],
+)
+def test_side_by_side_upscales_nothing_in_vain(
+    arguments: str, message: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path('folder').mkdir()
+    Path('m.mssr').write_bytes(file.read_bytes())
+    cv2.imwrite('a.png', picture(20, 30, 3))
+    side_by_side.main(['m.mssr', 'a.png', '-o', 'x.png'])
+    assert cv2.imread('x.png') is not None
+    monkeypatch.setattr(side_by_side, 'upscaled', pytest.fail)
+    with pytest.raises(SystemExit) as ended:
+        side_by_side.main(['m.mssr', *arguments.split()])
+    assert str(ended.value).startswith(f'side_by_side: {message}')
 
 
 # ------------------------------ other programs ------------------------------ #

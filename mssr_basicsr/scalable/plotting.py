@@ -40,9 +40,12 @@ def draw_psnr(
     axis.grid(alpha=0.3, which='both')
 
 
-def figure_format(figure: Any, output: str | os.PathLike[str]) -> str:
+def figure_format(output: str | os.PathLike[str]) -> str:
     """The format that ``output``'s suffix means; OptionError if it is none that matplotlib can write."""
-    suffix, allowed = Path(output).suffix[1:].lower(), figure.canvas.get_supported_filetypes()
+    optional_package('matplotlib', 'plot')
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    suffix, allowed = Path(output).suffix[1:].lower(), FigureCanvasBase.get_supported_filetypes()
     if suffix not in allowed:
         names = ', '.join(f'.{name}' for name in sorted(allowed))
         raise OptionError('--output', str(output), f'a name that ends in {names}')
@@ -52,7 +55,7 @@ def figure_format(figure: Any, output: str | os.PathLike[str]) -> str:
 def save_figure(figure: Any, output: str | os.PathLike[str], dpi: int = 150) -> None:
     """Write a matplotlib figure in the format of its suffix, completely or not at all."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dpi, format=figure_format(figure, output))
+    figure.savefig(buffer, dpi=dpi, format=figure_format(output))
     write_whole(output, buffer.getvalue())
 
 
@@ -73,8 +76,8 @@ def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
     require_output(output, *files)
     for path in files if time else ():
         require_no_pipe(path)
+    figure_format(output)
     figure, axis = new_figure(figsize=(7, 4.5))
-    figure_format(figure, output)
     sizes = 'ms for 320 x 180 pixels on this CPU' if time else 'KB read from the file, up to each level'
     sets_of_files = [_levels_by_set(path, time) for path in files]  # of all, before any is timed
     stems = Counter(Path(path).stem for path in files)
