@@ -401,6 +401,17 @@ def test_a_model_from_a_pipe(here: Path) -> None:
         assert said(command, expect=1) == several
 
 
+@pytest.mark.slow
+def test_closed_streams_are_no_reason_to_fail(here: Path) -> None:
+    for closed in ('>&-', '2>&-'):
+        upscale = f'"{sys.executable}" -m mssr_basicsr upscale m.mssr a.png -o b.jpg --json {closed}'
+        said = call('bash', '-c', upscale, cwd=here)
+        assert json.loads(said)['level'] == 0 if closed == '2>&-' else said == ''
+        Path('b.jpg').unlink()
+    said = call('bash', '-c', f'"{sys.executable}" -m mssr_basicsr info none.mssr 2>&-', cwd=here, expect=1)
+    assert said == ''
+
+
 # ------------------------------ in the shell ------------------------------ #
 
 

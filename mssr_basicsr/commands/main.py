@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')  # the name of a file may be no text, and is no reason to fail
+    if sys.stderr is None:  # closed by whoever starts us: print would take stdout instead, and tqdm would fail
+        sys.stderr = open(os.devnull, 'w')  # noqa: SIM115  (as long as the process)
     try:
         parser = build_parser()
         if '_ARGCOMPLETE' in os.environ:  # the shell asks what may come next
@@ -93,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.refuse(f'unrecognized arguments: {" ".join(unknown)}')
         import_modules(getattr(arguments, 'imports', []))
         status = int(arguments.run(arguments))
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
     except BrokenPipeError:  # whoever reads what we print has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
