@@ -102,6 +102,8 @@ def require_regular_file(output: str | os.PathLike[str], option: str = '--output
     if not stat.S_ISREG(mode):
         found = 'a folder' if stat.S_ISDIR(mode) else _NO_REGULAR_FILE
         raise OptionError(option, str(output), f'a file; this is {found}')
+    if not os.access(output, os.W_OK):  # to replace it would only take the folder's permission
+        raise OptionError(option, str(output), 'a file that can be written; this one is read-only')
 
 
 def require_writable_folder(output: str | os.PathLike[str], option: str = '--output') -> None:
