@@ -504,7 +504,9 @@ def test_clear_errors(tmp_path: Path) -> None:
     assert version.format('3.0', 'update mssr-basicsr') in error(data[:8] + b'\3\0' + data[10:])
     assert 'the header is corrupted' in error(data[:100] + b'?' + data[101:])
     long = data[:12] + (1 << 21).to_bytes(4, 'little') + data[16:]
-    assert f'length of the header: found 2,097,152 bytes; allowed: up to {len(data) - 24:,}' in error(long)
+    assert 'length of the header: found 2,097,152 bytes; allowed: up to 1,048,576' in error(long)
+    needed = 24 + int.from_bytes(data[12:16], 'little')
+    assert f'the header needs the first {needed:,} bytes; there are 100' in error(data[:100])
     assert 'level 3: this model has levels 0 to 2' in error(data, level=3)
     assert 'differs in' in error(data, network=torch.nn.Linear(2, 2))
     with pytest.raises(FileNotFoundError):

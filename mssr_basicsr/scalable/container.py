@@ -179,7 +179,7 @@ class ScalableFile:
             self.size = self._stream.seek(0, io.SEEK_END) - self._origin if self._seekable else None
             if self._seekable:
                 self._stream.seek(self._origin)
-            self.header, self._start = read_header(self._stream, self.name, self.size)
+            self.header, self._start = read_header(self._stream, self.name)
         except BaseException:
             self.close()
             raise
@@ -303,7 +303,7 @@ def read_exactly(stream: BinaryIO, size: int) -> bytes:
     return data
 
 
-def read_header(stream: BinaryIO, name: str, size: int | None = None) -> tuple[Header, bytes]:
+def read_header(stream: BinaryIO, name: str) -> tuple[Header, bytes]:
     """The header, checked, and the bytes that were read for it, after which the sections start.
 
     Raises:
@@ -318,11 +318,14 @@ def read_header(stream: BinaryIO, name: str, size: int | None = None) -> tuple[H
     if major != MAJOR:
         remedy = 'pack the model again' if major < MAJOR else 'update mssr-basicsr'
         raise ScalableFileError(f'{name}: format version: found {major}.{minor}; allowed: {MAJOR}.x ({remedy})')
-    allowed = _MAX_FRAME if size is None else min(_MAX_FRAME, size - _PREAMBLE.size)
-    if length > allowed:
-        raise ScalableFileError(f'{name}: length of the header: found {length:,} bytes; allowed: up to {allowed:,}')
+    if length > _MAX_FRAME:
+        raise ScalableFileError(f'{name}: length of the header: found {length:,} bytes; allowed: up to {_MAX_FRAME:,}')
     frame = read_exactly(stream, length)
-    if len(frame) < length or xxhash.xxh64_intdigest(frame) != checksum:
+    end = _PREAMBLE.size + length
+    if len(frame) < length:
+        there = _PREAMBLE.size + len(frame)
+        raise ScalableFileError(f'{name}: the header needs the first {end:,} bytes; there are {there:,}')
+    if xxhash.xxh64_intdigest(frame) != checksum:
         raise ScalableFileError(f'{name}: the header is corrupted (checksum)')
     try:
         # What is read of JSON takes up to twenty times the text's memory, so that a small file's is kept short.
@@ -332,7 +335,7 @@ def read_header(stream: BinaryIO, name: str, size: int | None = None) -> tuple[H
     except (ValueError, RecursionError) as error:
         raise ScalableFileError(f'{name}: the header is not JSON ({error})') from error
     try:
-        return _parse(fields, _PREAMBLE.size + length), start + frame
+        return _parse(fields, end), start + frame
     except (_Contradiction, RecursionError) as error:
         raise ScalableFileError(f'{name}: header: {error}') from error
 
