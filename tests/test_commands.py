@@ -297,6 +297,8 @@ FAULTS = {
     'pack net.pth --opt net.yml --gt x': 'x: ',
     'pack net.pth --opt net.yml --gt y': "--gt: found 'y'; allowed: a folder of images",
     'pack net.pth --opt net.yml --gt x --lq y': "--lq: found 'y'; allowed: a folder of images",
+    'pack net.pth --opt two.yml': 'net.pth: its smallest level is 2, but that of network_g.sparsity is 1',
+    'pack net.pth --opt four.yml': 'net.pth: its smallest level is 2, but that of network_g.sparsity is 3',
     'pack records/net_g_latest.pth --opt net.yml': 'records/levels.json: ',
 }
 
@@ -315,6 +317,8 @@ def test_a_failure_is_one_line(command: str, message: str, here: Path, capsys: p
     Path('latin.yml').write_bytes('name: Café'.encode('latin-1'))
     write_options('words.yml', network_g='EDSR')
     write_options('half.yml', scale='two')
+    for name, sparsity in (('two', [0, 0.5]), ('four', [0, 0.25, 0.5, 0.75])):
+        write_options(f'{name}.yml', network_g={'type': 'MSSR', 'sparsity': sparsity, 'backbone': TOY_EDSR})
     assert error(command, capsys).startswith(message)
 
 

@@ -17,7 +17,7 @@ import torch
 from basicsr.archs import build_network
 from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY
-from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, contents, equal, load, load_network
+from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, contents, equal, load, load_network, pruned_mssr
 from torch import Tensor, nn
 from toy import Normalised
 
@@ -861,6 +861,21 @@ def test_the_levels_of_the_forward_stages_checkpoint_are_not_tested(forward_opt:
     run(forward_opt)
     test_opt = {**options_of_a_test(forward_opt, 'forward'), 'name': 'all', 'model_type': 'MSSRModel'}
     with pytest.raises(OptionError, match=r'path\.pretrain_network_g: found .*; it is from the forward stage; the lev'):
+        run(test_opt)
+
+
+@pytest.mark.parametrize('sparsity', [[0, 0.5], [0, 0.5, 0.75, 0.875]])
+def test_a_checkpoint_with_other_levels_is_not_tested(
+    sparsity: list[float], forward_opt: dict[str, Any], tmp_path: Path, run: Run
+) -> None:
+    """A level too many would be a network without any weight that can be pruned; its figures would mean nothing."""
+    torch.save({'params': pruned_mssr(TOY_EDSR).state_dict()}, tmp_path / 'net.pth')
+    test_opt = {**options_of_a_test(forward_opt, 'backward'), 'name': 'all', 'model_type': 'MSSRModel'}
+    test_opt['path']['pretrain_network_g'] = str(tmp_path / 'net.pth')
+    test_opt['network_g'] = {**test_opt['network_g'], 'sparsity': sparsity}
+    with pytest.raises(
+        OptionError, match=f'its smallest level is 2, but that of network_g.sparsity is {len(sparsity) - 1}'
+    ):
         run(test_opt)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mssr_basicsr.adapter.option_files import read_yaml
 from mssr_basicsr.adapter.records import LAST_CHECKPOINT, RECORDS
-from mssr_basicsr.archs.mssr_arch import MSSR, is_plain, require_nested
+from mssr_basicsr.archs.mssr_arch import MSSR, is_plain, require_levels, require_nested
 from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
 from mssr_basicsr.foundation.checks import OptionError, first_line, require_int
 from mssr_basicsr.scalable.architectures import check_scale
@@ -46,6 +46,7 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
             raise CheckpointError(f'it is not of an MSSR network ({LAST_CHECKPOINT} of the backward stage is)')
         require_nested(loaded)
         require_same_entries(state, network.state_dict())
+        require_levels(state, network.smallest_level)
         network.load_state_dict(state)
     except CheckpointError as error:
         raise CheckpointError(f'{checkpoint}: {error}') from error

@@ -93,6 +93,17 @@ def require_nested(checkpoint: Mapping[str, Any]) -> None:
         raise CheckpointError('it is from the forward stage; the levels are only nested after the backward stage')
 
 
+def require_levels(state_dict: Mapping[str, Tensor], smallest: int) -> None:
+    """Raise CheckpointError unless ``smallest`` is the smallest level in a state dict, if it is not a plain one.
+
+    With too many levels in ``network_g.sparsity`` the smallest would have none of the prunable weights; with too few,
+    it would have those of several.
+    """
+    found = max((int(t.max()) for key, t in state_dict.items() if key.startswith('level_map.')), default=smallest)
+    if found != smallest:
+        raise CheckpointError(f'its smallest level is {found}, but that of network_g.sparsity is {smallest}')
+
+
 def refuse_unknown(unknown: Mapping[str, Any], backbone: Any) -> None:
     """Raise OptionError for options that :class:`MSSR` does not have: misspelt ones, or the backbone's."""
     for key, found in unknown.items():

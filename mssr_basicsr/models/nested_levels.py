@@ -20,7 +20,7 @@ from mssr_basicsr.adapter.records import RECORDS, LevelRecord, describe_level, l
 from mssr_basicsr.adapter.resuming import random_state, set_random_state
 from mssr_basicsr.adapter.stage_options import ValidationOptions
 from mssr_basicsr.adapter.tensorboard import LevelBoard, LevelTags, pictures_of
-from mssr_basicsr.archs.mssr_arch import MSSR, is_plain, require_nested
+from mssr_basicsr.archs.mssr_arch import MSSR, is_plain, require_levels, require_nested
 from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
 from mssr_basicsr.foundation.checks import OptionError, read_options
 from mssr_basicsr.foundation.json_text import as_json
@@ -224,6 +224,8 @@ class NestedLevels(Base):
             state = state_dict_of(loaded, param_key)
             if strict:
                 require_same_entries(state, self._as_saved(net, state).state_dict())
+            if not self.is_train:
+                require_levels(state, self.network.smallest_level)
             super().load_network(net, load_path, strict, param_key)
             self.loaded.add(load_path)
         except CheckpointError as error:
