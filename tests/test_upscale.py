@@ -346,6 +346,13 @@ def test_plotted_files_of_the_same_name_are_told_apart(
     assert labels == ['toy, a/net_g.mssr', 'toy, b/net_g.mssr', 'toy, other']
 
 
+def test_any_name_can_be_plotted(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ('$\\no mathematics$', os.fsdecode(b'caf\xe9')):
+        path = tmp_path / f'{name}.mssr'
+        path.write_bytes(file.read_bytes())
+        assert main(['plot', str(path), '-o', str(tmp_path / 'plot.png')]) == 0, capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [

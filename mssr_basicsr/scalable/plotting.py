@@ -87,13 +87,18 @@ def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
         for name, rows in sets.items():
             places = [milliseconds[row['level']] if time else row['cumulative_bytes'] / 1000 for row in rows]
             points = [(place, row['metrics'][name]['psnr']) for place, row in zip(places, rows)]
-            draw_psnr(axis, {f'{name}, {label}': points}, sizes)
+            draw_psnr(axis, {_as_it_is(f'{name}, {label}'): points}, sizes)
             for row, point in zip(rows, points):
                 axis.annotate(f'{row["level"]}', point, textcoords='offset points', xytext=(4, 5))
     for set_formatter in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
         set_formatter(lambda size, _: f'{size:g}')  # 30 and not 3 x 10^1
     axis.legend()
     save_figure(figure, output)
+
+
+def _as_it_is(text: str) -> str:
+    """The text for matplotlib, which takes what is between dollars for mathematics, and fails at bytes of no text."""
+    return text.encode('utf-8', 'backslashreplace').decode().replace('$', r'\$')
 
 
 def _levels_by_set(path: str | os.PathLike[str], present: bool) -> dict[str, list[dict[str, Any]]]:
