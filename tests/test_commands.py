@@ -374,6 +374,13 @@ def test_a_file_that_ends_early_is_used_up_to_its_last_whole_level(
     assert said == f'cut.mssr: level 0 needs the first {ends[2]:,} bytes; there are {ends[1] + 1:,}'
 
 
+def test_a_set_whose_name_cannot_be_stored_is_not_measured(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ('control\x1bcharacter', os.fsdecode(b'caf\xe9')):
+        Path(name).mkdir()
+        said = error(f'pack none.pth --opt none.yml --gt {name}', capsys)
+        assert said == f'--gt: found {name!r}; allowed: a folder with a printable name, which the file holds.'
+
+
 @pytest.mark.slow
 def test_file_names_that_are_not_text(here: Path) -> None:
     name = os.fsdecode(b'caf\xe9.pth')

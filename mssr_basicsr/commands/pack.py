@@ -111,6 +111,9 @@ def _validation_sets(gt: list[Path], lq: list[Path]) -> dict[str, tuple[Path, Pa
     names = [folder.resolve().name for folder in gt]
     if len(set(names)) < len(names):
         raise OptionError('--gt', list(map(str, gt)), 'folders with different names')
+    for folder, name in zip(gt, names):
+        if not name.isprintable():
+            raise OptionError('--gt', str(folder), 'a folder with a printable name, which the file holds')
     if len(lq) not in (0, len(gt)):
         allowed = f'one folder for each --gt, of which there are {len(gt)}, or none'
         raise OptionError('--lq', list(map(str, lq)), allowed)
