@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from basicsr.data.paired_image_dataset import PairedImageDataset
 from basicsr.utils.registry import DATASET_REGISTRY
 from conftest import Run, parsed
@@ -90,6 +91,43 @@ def test_a_dataset_that_deals_with_bad_images_sees_them(
         with pytest.raises(ValueError) as caught:
             DATASET_REGISTRY.get('GivingUp')(opt)[0]
         assert str(caught.value).count('cannot read') == 1 and str(files[0]) in str(caught.value)
+
+
+class Decorated(PairedImageDataset):
+    """Its method has another name, as with a decorator that does not copy it."""
+
+    __getitem__ = lambda self, index: PairedImageDataset.__getitem__(self, index)  # noqa: E731
+
+
+class Wrapping(torch.utils.data.Dataset[Any]):
+    """It takes its items from another dataset, and has paths of its own."""
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        self.opt = opt
+        self.inner = DATASET_REGISTRY.get('Decorated')(opt)
+        self.paths = ['one', 'two', 'three', 'four']
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.inner[index]
+
+
+@pytest.mark.parametrize('name', ['Decorated', 'Wrapping'])
+def test_the_innermost_dataset_names_its_file(
+    name: str, data: Path, forward_opt: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DATASET_REGISTRY._obj_map, 'Decorated', Decorated)
+    monkeypatch.setitem(DATASET_REGISTRY._obj_map, 'Wrapping', Wrapping)
+    dataset = DATASET_REGISTRY.get(name)({**forward_opt['datasets']['train'], 'phase': 'train', 'scale': 2})
+    paths = dataset.inner.paths if name == 'Wrapping' else dataset.paths
+    Path(paths[1]['lq_path']).write_bytes(b'\x89PNG, cut short')
+    with pytest.raises(ValueError) as caught:
+        dataset[1]
+    files = f'lq_path {paths[1]["lq_path"]}, gt_path {paths[1]["gt_path"]}'
+    reason = "AttributeError: 'NoneType' object has no attribute 'astype'"
+    assert str(caught.value) == f'datasets.train: cannot read {files} ({reason})'
 
 
 @pytest.mark.parametrize('phase', ['train', 'val'])
