@@ -11,6 +11,7 @@ import inspect
 import math
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.abc import Loader
@@ -42,10 +43,14 @@ def after_import() -> None:
     Projects that bring a copy of BasicSR have left out what they do not use, so each repair is by itself.
     """
     for module, name, wrapper in _repairs():
-        with suppress(ImportError, AttributeError):
+        try:
             path, _, function = name.rpartition('.')
             found = importlib.import_module(f'basicsr.{module}' if module else 'basicsr')
             patch(attrgetter(path)(found) if path else found, function, wrapper)
+        except (ImportError, AttributeError):
+            continue
+        except Exception as error:  # whatever a module does when it is imported
+            warnings.warn(f'basicsr.{module} is used as it is: {error!r}', RuntimeWarning, stacklevel=1)
     with suppress(ImportError):
         provide_color_conversions()
 
