@@ -580,6 +580,9 @@ class OfOneNetwork(SRModel):
             raise AssertionError
         super().test()
 
+    def validation(self, *args: Any) -> None:
+        raise AssertionError('calculate_lpips')
+
 
 @pytest.mark.usefixtures('no_training')
 def test_a_class_that_looks_for_the_backbones_type_is_named(
@@ -631,13 +634,16 @@ def test_a_metric_without_options_is_refused(forward_opt: dict[str, Any], run: R
 
 
 @pytest.mark.usefixtures('no_training')
-def test_a_misspelt_metric_is_refused_before_the_first_validation(forward_opt: dict[str, Any], run: Run) -> None:
+def test_a_misspelt_metric_is_refused_before_the_first_validation(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forward_opt['val']['metrics']['psnr']['type'] = 'calculate_pnsr'
     expected = r"val\.metrics\.psnr\.type: found 'calculate_pnsr'; allowed: calculate_psnr\."
     with pytest.raises(OptionError, match=expected):
         run(forward_opt)
-    forward_opt['val']['metrics']['psnr']['type'] = 'fid'  # the model class may know it
-    warnings_of(forward_opt, run)
+    forward_opt['val']['metrics']['psnr']['type'] = 'calculate_lpips'  # what OfOneNetwork computes itself
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'OfOneNetwork', OfOneNetwork)
+    warnings_of({**forward_opt, 'base_model_type': 'OfOneNetwork'}, run)
 
 
 @pytest.mark.usefixtures('no_training')

@@ -66,11 +66,11 @@ def report_unread_options(opt: Mapping[str, Any], model_type: str, base: type) -
 
     Raises:
         OptionError: an unread option is almost one of MSSR's own or belongs to the other stage, or a metric does not
-            take one of its options. All other unread options together give one warning; so does a class that may look
-            for the backbone's type where MSSR's is.
+            take one of its options. All other unread options together give one warning.
     """
     of_pipelines = set(_strings_in_code(_modules(_PIPELINES)))
-    of_model = set(_strings_in_code(_modules_of(base)))
+    program = sys.modules.get('__main__')
+    of_model = set(_strings_in_code([*_modules_of(base), *([program] if program else [])]))
     read = of_pipelines | of_model
     own = STAGE_OPTIONS.get(model_type, set())
     for other, options in STAGE_OPTIONS.items():
@@ -90,14 +90,21 @@ def report_unread_options(opt: Mapping[str, Any], model_type: str, base: type) -
         if inspect.isclass(dataset):
             unread += _unread(f'datasets.{phase}.', data, read_of_data | set(_strings_in_code(_modules_of(dataset))))
     for name, metric_opt in ((opt.get('val') or {}).get('metrics') or {}).items():
-        unread += _unread_by_metric(f'val.metrics.{name}.', metric_opt)
+        unread += _unread_by_metric(f'val.metrics.{name}.', metric_opt, of_model)
     if unread:
         get_root_logger().warning(
             f'{model_type} with {base.__name__} reads none of these options: {", ".join(unread)}.'
         )
+
+
+def report_comparison_of_type(opt: Mapping[str, Any], base: type) -> None:
+    """Warn if ``base`` may look for the backbone's type in ``network_g.type``.
+
+    A model class finds the backbone's other options in ``network_g``, as without MSSR, but the type is MSSR's own.
+    """
     backbone = (opt.get('network_g') or {}).get('backbone')
     named = backbone.get('type') if isinstance(backbone, Mapping) else None
-    if named in of_model:  # its type is the only option of the backbone that MSSR has one of the same name as
+    if named in set(_strings_in_code(_modules_of(base))):
         get_root_logger().warning(
             f'{base.__name__} names {named} in its code. If it compares network_g.type with that, it finds MSSR there; '
             "the backbone's is network_g.backbone.type."
@@ -115,14 +122,17 @@ def _unread(section: str, found: Any, read: Set[str], ours: Set[str] = frozenset
         yield f'{section}{key}' + (f' (the nearest that is read is {nearest})' if nearest else '')
 
 
-def _unread_by_metric(section: str, found: Any) -> Iterator[str]:
-    """As :func:`_unread`, for the options of a metric, which BasicSR passes to a function."""
+def _unread_by_metric(section: str, found: Any, of_model: Set[str]) -> Iterator[str]:
+    """As :func:`_unread`, for the options of a metric, which BasicSR passes to a function.
+
+    One that BasicSR does not know may be the model class's own, whose strings are ``of_model``.
+    """
     if not isinstance(found, Mapping):
         raise OptionError(section[:-1], found, 'a mapping with the type and the options of a metric')
     metric = known_as(METRIC_REGISTRY, found.get('type'))
-    if metric is None:  # a model class may have metrics of its own
+    if metric is None:
         nearest = closest(str(found.get('type')), [name.removesuffix('_basicsr') for name, _ in METRIC_REGISTRY])
-        if nearest is not None:
+        if nearest is not None and found['type'] not in of_model:
             raise OptionError(f'{section}type', found['type'], nearest)
         return
     parameters = inspect.signature(metric, follow_wrapped=False).parameters.values()
@@ -149,9 +159,9 @@ def _modules(names: Iterable[str]) -> list[ModuleType]:
 
 
 def _modules_of(one: type) -> list[ModuleType]:
-    """The modules in which ``one`` and its base classes are defined, and the program that runs."""
+    """The modules in which ``one`` and its base classes are defined."""
     modules = [inspect.getmodule(base) for base in one.__mro__ if base is not object]
-    return [module for module in (*modules, sys.modules.get('__main__')) if module is not None]
+    return [module for module in modules if module is not None]
 
 
 def _strings_in_code(modules: Iterable[ModuleType]) -> Iterator[str]:

@@ -9,7 +9,11 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import MODEL_REGISTRY
 
 from mssr_basicsr.adapter.backbone_options import expose_backbone_options
-from mssr_basicsr.adapter.unread_options import refuse_numbers_as_strings, report_unread_options
+from mssr_basicsr.adapter.unread_options import (
+    refuse_numbers_as_strings,
+    report_comparison_of_type,
+    report_unread_options,
+)
 from mssr_basicsr.foundation.checks import OptionError, known_as, nearest_first
 from mssr_basicsr.models.backward_stage import BackwardStage
 from mssr_basicsr.models.forward_stage import ForwardStage
@@ -51,6 +55,7 @@ def build_extended(stage: type[NestedLevels], name: str, opt: dict[str, Any]) ->
     refuse_numbers_as_strings(opt)
     expose_backbone_options(opt)
     report_unread_options(opt, name, base)
+    report_comparison_of_type(opt, base)
     return extend(stage, base, name)(opt)
 
 
