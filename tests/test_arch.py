@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from contextlib import nullcontext
 from functools import partial
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mssr_basicsr.archs.mssr_arch import MSSR, find_prunable
+from mssr_basicsr.archs.recomputation import recomputed_within
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.losses.self_distillation import SelfDistillation
 from mssr_basicsr.losses.ssd_loss import SSDLoss
@@ -89,7 +93,7 @@ def test_gradient_checkpointing_has_the_same_gradients(distilled: bool, monkeypa
     calls = []
 
     def counting(block: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(lambda x: (calls.append(block), block(x))[1], x)
+        return checkpoint(lambda x: (calls.append(block), checkpoint(block, x))[1], x)  # one within another
 
     gradients = []
     for options in ({}, {'checkpoint': counting}):
@@ -105,9 +109,70 @@ def test_gradient_checkpointing_has_the_same_gradients(distilled: bool, monkeypa
                 loss = loss + term
             calls.clear()
             loss.backward()
+            assert not (distilled and distillation._outputs)  # of what is computed again, nothing is kept
         gradients.append({name: weight.grad for name, weight in network.backbone.named_parameters()})
     assert calls  # blocks were computed again
     assert_same(gradients[1], gradients[0])
+
+
+class RecomputedByItself(torch.autograd.Function):
+    """As other packages' gradient checkpointing does it."""
+
+    @staticmethod
+    def forward(ctx: Any, block: nn.Module, x: Tensor) -> Tensor:
+        ctx.block, ctx.x = block, x.detach().requires_grad_()
+        with torch.no_grad():
+            return block(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        with torch.enable_grad():
+            ctx.block(ctx.x).backward(gradient)
+        return None, ctx.x.grad
+
+
+def with_its_own_contexts(block: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), nullcontext()))  # type: ignore
+
+
+@pytest.mark.parametrize('kind', [RecomputedByItself.apply, with_its_own_contexts])
+def test_layers_that_run_again_without_their_masks_are_refused(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Checkpointing', Checkpointing)
+    network = MSSR({'type': 'Checkpointing', 'checkpoint': kind}, SPARSITY)
+    expected = (
+        "network_g.backbone: found 'Checkpointing'; allowed: a network whose layers run in its forward pass, and again "
+        'only by torch.utils.checkpoint without contexts of its own.'
+    )
+    with network.run_as_a_whole(), pytest.raises(OptionError) as error:
+        network(torch.rand(1, 3, 16, 16).requires_grad_()).sum().backward()
+    assert str(error.value) == expected
+
+
+def test_checkpointing_is_torchs_own_again_after_threads() -> None:
+    """DataParallel runs its copies in threads; whichever ends first, other networks find torch's defaults."""
+    function = inspect.unwrap(checkpoint)
+    before, first_is_in, second_is_in = function.__kwdefaults__, Event(), Event()
+    inside = []
+
+    def first() -> None:
+        with recomputed_within(nullcontext, nn.Identity()):
+            first_is_in.set()
+            second_is_in.wait()
+
+    def second() -> None:
+        first_is_in.wait()
+        with recomputed_within(nullcontext, nn.Identity()):
+            second_is_in.set()
+            one.join()
+            inside.append(function.__kwdefaults__['use_reentrant'])
+
+    one, other = Thread(target=first), Thread(target=second)
+    for thread in (one, other):
+        thread.start()
+    for thread in (one, other):
+        thread.join()
+    assert inside == [False]
+    assert function.__kwdefaults__ is before
 
 
 def test_reentrant_checkpointing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

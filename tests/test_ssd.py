@@ -102,6 +102,19 @@ def test_finding_out_what_is_needed_draws_no_random_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_only_networks_of_one_output_can_be_distilled() -> None:
+    class TwoOutputs(DenselyUsed):
+        def forward(self, x: Tensor) -> Any:
+            return [super().forward(x), x]
+
+    network, x = TwoOutputs(), torch.rand(1, 3, 8, 8)
+    distillation = SelfDistillation(SSDLoss(), network, find_feature_taps(network))
+    with distillation.watching(network, 'seed'):
+        network(x)
+        with pytest.raises(TypeError, match='the network returns a list, not one tensor'):
+            distillation.term(x)
+
+
 def test_only_networks_of_one_input_can_be_distilled() -> None:
     class TwoInputs(DenselyUsed):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:

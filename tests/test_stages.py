@@ -10,6 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -380,6 +381,21 @@ class WithTwoPasses(Unusual):
         return self.cri_pix(self.output, self.gt)  # type: ignore[no-any-return]
 
 
+class WithDistillationLate(Unusual):
+    """It would use ``cri_pix`` after more iterations than there are."""
+
+    def loss(self) -> Tensor:
+        self.output = self.net_g(self.lq)
+        loss = self.cri_pix if self.step > 100 else nn.MSELoss()
+        return loss(self.output, self.gt)  # type: ignore[no-any-return]
+
+
+class WithoutMemory(Unusual):
+    def loss(self) -> Tensor:
+        with mock.patch.object(SSDLoss, 'forward', side_effect=torch.cuda.OutOfMemoryError('out of memory')):
+            return self.cri_pix(self.net_g(self.lq), self.gt)  # type: ignore[no-any-return]
+
+
 class WithItsOwnLoss(Unusual):
     def loss(self) -> Tensor:
         self.output = self.net_g(self.lq)
@@ -438,6 +454,23 @@ def test_what_cannot_be_distilled_is_refused_at_once(
     assert str(error.value) == expected
     (log,) = Path('experiments/forward').glob('*.log')
     assert 'iter:       1' not in log.read_text()
+
+
+def test_a_distillation_without_effect_is_reported(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Unusual', WithDistillationLate)
+    (log,) = run({**forward_opt, 'base_model_type': 'Unusual'}).glob('*.log')
+    said = 'WARNING: train.ssd_opt has had no effect: cri_pix has not been computed.'
+    assert log.read_text().count(said) == 3  # in each level
+
+
+def test_a_lack_of_memory_is_not_the_options_fault(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Unusual', WithoutMemory)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match='out of memory'):
+        run({**forward_opt, 'base_model_type': 'Unusual'})
 
 
 def test_a_ticket_that_cannot_be_learnt_from_is_refused(

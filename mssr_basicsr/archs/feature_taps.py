@@ -56,11 +56,14 @@ def _is_activation(layer: nn.Module) -> bool:
 
 @contextmanager
 def record_outputs(network: nn.Module, taps: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
-    """While the context is open, keep what each of the ``taps`` returns, by its name and in the order of its runs."""
+    """While the context is open, keep what each of the ``taps`` returns, by its name and in the order of its runs.
+
+    Once what it gives is cleared, nothing is kept any more.
+    """
     outputs: dict[str, list[Any]] = {tap: [] for tap in taps}
 
     def hook_of(name: str) -> Any:
-        return lambda module, inputs, output: outputs[name].append(output)
+        return lambda module, inputs, output: outputs[name].append(output) if name in outputs else None
 
     handles = [network.get_submodule(name).register_forward_hook(hook_of(name)) for name in taps]
     try:
@@ -162,6 +165,8 @@ class ImageFinisher:
         with in_fp32, torch.autocast(x.device.type, enabled=False), generators:
             with record_outputs(self.network, self.taps) as outputs:
                 image = self.network(x)
+            if not isinstance(image, Tensor):
+                raise TypeError(f'the network returns a {type(image).__name__}, not one tensor')
             features = features_of(outputs)
             before = {tap: self._before(tap) for tap in self.taps}
             skippable = {tap for tap in self.taps if self._gives(image, x, {tap: features[tap]}, before[tap])}

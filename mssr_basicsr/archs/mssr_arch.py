@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from operator import attrgetter
 from typing import Any
@@ -190,6 +191,7 @@ class MSSR(nn.Module):
         #: Whether normalisation layers use, and leave as they are, the running statistics that they have, as they do
         #: in the backward stage, since all levels share them.
         self.keep_statistics = False
+        self._num_running = 0  # forward passes, and parts of such that are computed again
         self._mask_is_current = False
         self._masked_weights: list[Tensor] | None = None
         self._masked_from: list[tuple[int, int]] | None = None
@@ -266,8 +268,42 @@ class MSSR(nn.Module):
         Most take one tensor, (N, C, H, W), and return the upscaled images.
         """
         masked = {} if self._level == 0 else dict(zip(self.prunable_names, self._mask_weights()))
-        with recomputed_within(lambda: _reparametrize_module(self.backbone, masked), self.backbone):
+        with recomputed_within(lambda: self._with_weights(masked), self.backbone):
             return self.backbone(*inputs, **others)
+
+    @contextmanager
+    def _with_weights(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        self._num_running += 1
+        try:
+            with _reparametrize_module(self.backbone, weights):
+                yield
+        finally:
+            self._num_running -= 1
+
+    @contextmanager
+    def run_as_a_whole(self) -> Iterator[None]:
+        """While the context is open, the layers run only where their weights are masked.
+
+        Raises:
+            OptionError: when a layer runs outside of a forward pass of this network, nor again by
+                ``torch.utils.checkpoint`` (see :func:`recomputed_within`): all levels would be the dense network there.
+        """
+
+        def refuse(layer: nn.Module, inputs: Any) -> None:
+            if not self._num_running:
+                allowed = (
+                    'a network whose layers run in its forward pass, and again only by torch.utils.checkpoint without '
+                    'contexts of its own'
+                )
+                raise OptionError('network_g.backbone', self.backbone_options['type'], allowed)
+
+        layers = [self.backbone.get_submodule(name.rpartition('.')[0]) for name in self.prunable_names]
+        handles = [layer.register_forward_pre_hook(refuse) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _weights(self) -> list[Tensor]:
         # By attribute, since the copies that DataParallel makes of a module have no named_parameters.

@@ -5,12 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from threading import Lock
 from typing import Any, Callable
 
 import torch.utils.checkpoint
 from torch import nn
 
 from mssr_basicsr.foundation.checks import OptionError
+
+_Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
+
+#: What ``torch.utils.checkpoint`` calls for the contexts of a forward pass and its repetition, in each thread.
+_contexts: ContextVar[Callable[[], _Contexts]] = ContextVar('contexts', default=lambda: (nullcontext(), nullcontext()))
 
 
 @contextmanager
@@ -19,21 +26,14 @@ def recomputed_within(condition: Callable[[], AbstractContextManager[None]], net
 
     A network that uses ``torch.utils.checkpoint`` runs parts of itself again in the backward pass, when the masked
     weights that its forward pass had are no longer in it. torch takes a context for that, though only in the variant
-    without reentrant autograd, which gives the same gradients: so in here that is the default. Defaults are changed,
-    not the function, because architectures have bound it by names of their own.
+    without reentrant autograd, which gives the same gradients: so in here that is the default.
 
     Raises:
         OptionError: the network asks for the reentrant variant.
     """
-    checkpoint: Any = inspect.unwrap(torch.utils.checkpoint.checkpoint)
-    defaults = checkpoint.__kwdefaults__
-
-    def contexts() -> tuple[Any, Any]:
-        return nullcontext(), condition()
-
-    checkpoint.__kwdefaults__ = {**defaults, 'use_reentrant': False, 'context_fn': contexts}
+    token = _contexts.set(lambda: (nullcontext(), recomputed_within(condition, network)))
     try:
-        with condition():
+        with _without_reentrance, condition():
             yield
     except ValueError as error:
         if 'use_reentrant' not in str(error):
@@ -41,4 +41,33 @@ def recomputed_within(condition: Callable[[], AbstractContextManager[None]], net
         allowed = 'a network whose code does not call torch.utils.checkpoint with use_reentrant=True'
         raise OptionError('network_g.backbone', type(network).__name__, allowed) from error
     finally:
-        checkpoint.__kwdefaults__ = defaults
+        _contexts.reset(token)
+
+
+class _WithoutReentrance:
+    """While it is entered, in any thread, ``torch.utils.checkpoint`` has other defaults.
+
+    They are changed, and not the function, because architectures have bound it by names of their own.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._num_entered = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_entered == 0:
+                self._checkpoint: Any = inspect.unwrap(torch.utils.checkpoint.checkpoint)
+                self._defaults = self._checkpoint.__kwdefaults__
+                ours = {'use_reentrant': False, 'context_fn': lambda: _contexts.get()()}
+                self._checkpoint.__kwdefaults__ = {**self._defaults, **ours}
+            self._num_entered += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._num_entered -= 1
+            if self._num_entered == 0:
+                self._checkpoint.__kwdefaults__ = self._defaults
+
+
+_without_reentrance = _WithoutReentrance()

@@ -45,7 +45,7 @@ class SelfDistillation:
                 self._seed, self._passes, self._outputs = None, [], {}
 
     def term(self, gt: Tensor) -> Tensor | None:
-        """The self-distillation loss of the forward pass that is being watched, None if none is.
+        """The self-distillation loss of the forward pass that is being watched; None without one, or once it is given.
 
         Args:
             gt: the ground truth, (N, C, H, W).
@@ -56,13 +56,15 @@ class SelfDistillation:
         """
         if self._seed is None:
             return None
-        recorded, given = features_of(self._outputs), only_pass(self._passes)
+        seed, recorded, given = self._seed, features_of(self._outputs), only_pass(self._passes)
+        self._seed = None
+        self._outputs.clear()  # with gradient checkpointing, the taps will run again
         if len(given.inputs) != 1 or given.others:
             raise RuntimeError(f'the network takes {len(given.inputs) + len(given.others)} inputs')
         x: Tensor = given.inputs[0]
-        images = self.loss.sample_images(len(x), self._seed)
+        images = self.loss.sample_images(len(x), seed)
         x, gt = x[images], gt[images]
-        features = {tap: recorded[tap][images] for tap in self.loss.sample_taps(self.taps, self._seed)}
+        features = {tap: recorded[tap][images] for tap in self.loss.sample_taps(self.taps, seed)}
         with given.precision():
             loss: Tensor = self.loss(self._finisher.finish(x, features), gt, lambda: self.teacher(x))
         return loss

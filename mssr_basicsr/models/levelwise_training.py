@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
+from types import CodeType
 from typing import Any, Callable, ClassVar
 
 import torch
@@ -139,6 +141,9 @@ class LevelwiseTraining(NestedLevels):
         self._require_finite(f'End of level {training.level}')
         self._require_agreement(f'End of level {training.level}')
         self.check_result(training)
+        loss = getattr(self, 'cri_pix', None)
+        if isinstance(loss, PixelAndDistillationLoss) and not loss.used:
+            get_root_logger().warning(f'train.{loss.option} has had no effect: cri_pix has not been computed.')
         self.export_level(training.level)
         self.record(training.level).update(self.describe(training.level))
         self.record(training.level)['iterations'] = training.num_iter
@@ -163,10 +168,12 @@ class LevelwiseTraining(NestedLevels):
 
     def optimize_parameters(self, current_iter: int) -> None:  # type: ignore[override]  # as SRModel's
         """The model class's iteration, after which the frozen weights are restored."""
-        weights_before = self._weight_versions()
-        with self.distilling(current_iter), self._computing_in_training():
+        with ExitStack() as stack:
+            stack.enter_context(self.distilling(current_iter))
+            stack.enter_context(self._computing_in_training())
+            if self.step == 1:
+                stack.enter_context(self.network.run_as_a_whole())
             super().optimize_parameters(self.step)
-        self._require_distilled(weights_before)
         self.frozen.put_back(self.network.backbone)
         if self.ema_decay > 0:
             self.frozen.put_back(self.net_g_ema.backbone)
@@ -192,21 +199,6 @@ class LevelwiseTraining(NestedLevels):
     def distilling(self, current_iter: int) -> Iterator[None]:
         """The context in which iteration ``current_iter`` runs; it keeps what distillation needs from it."""
         yield
-
-    def _require_distilled(self, weights_before: list[int]) -> None:
-        """Raise OptionError if the network has been trained without the distillation that was asked for.
-
-        Args:
-            weights_before: :meth:`_weight_versions` before the iteration: a GAN's generator does not train in each.
-        """
-        loss = getattr(self, 'cri_pix', None)
-        if isinstance(loss, PixelAndDistillationLoss) and not loss.used and self._weight_versions() != weights_before:
-            allowed = f'nothing with {self.base_name}, which computes its loss without cri_pix'
-            raise OptionError(f'train.{loss.option}', self._train_opt[loss.option], allowed)
-
-    def _weight_versions(self) -> list[int]:
-        """How often each of the network's parameters has been changed."""
-        return [parameter._version for parameter in self.network.backbone.parameters()]
 
     def model_ema(self, decay: float = 0.999) -> None:
         """As in BasicSR, but running statistics, which BasicSR leaves as before the training, are the network's."""
@@ -260,14 +252,19 @@ class LevelwiseTraining(NestedLevels):
     def distil_by(self, key: str, term: Callable[[Tensor, Tensor], Tensor | None]) -> None:
         """Add the ``term`` that ``train.<key>`` asks for to the pixel loss; see :class:`PixelAndDistillationLoss`.
 
-        If it cannot be computed in the first iteration, that is an OptionError.
+        Raises:
+            OptionError: the model class does not compute its loss by ``cri_pix``, or, in the first iteration, the term
+                cannot be computed.
         """
+        if not computes_pixel_loss(type(self)):
+            allowed = f'nothing with {self.base_name}, which computes its loss without cri_pix'
+            raise OptionError(f'train.{key}', self._train_opt[key], allowed)
 
         def tried_out(output: Tensor, gt: Tensor) -> Tensor | None:
             try:
                 return term(output, gt)
             except (RuntimeError, TypeError, ValueError) as error:
-                if loss.used or isinstance(error, OptionError):
+                if loss.used or isinstance(error, (OptionError, torch.cuda.OutOfMemoryError)):
                     raise
                 both = f'{self.base_name} and {type(self.network.backbone).__name__}'
                 allowed = f'nothing with {both}, from which it cannot be computed ({first_line(error)})'
@@ -419,6 +416,27 @@ class LevelwiseTraining(NestedLevels):
         """As in :class:`NestedLevels`, with the stage's own, which should not change within a run."""
         own = {f'train.{name}': value for name, value in vars(self.options).items()}
         return deepcopy({**super().decisive_options(), **own})
+
+
+def computes_pixel_loss(model_class: type) -> bool:
+    """Whether the code that trains a model class, or that of the classes it extends there, names ``cri_pix``."""
+    for base in model_class.__mro__:
+        if base.__module__.startswith('mssr_basicsr.'):
+            continue
+        codes = {name: inspect.unwrap(f).__code__ for name, f in vars(base).items() if inspect.isfunction(f)}
+        if any('cri_pix' in names_in(code) for code in codes.values()):
+            return True
+        if 'optimize_parameters' in codes and 'super' not in names_in(codes['optimize_parameters']):
+            return False
+    return False
+
+
+def names_in(code: CodeType) -> Iterator[str]:
+    """Every name of an attribute or a global that the code uses, in the functions within it too."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from names_in(constant)
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:
