@@ -698,6 +698,43 @@ class Fusing(nn.Module):
         return nn.functional.pixel_shuffle(self.fused(x), 2)
 
 
+class Merging(Fusing):
+    """It changes its weights when it leaves and enters training, as networks with LoRA do."""
+
+    def train(self, mode: bool = True) -> Any:
+        if mode != self.training:
+            with torch.no_grad():
+                self.wide.weight.add_(-0.5 if mode else 0.5)
+        return super().train(mode)
+
+
+class StaysInEval(SRModel):
+    """As HAT's, it does not put its network back into training."""
+
+    def test(self) -> None:
+        self.net_g.eval()
+        with torch.no_grad():
+            self.output = self.net_g(self.lq)
+
+
+def test_a_network_that_changes_weights_between_training_and_validation(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A validation more does not change the training."""
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Merging', Merging)
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'StaysInEval', StaysInEval)
+    del forward_opt['train']['ssd_opt']
+    forward_opt.update(base_model_type='StaysInEval')
+    forward_opt['train']['ema_decay'] = 0
+    forward_opt['network_g']['backbone'] = {'type': 'Merging'}
+    trained = []
+    for name, val_freq in (('often', 1), ('seldom', 4)):
+        forward_opt['val']['val_freq'] = val_freq
+        models = run({**deepcopy(forward_opt), 'name': name}) / 'models'
+        trained.append(load(models / 'net_g_latest.pth')['params'])
+    assert equal(*trained)
+
+
 def test_a_network_that_computes_weights_in_eval_mode(
     forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,9 +129,9 @@ class NestedLevels(Base):
             yield
         finally:
             self.net_g = trained
-            result.backbone.load_state_dict(weights)
             for net, training in modes:
                 net.train(training)  # not every model class does
+            result.backbone.load_state_dict(weights)  # last, since some networks change their weights in train(), too
             self.set_level(level)
             set_random_state(state)
 
