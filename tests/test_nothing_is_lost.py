@@ -199,6 +199,10 @@ class WithNumPySchedule(SRModel):
     def setup_schedulers(self) -> None:
         self.schedulers.append(NumPySchedule(self.optimizer_g))
 
+    def save_training_state(self, epoch: int, current_iter: int) -> None:
+        super().save_training_state(epoch, current_iter)
+        torch.save(torch.rand(2), Path(self.opt['path']['training_states'], 'another.pth'))
+
 
 @pytest.mark.parametrize('base', [ForgettingSRGAN, WithNumPySchedule])
 def test_what_a_model_class_does_not_resume_itself(
@@ -217,9 +221,11 @@ def test_what_a_model_class_does_not_resume_itself(
 
 
 def test_numbers_of_numpy_become_pythons() -> None:
-    state = {'rate': np.float64(0.5), 'milestones': Counter({3: 2}), 'nested': [np.int64(2), (np.bool_(True), 'text')]}
+    nested = [np.int64(2), (np.bool_(True), 'text'), np.arange(2)]
+    state = {'rate': np.float64(0.5), 'milestones': Counter({np.int64(3): 2}), 'nested': nested}
     plain = in_python_numbers(state)
-    assert plain == {'rate': 0.5, 'milestones': Counter({3: 2}), 'nested': [2, (True, 'text')]}
+    assert plain == {'rate': 0.5, 'milestones': Counter({3: 2}), 'nested': [2, (True, 'text'), [0, 1]]}
+    assert [type(key) for key in plain['milestones']] == [int]
     assert [type(plain['rate']), type(plain['milestones']), type(plain['nested'][0])] == [float, Counter, int]
     assert type(state['rate']) is np.float64
 
@@ -228,10 +234,9 @@ def test_the_pool_of_training_pairs_comes_back_where_it_fits() -> None:
     """All of it, in projects that keep more in it than Real-ESRGAN; or none, and then the class fills it anew."""
 
     def model(**options: Any) -> Any:
-        data = {'batch_size_per_gpu': 2, 'gt_size': 32, **options}
-        return SimpleNamespace(
-            opt={'scale': 2, 'queue_size': 4, 'datasets': {'train': data}}, device=torch.device('cpu'), queue_size=4
-        )
+        data = {'batch_size_per_gpu': options.pop('batch_size_per_gpu', 2), 'gt_size': 400}
+        opt = {'scale': 2, 'queue_size': 4, 'gt_size': 32, 'datasets': {'train': data}, **options}
+        return SimpleNamespace(opt=opt, device=torch.device('cpu'), queue_size=4)
 
     saved = model()
     assert kept_between_iterations(saved) == {}

@@ -63,19 +63,20 @@ def put_back_kept(model: Any, kept: Mapping[str, Any]) -> None:
 
 
 def _options_of_pool(model: Any) -> dict[str, Any]:
-    options = {'scale': model.opt.get('scale'), 'queue_size': model.opt.get('queue_size')}
-    data: Mapping[str, Any] = model.opt['datasets']['train']
-    return {**options, **{key: data.get(key) for key in ('batch_size_per_gpu', 'gt_size')}}
+    opt, data = model.opt, model.opt['datasets']['train']
+    of_data = {f'datasets.train.{key}': data.get(key) for key in ('batch_size_per_gpu', 'gt_size')}
+    return {**{key: opt.get(key) for key in ('scale', 'queue_size', 'gt_size')}, **of_data}
 
 
 def in_python_numbers(state: Any) -> Any:
-    """``state`` with each NumPy number, such as a scheduler may compute, as Python's: torch reads no others back."""
-    if isinstance(state, np.generic):
-        return state.item()
+    """``state`` with NumPy's numbers and arrays, as a scheduler may have, as Python's: torch reads no others back."""
+    if isinstance(state, (np.generic, np.ndarray)):
+        return state.tolist()
     if isinstance(state, dict):
         plain = copy(state)  # of its own class: BasicSR's schedulers have a Counter
+        plain.clear()
         for key, value in state.items():
-            plain[key] = in_python_numbers(value)
+            plain[in_python_numbers(key)] = in_python_numbers(value)
         return plain
     return type(state)(map(in_python_numbers, state)) if type(state) in (list, tuple) else state
 

@@ -355,8 +355,10 @@ class LevelwiseTraining(NestedLevels):
         if self.opt['rank'] == 0:
             save = torch.save
 
-            def save_with_entry(state: dict[str, Any], path: str) -> None:
-                save(in_python_numbers({**state, 'mssr': run_state.entry()}), path)
+            def save_with_entry(saved: Any, *args: Any, **kwargs: Any) -> None:
+                if isinstance(saved, dict) and 'iter' in saved:  # not what else the class may save here
+                    saved = in_python_numbers({**saved, 'mssr': run_state.entry()})
+                save(saved, *args, **kwargs)
 
             with saved_whole(self.opt['path'], 'training_states'), replaced(torch, 'save', save_with_entry):
                 super().save_training_state(epoch, current_iter)
