@@ -60,16 +60,16 @@ def find_prunable(backbone: nn.Module, prunable: Sequence[str], unprunable: Sequ
     layers = [name for name, layer in backbone.named_modules() if isinstance(layer, (_ConvNd, nn.Linear))]
     names = [f'{name}.weight' for name in layers]
     parameters = dict(backbone.named_parameters(remove_duplicate=False))
-    computed = [name for name in names if name not in parameters]
-    if computed:
-        allowed = f'a network whose weights are parameters ({computed[0]} is computed, as weight_norm does)'
-        raise OptionError('network_g.backbone', type(backbone).__name__, allowed)
-    names = [name for name in names if parameters[name].requires_grad]
-    if not names:
+    if not any(name not in parameters or parameters[name].requires_grad for name in names):
         allowed = 'a network with convolutions or linear layers that train'
         raise OptionError('network_g.backbone', type(backbone).__name__, allowed)
     removed = set(match_names('network_g.unprunable', unprunable, names))
     kept = [name for name in match_names('network_g.prunable', prunable, names) if name not in removed]
+    computed = [name for name in kept if name not in parameters]
+    if computed:
+        allowed = f'a network whose weights are parameters ({computed[0]} is computed, as weight_norm does), '
+        raise OptionError('network_g.backbone', type(backbone).__name__, allowed + 'or name it in unprunable')
+    kept = [name for name in kept if parameters[name].requires_grad]
     if not kept:
         raise OptionError('network_g.unprunable', list(unprunable), 'patterns that leave one of ' + ', '.join(names))
     for name in kept:
@@ -285,8 +285,9 @@ class MSSR(nn.Module):
         """While the context is open, the layers run only where their weights are masked.
 
         Raises:
-            OptionError: when a layer runs outside of a forward pass of this network, nor again by
-                ``torch.utils.checkpoint`` (see :func:`recomputed_within`): all levels would be the dense network there.
+            OptionError: when a prunable layer runs neither in a forward pass of this network nor again by
+                ``torch.utils.checkpoint`` (see :func:`recomputed_within`): its weight would not be masked there, and
+                every level would be the dense network.
         """
 
         def refuse(layer: nn.Module, inputs: Any) -> None:

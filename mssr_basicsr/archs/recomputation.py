@@ -31,17 +31,33 @@ def recomputed_within(condition: Callable[[], AbstractContextManager[None]], net
     Raises:
         OptionError: the network asks for the reentrant variant.
     """
-    token = _contexts.set(lambda: (nullcontext(), recomputed_within(condition, network)))
+    token = _contexts.set(lambda: (nullcontext(), _Repeatable(lambda: recomputed_within(condition, network))))
     try:
         with _without_reentrance, condition():
             yield
     except ValueError as error:
         if 'use_reentrant' not in str(error):
             raise
-        allowed = 'a network whose code does not call torch.utils.checkpoint with use_reentrant=True'
-        raise OptionError('network_g.backbone', type(network).__name__, allowed) from error
+        where = 'torch.utils.checkpoint without use_reentrant=True (the default of checkpoint_sequential)'
+        raise OptionError('network_g.backbone', type(network).__name__, f'a network that uses {where}') from error
     finally:
         _contexts.reset(token)
+
+
+class _Repeatable(AbstractContextManager[None]):
+    """A context as often as needed: torch enters the same one each time, as for a second backward pass."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        context = self._make()
+        context.__enter__()
+        self._entered.append(context)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.pop().__exit__(*error)
 
 
 class _WithoutReentrance:
