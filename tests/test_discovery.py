@@ -134,6 +134,7 @@ def test_a_copy_of_basicsr_may_lack_what_it_does_not_use(forward_opt: dict[str, 
     assert (tmp_path / 'experiments' / 'forward' / 'models' / 'levels.json').is_file()
 
     (copy / 'data' / 'paired_image_dataset.py').unlink()  # what our own dataset extends
+    (copy / 'archs' / 'basicvsrpp_arch.py').write_text('')
     said = python('import basicsr' + REGISTERED, path=tmp_path)
     assert said.count('RuntimeWarning: ') == 1
     assert 'BasicSR continues without mssr_basicsr.data.paired_evaluation_dataset: ModuleNotFoundError' in said

@@ -43,14 +43,15 @@ def after_import() -> None:
     Projects that bring a copy of BasicSR have left out what they do not use, so each repair is by itself.
     """
     for module, name, wrapper in _repairs():
+        path, _, function = name.rpartition('.')
         try:
-            path, _, function = name.rpartition('.')
             found = importlib.import_module(f'basicsr.{module}' if module else 'basicsr')
-            patch(attrgetter(path)(found) if path else found, function, wrapper)
-        except (ImportError, AttributeError):
+        except Exception as error:
+            if not (isinstance(error, ModuleNotFoundError) and f'basicsr.{module}'.startswith(str(error.name))):
+                warnings.warn(f'basicsr.{module} is not repaired: {error!r}', RuntimeWarning, stacklevel=1)
             continue
-        except Exception as error:  # whatever a module does when it is imported
-            warnings.warn(f'basicsr.{module} is used as it is: {error!r}', RuntimeWarning, stacklevel=1)
+        with suppress(AttributeError):
+            patch(attrgetter(path)(found) if path else found, function, wrapper)
     with suppress(ImportError):
         provide_color_conversions()
 

@@ -9,6 +9,7 @@ import atexit
 import dis
 import gc
 import inspect
+import sys
 from collections.abc import Mapping
 from types import CodeType, FunctionType
 from typing import Any, Callable
@@ -112,8 +113,8 @@ def classes_on_cpu(get: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def method_on_cpu(method: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
     """Wraps a method of a model or a network: in a run on the CPU, ``.cuda()`` and ``device='cuda'`` mean the CPU.
 
-    A model runs on the CPU if its options have ``num_gpu: 0``, a network if there is no CUDA. While a model is set up,
-    its options are an argument.
+    A model runs on the CPU if its options have ``num_gpu: 0``, a network if there is no CUDA. Before a model has its
+    options, they are looked for among the arguments; without any, the method runs as it is.
     """
     if isinstance(owner, torch.nn.Module):
         on_cpu = not torch.cuda.is_available()
@@ -138,7 +139,8 @@ def _names_cuda(code: FunctionType | CodeType) -> bool:
 
 class _CUDAMeansCPU(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.device:  # by which torch finds, and keeps for the whole process, the module torch.cuda
+        if func is torch.device and sys._getframe(1).f_globals['__name__'].partition('.')[0] == 'torch':
+            # By this torch finds the module torch.cuda, which it keeps for the whole process.
             return func(*args, **(kwargs or {}))
         if func is torch.Tensor.cuda:
             result = args[0]
