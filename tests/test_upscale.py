@@ -346,6 +346,17 @@ def test_plotted_files_of_the_same_name_are_told_apart(
     assert labels == ['toy, a/net_g.mssr', 'toy, b/net_g.mssr', 'toy, other']
 
 
+def test_a_set_whose_name_begins_with_an_underscore_is_in_the_legend(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / 'net_g.mssr'
+    path.write_bytes(pack(network(levels=2), 2, {'0': {'_toy': {'psnr': 30.0}}, '1': {'_toy': {'psnr': 29.0}}}))
+    figures: list[Any] = []
+    monkeypatch.setattr(plotting, 'save_figure', lambda figure, _: figures.append(figure))
+    plotting.plot([path], tmp_path / 'plot.png')
+    assert figures[0].axes[0].get_legend_handles_labels()[1] == [' _toy, net_g']
+
+
 def test_any_name_can_be_plotted(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ('$\\no mathematics$', os.fsdecode(b'caf\xe9')):
         path = tmp_path / f'{name}.mssr'

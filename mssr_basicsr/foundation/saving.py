@@ -92,7 +92,7 @@ def require_other_file(
 
 
 def require_regular_file(output: str | os.PathLike[str], option: str = '--output') -> None:
-    """Raise OptionError if ``output`` is there, but cannot be replaced by a file, or if no file can have this name."""
+    """Raise OptionError if ``output`` is there and is no file, or read-only, or if no file can have this name."""
     try:
         mode = os.stat(output).st_mode
     except (FileNotFoundError, NotADirectoryError):

@@ -97,7 +97,12 @@ def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
 
 
 def _as_it_is(text: str) -> str:
-    """The text for matplotlib, which takes what is between dollars for mathematics, and fails at bytes of no text."""
+    """The text for matplotlib.
+
+    It takes what is between dollars for mathematics, fails at bytes of no text, and leaves what begins with an
+    underscore out of the legend.
+    """
+    text = f' {text}' if text.startswith('_') else text
     return text.encode('utf-8', 'backslashreplace').decode().replace('$', r'\$')
 
 
