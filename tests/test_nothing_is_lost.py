@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from copy import deepcopy
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -204,6 +205,19 @@ class WithNumPySchedule(SRModel):
         torch.save(torch.rand(2), Path(self.opt['path']['training_states'], 'another.pth'))
 
 
+class ElsewhereSaved(SRModel):
+    def save_training_state(self, epoch: int, current_iter: int) -> None:
+        Path(self.opt['path']['training_states'], f'{current_iter}.state').touch()
+
+
+def test_a_state_without_what_mssr_needs_is_an_error(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'ElsewhereSaved', ElsewhereSaved)
+    with pytest.raises(OSError, match='ElsewhereSaved saves no training state as BasicSR does, by'):
+        run({**forward_opt, 'base_model_type': 'ElsewhereSaved'})
+
+
 @pytest.mark.parametrize('base', [ForgettingSRGAN, WithNumPySchedule])
 def test_what_a_model_class_does_not_resume_itself(
     base: type, forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
@@ -241,11 +255,12 @@ def test_the_pool_of_training_pairs_comes_back_where_it_fits() -> None:
     saved = model()
     assert kept_between_iterations(saved) == {}
     pool = {'queue_lr': torch.rand(4, 3, 16, 16), 'queue_kernels': torch.rand(4, 21), 'queue_ptr': 2}
-    vars(saved).update(pool)
+    vars(saved).update(pool, queue_lock=Lock())  # which no file can hold
     kept = kept_between_iterations(saved)
 
     resumed = model()
     put_back_kept(resumed, kept)
+    assert not hasattr(resumed, 'queue_lock')
     assert all(getattr(resumed, name) is value for name, value in pool.items())
     for changed in ({'batch_size_per_gpu': 4}, {'gt_size': 48}):
         resumed = model(**changed)

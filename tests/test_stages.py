@@ -162,15 +162,13 @@ def test_the_survivors_may_keep_their_weights(
         assert [start['schedulers'] for start in starts] == [1, 0, 0]
 
 
-@pytest.mark.parametrize('rewind', ['lr', 'none'])
-def test_each_level_warms_up_unless_the_training_goes_on(rewind: str, forward_opt: dict[str, Any], run: Run) -> None:
-    forward_opt['train'].update(rewind=rewind, warmup_iter=2)
+def test_where_the_training_goes_on_only_the_first_level_warms_up(forward_opt: dict[str, Any], run: Run) -> None:
+    forward_opt['train'].update(rewind='none', warmup_iter=2)
     experiment = run(forward_opt)
     (log,) = experiment.glob('*.log')
     rates = [float(rate) for rate in re.findall(r'lr:\((\S+),\)', log.read_text())]
-    # Cosine annealing from 1e-3 over 4 iterations, of which the first is in half the warm-up.
-    first = [5e-4, 8.55e-4, 5.05e-4, 1.55e-4]
-    assert rates == first + (first * 2 if rewind == 'lr' else [1.55e-4] * 8)
+    # Cosine annealing from 1e-3 over 4 iterations, the first of which has half of it; then what it ended with.
+    assert rates == [5e-4, 8.55e-4, 5.05e-4, 1.55e-4] + [1.55e-4] * 8
 
 
 @pytest.mark.parametrize('target', ['gt', 'teacher', 'both'])
@@ -210,7 +208,7 @@ def test_each_iteration_distils_at_depths_of_its_own(
 
 
 @pytest.mark.parametrize(('own', 'expected'), [({}, 0.25), ({'loss_weight': 2.0}, 2.0)])
-def test_a_distillation_loss_without_a_weight_has_the_pixel_losss(
+def test_a_distillation_loss_has_the_pixel_losses_weight_unless_it_has_its_own(
     own: dict[str, float],
     expected: float,
     forward_opt: dict[str, Any],
@@ -396,6 +394,17 @@ class WithoutMemory(Unusual):
             return self.cri_pix(self.net_g(self.lq), self.gt)  # type: ignore[no-any-return]
 
 
+class WithHelper(Unusual):
+    """It calls ``cri_pix`` in a function of the module, which its own code does not name."""
+
+    def loss(self) -> Tensor:
+        return loss_of(self)
+
+
+def loss_of(model: Any) -> Tensor:
+    return model.cri_pix(model.net_g(model.lq), model.gt)  # type: ignore[no-any-return]
+
+
 class WithItsOwnLoss(Unusual):
     def loss(self) -> Tensor:
         self.output = self.net_g(self.lq)
@@ -463,6 +472,14 @@ def test_a_distillation_without_effect_is_reported(
     (log,) = run({**forward_opt, 'base_model_type': 'Unusual'}).glob('*.log')
     said = 'WARNING: train.ssd_opt has had no effect: cri_pix has not been computed.'
     assert log.read_text().count(said) == 3  # in each level
+
+
+def test_a_distillation_that_has_an_effect_is_not_doubted(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Unusual', WithHelper)
+    (log,) = run({**forward_opt, 'base_model_type': 'Unusual'}).glob('*.log')
+    assert log.read_text().count('l_ssd') == 8 and 'no effect' not in log.read_text()
 
 
 def test_a_lack_of_memory_is_not_the_options_fault(

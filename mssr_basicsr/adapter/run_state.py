@@ -38,12 +38,12 @@ class RunState:
 def kept_between_iterations(model: Any) -> dict[str, Any]:
     """Real-ESRGAN's pool of training pairs, its tensors on the CPU, and what its shape depends on; empty without one.
 
-    The pool is what the class keeps in ``queue_lr``, ``queue_gt``, ``queue_ptr`` and, in other projects, more of them.
+    The pool is what the class keeps in attributes whose names begin with ``queue_``, as tensors, numbers and texts.
     """
     pool = {
         name: value.cpu() if isinstance(value, Tensor) else value
         for name, value in vars(model).items()
-        if name.startswith('queue_') and name != 'queue_size'
+        if name.startswith('queue_') and name != 'queue_size' and isinstance(value, (Tensor, int, float, str))
     }
     return {**pool, 'options': _options_of_pool(model)} if pool else {}
 
@@ -69,7 +69,10 @@ def _options_of_pool(model: Any) -> dict[str, Any]:
 
 
 def in_python_numbers(state: Any) -> Any:
-    """``state`` with NumPy's numbers and arrays, as a scheduler may have, as Python's: torch reads no others back."""
+    """``state`` with NumPy's numbers, as a scheduler may have, as Python's: torch reads no others back.
+
+    An array becomes a list, and stays one when the run is resumed.
+    """
     if isinstance(state, (np.generic, np.ndarray)):
         return state.tolist()
     if isinstance(state, dict):

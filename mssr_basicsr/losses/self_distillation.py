@@ -52,7 +52,7 @@ class SelfDistillation:
 
         Raises:
             OptionError: a tap did not run once, or did not return one tensor.
-            RuntimeError: the network does not run once, or has not just one input.
+            RuntimeError, TypeError: the network does not run once, or its input is not one tensor.
         """
         if self._seed is None:
             return None
@@ -61,7 +61,9 @@ class SelfDistillation:
         self._outputs.clear()  # with gradient checkpointing, the taps will run again
         if len(given.inputs) != 1 or given.others:
             raise RuntimeError(f'the network takes {len(given.inputs) + len(given.others)} inputs')
-        x: Tensor = given.inputs[0]
+        x = given.inputs[0]
+        if not isinstance(x, Tensor):
+            raise TypeError(f'the network takes a {type(x).__name__}, not a tensor')
         images = self.loss.sample_images(len(x), seed)
         x, gt = x[images], gt[images]
         features = {tap: recorded[tap][images] for tap in self.loss.sample_taps(self.taps, seed)}

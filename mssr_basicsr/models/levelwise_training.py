@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -174,6 +174,8 @@ class LevelwiseTraining(NestedLevels):
             if self.step == 1:
                 stack.enter_context(self.network.run_as_a_whole())
             super().optimize_parameters(self.step)
+        if self.step == 1:
+            self._require_distillation()
         self.frozen.put_back(self.network.backbone)
         if self.ema_decay > 0:
             self.frozen.put_back(self.net_g_ema.backbone)
@@ -253,24 +255,28 @@ class LevelwiseTraining(NestedLevels):
         """Add the ``term`` that ``train.<key>`` asks for to the pixel loss; see :class:`PixelAndDistillationLoss`.
 
         Raises:
-            OptionError: the model class does not compute its loss by ``cri_pix``, or, in the first iteration, the term
-                cannot be computed.
+            OptionError: in the first iteration, if the term cannot be computed.
         """
-        if not computes_pixel_loss(type(self)):
-            allowed = f'nothing with {self.base_name}, which computes its loss without cri_pix'
-            raise OptionError(f'train.{key}', self._train_opt[key], allowed)
 
         def tried_out(output: Tensor, gt: Tensor) -> Tensor | None:
             try:
                 return term(output, gt)
             except (RuntimeError, TypeError, ValueError) as error:
-                if loss.used or isinstance(error, (OptionError, torch.cuda.OutOfMemoryError)):
+                no_memory = isinstance(error, torch.cuda.OutOfMemoryError) or 'not enough memory' in str(error)
+                if loss.used or no_memory or isinstance(error, OptionError):
                     raise
                 both = f'{self.base_name} and {type(self.network.backbone).__name__}'
                 allowed = f'nothing with {both}, from which it cannot be computed ({first_line(error)})'
                 raise OptionError(f'train.{key}', self._train_opt[key], allowed) from error
 
         self.cri_pix = loss = PixelAndDistillationLoss(getattr(self, 'cri_pix', None), key, tried_out)
+
+    def _require_distillation(self) -> None:
+        """Raise OptionError if the model class has not used ``cri_pix`` in an iteration and never names it."""
+        loss = getattr(self, 'cri_pix', None)
+        if isinstance(loss, PixelAndDistillationLoss) and not loss.used and not computes_pixel_loss(type(self)):
+            allowed = f'nothing with {self.base_name}, which computes its loss without cri_pix'
+            raise OptionError(f'train.{loss.option}', self._train_opt[loss.option], allowed)
 
     def _warn_of_unprunable(self) -> None:
         total = sum(parameter.numel() for parameter in self.network.backbone.parameters())
@@ -353,15 +359,18 @@ class LevelwiseTraining(NestedLevels):
             kept=gather_on_rank_0(kept_between_iterations(self)) if exact else [],
         )
         if self.opt['rank'] == 0:
-            save = torch.save
+            save, entered = torch.save, False
 
             def save_with_entry(saved: Any, *args: Any, **kwargs: Any) -> None:
+                nonlocal entered
                 if isinstance(saved, dict) and 'iter' in saved:  # not what else the class may save here
-                    saved = in_python_numbers({**saved, 'mssr': run_state.entry()})
+                    saved, entered = in_python_numbers({**saved, 'mssr': run_state.entry()}), True
                 save(saved, *args, **kwargs)
 
             with saved_whole(self.opt['path'], 'training_states'), replaced(torch, 'save', save_with_entry):
                 super().save_training_state(epoch, current_iter)
+                if not entered:
+                    raise RuntimeError(f'{self.base_name} saves no training state as BasicSR does, by torch.save')
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
         """Continue from ``resume_state``: level, frozen weights, optimizers, records, random numbers, data."""
@@ -383,7 +392,7 @@ class LevelwiseTraining(NestedLevels):
             remove_leftovers(paths['models'], paths['training_states'])
         self.seed, self.records = state.seed, state.records
         self._resume_extra_networks(read_checkpoint(paths['pretrain_network_g']))
-        self._resume_networks_left_out()
+        self._resume_networks_left_out(ignored)
         self.restart_training(training)
         super().resume_training(resume_state)
         self._set_untrained(state.untrained)
@@ -407,12 +416,16 @@ class LevelwiseTraining(NestedLevels):
                 raise OptionError('path.resume_state', self.opt['path']['resume_state'], allowed)
             network.load_state_dict(checkpoint[key])
 
-    def _resume_networks_left_out(self) -> None:
-        """Load what BasicSR has named for the other networks, where the class does not: HiFaceGAN's discriminator."""
-        for key, path in self.opt['path'].items():
-            net = getattr(self, key.replace('pretrain_network', 'net'), None) if path else None
-            if isinstance(net, nn.Module) and path not in self.loaded and Path(path).is_file():
+    def _resume_networks_left_out(self, ignored: Sequence[str]) -> None:
+        """Load the other networks that BasicSR resumes, where the class does not: HiFaceGAN's discriminator."""
+        for key in [key for key in self.opt if key.startswith('network_') and key not in ignored]:
+            net, path = getattr(self, key.replace('network', 'net'), None), self.opt['path'].get(f'pretrain_{key}')
+            if not isinstance(net, nn.Module) or path is None or path in self.loaded:
+                continue
+            if Path(path).is_file():
                 self.load_network(net, path)
+            else:
+                get_root_logger().warning(f'{key} begins anew, since {self.base_name} has not saved {path}.')
 
     def decisive_options(self) -> dict[str, Any]:
         """As in :class:`NestedLevels`, with the stage's own, which should not change within a run."""
@@ -425,7 +438,8 @@ def computes_pixel_loss(model_class: type) -> bool:
     for base in model_class.__mro__:
         if base.__module__.startswith('mssr_basicsr.'):
             continue
-        codes = {name: inspect.unwrap(f).__code__ for name, f in vars(base).items() if inspect.isfunction(f)}
+        functions = {name: inspect.unwrap(f) for name, f in vars(base).items() if inspect.isfunction(f)}
+        codes = {name: f.__code__ for name, f in functions.items() if hasattr(f, '__code__')}
         if any('cri_pix' in names_in(code) for code in codes.values()):
             return True
         if 'optimize_parameters' in codes and 'super' not in names_in(codes['optimize_parameters']):

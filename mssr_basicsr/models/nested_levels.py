@@ -119,7 +119,8 @@ class NestedLevels(Base):
         """While the context is open, ``net_g`` is the :attr:`result`, without a DDP wrapper.
 
         Some of BasicSR's model classes, such as VideoRecurrentModel, validate ``net_g`` even if there is an EMA. With a
-        DDP wrapper, one rank would wait for the others. Some networks, such as SPAN, compute weights in eval mode.
+        DDP wrapper, one rank would wait for the others. The weights come back as well,
+        since some networks, such as SPAN, change theirs in eval mode.
         """
         state, level, trained, result = random_state(), self.network.level, self.net_g, self.result
         weights = {name: tensor.clone() for name, tensor in result.backbone.state_dict().items()}
@@ -164,7 +165,7 @@ class NestedLevels(Base):
     def _record_validation(self, level: int, name: str) -> None:
         record = self.record(level)
         record.update(self.describe(level))
-        # A class with a validation of its own may keep no best results, but means, as BasicSR's do to log them.
+        # A class that validates in its own way may keep no best results; the means that BasicSR logs are then taken.
         means = vars(self).get('metric_results') or {}
         measured = self._measured or {metric: float(mean) for metric, mean in means.items() if isinstance(mean, Real)}
         if measured:
