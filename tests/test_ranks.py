@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 DRIVER = """
 import os, sys, time
 import torch
+from mssr_basicsr.losses.ssd_loss import SSDLoss
 from mssr_basicsr.models.forward_stage import ForwardStage
 from mssr_basicsr.models.levelwise_training import LevelwiseTraining
 from basicsr.models.sr_model import SRModel
@@ -41,7 +42,11 @@ def spy_on_optimize(model, current_iter):
     if harm and rank == '1' and current_iter == 3:
         model.net_g_ema.backbone.conv_first.weight.data[0, 0, 0, 0] += harm
     optimize(model, current_iter)
-    depths.extend(model.self_distillation._drawn if model.self_distillation else [])
+
+def spy_on_depths(loss, taps, seed):
+    drawn = sample_taps(loss, taps, seed)
+    depths.extend(drawn)
+    return drawn
 
 def slow_validation(model, *arguments):
     time.sleep(1)
@@ -49,6 +54,7 @@ def slow_validation(model, *arguments):
     open('validated', 'a').write('x')
 
 LevelwiseTraining.save, ForwardStage.optimize_parameters = spy_on_save, spy_on_optimize
+sample_taps, SSDLoss.sample_taps = SSDLoss.sample_taps, spy_on_depths
 validate, SRModel.nondist_validation = SRModel.nondist_validation, slow_validation
 sys.argv = [argument for argument in sys.argv if argument not in ('differ', 'diverge')]
 try:
@@ -116,7 +122,7 @@ def test_both_stages_on_two_ranks(
         assert len(torch.load(state, weights_only=True)['mssr']['random_states']) == 2
         # No rank has ended before rank 0 has validated: torchrun may stop rank 0 when the process of another ends.
         assert (tmp_path / 'ended0').read_text() == (tmp_path / 'ended1').read_text()
-    assert len(ended_with(tmp_path, 'forward', 0)['depths']) == (0 if setup == 'batch norm' else 16)
+    assert len(ended_with(tmp_path, 'forward', 0)['depths']) == (0 if setup == 'batch norm' else (1 + 4 + 4) * 2)
 
 
 @pytest.mark.parametrize(
