@@ -240,6 +240,8 @@ def test_int8_has_the_same_integers_at_every_level() -> None:
 # Each shipped file's run in docs/results.json, and its size compared with the dense network's in fp32.
 SHIPPED = {
     'EDSR_8x32_x2_291': ('main_backward_teacher', 0.91),
+    'EDSR_8x32_x4_291': ('x4_backward', 0.91),
+    'EDSR_8x32_x4_291_int8': ('x4_backward', 0.3),
     'SRVGGNetCompact_10x32_x2_291': ('srvgg_backward', 0.93),
     'SRVGGNetCompact_10x32_x2_291_int8': ('srvgg_backward', 0.3),
 }

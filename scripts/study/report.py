@@ -183,6 +183,9 @@ def targets(results: Mapping[str, Any]) -> str:
             lines += [over_published(name, results[name], 4, known, margin) for known, margin in OVER.items()]
         lines.append(within_tickets(name, results[name]))
     lines += levels_in_order(results)
+    if 'x4_backward' in results:
+        lines.append(over_published('x4_backward', results['x4_backward'], 4, 'FSRCNN', 0, PUBLISHED_X4))
+        lines.append(within_tickets('x4_backward', results['x4_backward']))
     if 'edsr_m_backward' in results:
         lines.append(over_published('edsr_m_backward', results['edsr_m_backward'], 4, 'VDSR', 0))
     else:
@@ -190,11 +193,18 @@ def targets(results: Mapping[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-def over_published(name: str, result: Mapping[str, Any], level: int, known: str, margin: float) -> str:
+def over_published(
+    name: str,
+    result: Mapping[str, Any],
+    level: int,
+    known: str,
+    margin: float,
+    published: Mapping[str, Published] = PUBLISHED,
+) -> str:
     """Whether a level is ahead of a published network by ``margin`` dB on every set, and how far it is ahead."""
     (found,) = [record for record in result['levels'] if record['level'] == level]
     over = {
-        key: [found['metrics'][dataset][key] - psnr for dataset, psnr in zip(SETS, PUBLISHED[known].psnr)]
+        key: [found['metrics'][dataset][key] - psnr for dataset, psnr in zip(SETS, published[known].psnr)]
         for key in ('psnr', 'psnr_rounded')
         if key in found['metrics'][SETS[0]]
     }
@@ -203,7 +213,7 @@ def over_published(name: str, result: Mapping[str, Any], level: int, known: str,
     differences = [' / '.join(f'{dB:+.2f}' for dB in each) for each in over.values()]
     return (
         f'- Level {level} of `{name}` ({found["parameters"]:,} parameters) over {known} '
-        f'({PUBLISHED[known].parameters:,}, trained on {PUBLISHED[known].data}){by} on all three sets: '
+        f'({published[known].parameters:,}, trained on {published[known].data}){by} on all three sets: '
         f'{"met" if met else "missed"}. The difference is {differences[0]} dB'
         + (f', or {differences[1]} dB with Y rounded to 8 bits, as in older papers.' if differences[1:] else '.')
     )
