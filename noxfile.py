@@ -28,7 +28,7 @@ def oldest_torch(session: nox.Session) -> None:
     """The tests with the oldest torch that setup.py allows, whose types differ from those that mypy is to check."""
     install_basicsr(session, 'basicsr==1.4.2', 'torch==2.4.*', 'torchvision==0.19.*')
     session.install('-e', '.[test]')
-    session.run('python', '-m', 'pytest', *session.posargs)
+    session.run('python', '-m', 'pytest', '-n', 'auto', '--maxprocesses', '4', *session.posargs)
 
 
 def install_basicsr(session: nox.Session, source: str, *torch: str) -> None:
