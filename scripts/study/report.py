@@ -133,8 +133,8 @@ def networks(
         quality = [f'{record["metrics"][dataset]["psnr"]:.2f}' for dataset in SETS]
         others = [record['metrics'][dataset][second] for dataset in SETS]
         quality += ['' if value is None else f'{value:.4f}' for value in others]
-        # The backward stage takes over the smallest level as it is; of a stock training all iterations are one level's.
-        iterations = record.get('iterations', 0 if 'backward' in name else result['iterations'])
+        # A stage takes over as it is what it starts from; of a stock training all iterations are one level's.
+        iterations = record.get('iterations', result['iterations'] if len(result['levels']) == 1 else 0)
         what = '' if 'dense' in name else f', level {level}'
         seed = f', seed {result["seed"]}' if '_seed' in name else ''
         rows.append([FAMILIES[family(name)] + what + seed, f'{record["parameters"]:,}', f'{iterations:,}', *quality])
