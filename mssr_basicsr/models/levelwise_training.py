@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from types import CodeType
@@ -68,6 +68,7 @@ class LevelwiseTraining(NestedLevels):
     options_class: ClassVar[type[StageOptions]] = StageOptions
     options: Any  #: an instance of :attr:`options_class`
     plan: TrainingPlan
+    _distillation_loss: PixelAndDistillationLoss | None = None  # with a distillation, what cri_pix is
     _untrained_at_first: list[str]
 
     # ------------------------------ what a stage says ------------------------------ #
@@ -141,8 +142,8 @@ class LevelwiseTraining(NestedLevels):
         self._require_finite(f'End of level {training.level}')
         self._require_agreement(f'End of level {training.level}')
         self.check_result(training)
-        loss = getattr(self, 'cri_pix', None)
-        if isinstance(loss, PixelAndDistillationLoss) and not loss.used:
+        loss = self._distillation_loss
+        if loss is not None and not loss.used:
             get_root_logger().warning(f'train.{loss.option} has had no effect: cri_pix has not been computed.')
         self.export_level(training.level)
         self.record(training.level).update(self.describe(training.level))
@@ -168,18 +169,14 @@ class LevelwiseTraining(NestedLevels):
 
     def optimize_parameters(self, current_iter: int) -> None:  # type: ignore[override]  # as SRModel's
         """The model class's iteration, after which the frozen weights are restored."""
-        with ExitStack() as stack:
-            stack.enter_context(self.distilling(current_iter))
-            stack.enter_context(self._computing_in_training())
-            if self.step == 1:
-                stack.enter_context(self.network.run_as_a_whole())
+        watched = self.network.run_as_a_whole() if self.step == 1 else nullcontext()
+        with self.distilling(current_iter), self._computing_in_training(), watched:
             super().optimize_parameters(self.step)
-        if self.step == 1:
-            self._require_distillation()
         self.frozen.put_back(self.network.backbone)
         if self.ema_decay > 0:
             self.frozen.put_back(self.net_g_ema.backbone)
-        if self.step == 1:  # what changes frozen weights does so at once: not only after days of training
+        if self.step == 1:  # what goes wrong does so at once: not only after days of training
+            self._require_distillation()
             self.check_result(self.plan.locate(current_iter)[0])
 
     @contextmanager
@@ -211,8 +208,8 @@ class LevelwiseTraining(NestedLevels):
 
     def reduce_loss_dict(self, loss_dict: dict[str, Tensor]) -> dict[str, float]:
         """As in BasicSR, with the distillation term separate from the pixel loss."""
-        if isinstance(getattr(self, 'cri_pix', None), PixelAndDistillationLoss):
-            loss_dict = self.cri_pix.split(loss_dict)
+        if self._distillation_loss is not None:
+            loss_dict = self._distillation_loss.split(loss_dict)
         reduced: dict[str, float] = super().reduce_loss_dict(loss_dict)
         return reduced
 
@@ -269,12 +266,13 @@ class LevelwiseTraining(NestedLevels):
                 allowed = f'nothing with {both}, from which it cannot be computed ({first_line(error)})'
                 raise OptionError(f'train.{key}', self._train_opt[key], allowed) from error
 
-        self.cri_pix = loss = PixelAndDistillationLoss(getattr(self, 'cri_pix', None), key, tried_out)
+        loss = PixelAndDistillationLoss(getattr(self, 'cri_pix', None), key, tried_out)
+        self.cri_pix = self._distillation_loss = loss
 
     def _require_distillation(self) -> None:
         """Raise OptionError if the model class has not used ``cri_pix`` in an iteration and never names it."""
-        loss = getattr(self, 'cri_pix', None)
-        if isinstance(loss, PixelAndDistillationLoss) and not loss.used and not computes_pixel_loss(type(self)):
+        loss = self._distillation_loss
+        if loss is not None and not loss.used and not computes_pixel_loss(type(self)):
             allowed = f'nothing with {self.base_name}, which computes its loss without cri_pix'
             raise OptionError(f'train.{loss.option}', self._train_opt[loss.option], allowed)
 
