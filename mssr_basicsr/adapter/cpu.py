@@ -11,13 +11,14 @@ import gc
 import inspect
 import sys
 from collections.abc import Mapping
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any, Callable
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
+from mssr_basicsr.foundation.bytecode import codes_in
 from mssr_basicsr.foundation.patching import patch, replaced
 
 
@@ -127,14 +128,13 @@ def method_on_cpu(method: Callable[..., Any], owner: Any, *args: Any, **kwargs: 
         return method(owner, *args, **kwargs)
 
 
-def _names_cuda(code: FunctionType | CodeType) -> bool:
+def _names_cuda(function: FunctionType) -> bool:
     """Whether there is ``x.cuda`` or ``'cuda'`` in the code. ``torch.cuda.empty_cache`` and its like need no CUDA."""
-    if isinstance(code, FunctionType):
-        code = getattr(inspect.unwrap(code), '__code__', code.__code__)
-    instructions = list(dis.get_instructions(code))
-    if any(b.argval == 'cuda' and a.argval != 'torch' for a, b in zip(instructions, instructions[1:])):
-        return True
-    return any(_names_cuda(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    for code in codes_in(getattr(inspect.unwrap(function), '__code__', function.__code__)):
+        instructions = list(dis.get_instructions(code))
+        if any(b.argval == 'cuda' and a.argval != 'torch' for a, b in zip(instructions, instructions[1:])):
+            return True
+    return False
 
 
 class _CUDAMeansCPU(TorchFunctionMode):

@@ -21,7 +21,8 @@ from basicsr.utils.registry import DATASET_REGISTRY, METRIC_REGISTRY
 
 from mssr_basicsr.adapter.compat import NUM_BATCHES
 from mssr_basicsr.adapter.stage_options import BackwardOptions, ForwardOptions, ValidationOptions
-from mssr_basicsr.foundation.checks import OptionError, closest, known_as
+from mssr_basicsr.foundation.bytecode import codes_in
+from mssr_basicsr.foundation.checks import OptionError, closest, known_as, without_suffix
 
 # YAML reads 1e-4 as a string: a number with an exponent needs a point, 1.0e-4.
 _NUMBER = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+')
@@ -131,7 +132,7 @@ def _unread_by_metric(section: str, found: Any, of_model: Set[str]) -> Iterator[
         raise OptionError(section[:-1], found, 'a mapping with the type and the options of a metric')
     metric = known_as(METRIC_REGISTRY, found.get('type'))
     if metric is None:
-        nearest = closest(str(found.get('type')), [name.removesuffix('_basicsr') for name, _ in METRIC_REGISTRY])
+        nearest = closest(str(found.get('type')), without_suffix(name for name, _ in METRIC_REGISTRY))
         if nearest is not None and found['type'] not in of_model:
             raise OptionError(f'{section}type', found['type'], nearest)
         return
@@ -177,10 +178,8 @@ def _strings_in_code(modules: Iterable[ModuleType]) -> Iterator[str]:
 
 
 def _strings_in(code: CodeType) -> Iterator[str]:
-    for constant in code.co_consts:
+    for constant in (constant for part in codes_in(code) for constant in part.co_consts):
         if isinstance(constant, str):
             yield constant
         elif isinstance(constant, tuple):
             yield from (item for item in constant if isinstance(item, str))
-        elif isinstance(constant, CodeType):
-            yield from _strings_in(constant)

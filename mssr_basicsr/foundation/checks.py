@@ -62,9 +62,14 @@ def closest(name: str, names: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(names), 1, 0.75)), None)
 
 
+def without_suffix(registered: Iterable[str]) -> list[str]:
+    """The names in a registry of BasicSR's as a YAML has them, sorted."""
+    return sorted({name[: -len(_SUFFIX)] if name.endswith(_SUFFIX) else name for name in registered})
+
+
 def nearest_first(found: Any, registered: Iterable[str]) -> str:
     """The names in a registry of BasicSR's as a text, sorted; if ``found`` misspells one, that one comes first."""
-    names = sorted({name[: -len(_SUFFIX)] if name.endswith(_SUFFIX) else name for name in registered})
+    names = without_suffix(registered)
     nearest = closest(str(found), names)
     return ', '.join(names) if nearest is None else f'{nearest}; or else {", ".join(names)}'
 

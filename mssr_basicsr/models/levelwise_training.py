@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
-from types import CodeType
 from typing import Any, Callable, ClassVar
 
 import torch
@@ -36,6 +35,7 @@ from mssr_basicsr.adapter.run_state import (
 from mssr_basicsr.adapter.stage_options import StageOptions
 from mssr_basicsr.adapter.training_plan import TrainingPlan
 from mssr_basicsr.archs.mssr_arch import running_statistics
+from mssr_basicsr.foundation.bytecode import codes_in
 from mssr_basicsr.foundation.checkpoints import read_checkpoint
 from mssr_basicsr.foundation.checks import (
     OptionError,
@@ -438,19 +438,12 @@ def computes_pixel_loss(model_class: type) -> bool:
             continue
         functions = {name: inspect.unwrap(f) for name, f in vars(base).items() if inspect.isfunction(f)}
         codes = {name: f.__code__ for name, f in functions.items() if hasattr(f, '__code__')}
-        if any('cri_pix' in names_in(code) for code in codes.values()):
+        names = {name: {used for part in codes_in(code) for used in part.co_names} for name, code in codes.items()}
+        if any('cri_pix' in used for used in names.values()):
             return True
-        if 'optimize_parameters' in codes and 'super' not in names_in(codes['optimize_parameters']):
+        if 'optimize_parameters' in names and 'super' not in names['optimize_parameters']:
             return False
     return False
-
-
-def names_in(code: CodeType) -> Iterator[str]:
-    """Every name of an attribute or a global that the code uses, in the functions within it too."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from names_in(constant)
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:
