@@ -90,6 +90,33 @@ def test_what_is_still_needed_is_computed() -> None:
     assert torch.allclose(image, expected)
 
 
+class SkipsFromZero(DenselyUsed):
+    """Its first blocks reach the end by a skip connection whose weight is zero at first, as NAFNet's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (block(x) for block in list(self.blocks)[:2])
+        return self.blocks[2](first + second) + self.share * first  # type: ignore[no-any-return]
+
+
+def test_what_is_needed_is_found_out_for_each_teacher() -> None:
+    """The student's features are its teacher's own, so that the term by hand is the loss of the teacher's image."""
+    student = SkipsFromZero().eval()
+    taps = ['blocks.1']
+    distillation = SelfDistillation(SSDLoss('all'), deepcopy(student).requires_grad_(False), taps)
+    x, gt = torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)
+    for share in (0.0, 1.0):
+        student.share.data.fill_(share)
+        distillation.load_teacher(student.state_dict())
+        with distillation.watching(student, 'seed'):
+            image = student(x)
+            term = distillation.term(gt)
+        assert term is not None and torch.allclose(term, (image - gt).abs().mean())
+
+
 class Noisy(DenselyUsed):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x + torch.rand(1))

@@ -114,7 +114,8 @@ class ImageFinisher:
     What the passed features replace is not computed if the trunk's structure allows it, that is, if the taps lie in
     one series of modules and the image depends on the earlier modules of the series only through the tap. Images from
     several taps then form one batch from each tap on. Both are tested (the network's own features must give the
-    network's own image), not assumed.
+    network's own image), not assumed. The test is of the weights that the network has in the first call: with others,
+    such as a skip connection that is no longer zero, another finisher is needed.
     """
 
     def __init__(self, network: nn.Module, taps: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,11 @@ class SelfDistillation:
         self._seed: str | None = None
         self._passes: list[ForwardPass] = []
         self._outputs: dict[str, list[Any]] = {}
+
+    def load_teacher(self, weights: Mapping[str, Tensor]) -> None:
+        """Give the teacher the ``weights`` of the next network to learn from."""
+        self.teacher.load_state_dict(weights)
+        self._finisher = ImageFinisher(self.teacher, self.taps)  # what need not run may be another part with these
 
     @contextmanager
     def watching(self, student: nn.Module, seed: str) -> Iterator[None]:

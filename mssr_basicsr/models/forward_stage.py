@@ -97,7 +97,7 @@ class ForwardStage(LevelwiseTraining):
         if level == 0:
             return
         if self.self_distillation is not None:
-            self.teacher.load_state_dict(self.network.export(level - 1))
+            self.self_distillation.load_teacher(self.network.export(level - 1))
         self._prune_to(level)
         if self.options.rewind == 'weights':
             masks = mask_of(self.network.get_level_map(), level)
