@@ -825,6 +825,40 @@ def test_running_statistics_stay_in_the_backward_stage(
         assert torch.equal(plain[count], before[f'backbone.{count}'])
 
 
+class ComputesWeights(nn.Module):
+    """A toy network of which some weights are computed: by norms, and by spectral norms, which the training updates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, 1, 1)
+        self.normed = nn.utils.weight_norm(nn.Conv2d(8, 8, 1))
+        self.spectral = nn.utils.spectral_norm(nn.Conv2d(8, 8, 1))
+        self.last = nn.Conv2d(8, 12, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(self.last(self.spectral(self.normed(self.first(x)))), 2)
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.* is deprecated')
+def test_buffers_that_training_changes(
+    forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As running statistics: those of the EMA, and of a level, are the network's; the backward stage leaves them."""
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'ComputesWeights', ComputesWeights)
+    for opt in (forward_opt, backward_opt):
+        opt['network_g'].update(backbone={'type': 'ComputesWeights'}, unprunable=['normed.*', 'spectral.*'])
+    del forward_opt['train']['ssd_opt']
+    models, name = run(forward_opt) / 'models', 'spectral.weight_u'
+    levels = [load(models / f'net_g_level{level}.pth')['params'] for level in range(3)]
+    assert not torch.equal(levels[0][name], levels[1][name])
+    last = load(models / 'net_g_latest.pth')
+    for key in ('params', 'params_ema'):
+        assert torch.equal(last[key][f'backbone.{name}'], levels[2][name])
+    models = run(backward_opt) / 'models'
+    for level in range(3):
+        assert torch.equal(load(models / f'net_g_level{level}.pth')['params'][name], levels[2][name])
+
+
 @pytest.mark.parametrize('recover', ['ticket', 'rewind', 'zero'])
 def test_what_recovered_weights_start_from(
     recover: str, forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch

@@ -116,16 +116,6 @@ def refuse_unknown(unknown: Mapping[str, Any], backbone: Any) -> None:
         raise OptionError(f'network_g.{key}', found, f'{allowed} {reason}')
 
 
-def running_statistics(network: nn.Module) -> dict[str, Tensor]:
-    """By name, the buffers that normalisation layers keep of the data seen in training; the buffers themselves."""
-    return {
-        f'{name}.{key}': buffer
-        for name, module in network.named_modules()
-        if isinstance(module, _NormBase) and module.track_running_stats
-        for key, buffer in module.named_buffers(recurse=False)
-    }
-
-
 @ARCH_REGISTRY.register()
 class MSSR(nn.Module):
     """An SR network that holds nested sub-networks of itself, its levels (Lin et al., CVPR 2023).

@@ -7,20 +7,24 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mssr_basicsr.foundation.buffers import saved_buffers
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
 
 
 class FrozenWeights:
-    """Remembers which of a network's parameters are currently frozen, and their values.
+    """Remembers which of a network's parameters and buffers are currently frozen, and their values.
 
     Args:
         network: the backbone whose parameters to remember.
         trainable: a bool tensor for each prunable weight, True for the elements that train.
-        others_train: whether all other parameters (biases, norms, ...) train.
+        others_train: whether all other parameters (biases, norms, ...) train, and buffers change with them.
     """
 
     def __init__(self, network: nn.Module, trainable: Mapping[str, Tensor], others_train: bool) -> None:
-        self._values: dict[str, Tensor] = {}  # of parameters that are frozen as a whole
+        self._values: dict[str, Tensor] = {}  # of parameters and buffers that are frozen as a whole
+        if not others_train:
+            self._values.update((name, buffer.clone()) for name, buffer in saved_buffers(network).items())
         # Of weights that train in part: integers whose bits are set where they train, and the frozen values' bits.
         self._trainable: dict[str, Tensor] = {}
         self._frozen: dict[str, Tensor] = {}
@@ -35,9 +39,10 @@ class FrozenWeights:
 
     @torch.no_grad()
     def put_back(self, network: nn.Module) -> None:
-        """Give the frozen parameters of ``network`` (the original, or its EMA) the remembered values."""
+        """Give what is frozen in ``network`` (the original, or its EMA) the remembered values."""
+        own = network.state_dict() if self._values else {}
         for name, values in self._values.items():
-            network.get_parameter(name).copy_(values)
+            own[name].copy_(values)
         for name, frozen in self._frozen.items():  # by bits, which takes a quarter of the time of torch.where
             _bits(network.get_parameter(name)).bitwise_and_(self._trainable[name]).bitwise_or_(frozen)
 

@@ -11,9 +11,12 @@ from basicsr.utils import get_root_logger
 from torch import Tensor, nn
 
 from mssr_basicsr.adapter.ranks import broadcast_from_rank_0
+from mssr_basicsr.adapter.records import level_file
 from mssr_basicsr.adapter.resuming import random_state, set_random_state
 from mssr_basicsr.adapter.stage_options import ForwardOptions
-from mssr_basicsr.archs.mssr_arch import running_statistics
+from mssr_basicsr.archs.mssr_arch import require_nested
+from mssr_basicsr.foundation.buffers import saved_buffers
+from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint
 from mssr_basicsr.foundation.checks import OptionError, require_int, require_iterations
 from mssr_basicsr.losses.self_distillation import SelfDistillation
 from mssr_basicsr.losses.ssd_loss import SSDLoss
@@ -117,7 +120,7 @@ class ForwardStage(LevelwiseTraining):
 
     def _mark_rewind_point(self) -> None:
         self.rewind_point.load_state_dict(self.network.backbone.state_dict())
-        broadcast_from_rank_0(running_statistics(self.rewind_point))  # each rank has seen other batches
+        broadcast_from_rank_0(saved_buffers(self.rewind_point))  # each rank has seen other batches
 
     def freeze_weights(self, training: LevelTraining) -> FrozenWeights:
         """Pruned weights keep the values that they were pruned with, whatever the weight decay."""

@@ -34,7 +34,7 @@ from mssr_basicsr.adapter.run_state import (
 )
 from mssr_basicsr.adapter.stage_options import StageOptions
 from mssr_basicsr.adapter.training_plan import TrainingPlan
-from mssr_basicsr.archs.mssr_arch import running_statistics
+from mssr_basicsr.foundation.buffers import saved_buffers
 from mssr_basicsr.foundation.bytecode import codes_in
 from mssr_basicsr.foundation.checkpoints import read_checkpoint
 from mssr_basicsr.foundation.checks import (
@@ -130,13 +130,13 @@ class LevelwiseTraining(NestedLevels):
     def end_level(self, training: LevelTraining) -> None:
         """Copy the level's result into the network, export it as a plain checkpoint and record it.
 
-        Running statistics are rank 0's, as they are in each of DDP's forward passes.
+        Buffers, such as running statistics, are rank 0's, as they are in each of DDP's forward passes.
 
         Raises:
             FloatingPointError: on every rank, if a parameter of any is not finite; the text names it.
             RuntimeError: on every rank, if ranks differ or the result is not what the stage guarantees.
         """
-        broadcast_from_rank_0(running_statistics(self.result))  # each rank has seen other batches
+        broadcast_from_rank_0(saved_buffers(self.result.backbone))  # each rank has seen other batches
         if self.ema_decay > 0:
             self.network.load_state_dict(self.net_g_ema.state_dict())
         self._require_finite(f'End of level {training.level}')
@@ -200,10 +200,10 @@ class LevelwiseTraining(NestedLevels):
         yield
 
     def model_ema(self, decay: float = 0.999) -> None:
-        """As in BasicSR, but running statistics, which BasicSR leaves as before the training, are the network's."""
+        """As in BasicSR, but buffers, which BasicSR leaves as before the training, are the network's."""
         super().model_ema(decay)
-        ema = running_statistics(self.net_g_ema)
-        for name, buffer in running_statistics(self.network).items():
+        ema = saved_buffers(self.net_g_ema.backbone)
+        for name, buffer in saved_buffers(self.network.backbone).items():
             ema[name].copy_(buffer)
 
     def reduce_loss_dict(self, loss_dict: dict[str, Tensor]) -> dict[str, float]:
@@ -448,6 +448,10 @@ def computes_pixel_loss(model_class: type) -> bool:
 
 def frozen_copy(network: nn.Module) -> nn.Module:
     """A copy that does not train, in eval mode, for another network to learn from."""
+    for module in network.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:  # which deepcopy refuses, as weight_norm's, from which
+                setattr(module, name, value.detach())  # each forward pass computes the weight anew
     return deepcopy(network).eval().requires_grad_(False)
 
 
