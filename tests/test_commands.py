@@ -294,6 +294,7 @@ FAULTS = {
     'pack net.pth --opt half.yml': "scale: found 'two'; allowed: a whole number of at least 1",
     'pack none.pth --opt net.yml': 'none.pth: there is no such file',
     'pack text.png --opt net.yml': 'text.png: it is not a checkpoint',
+    'pack bare.pth --opt net.yml': 'bare.pth: it has no network under params_ema, but is itself one',
     'pack net.pth --opt net.yml --lq x': "--lq: found ['x']; allowed: one folder for each --gt, of which there are 0",
     'pack net.pth --opt net.yml --gt x --gt a/x': "--gt: found ['x', 'a/x']; allowed: folders with different names",
     'pack net.pth --opt net.yml --gt x': 'x: ',
@@ -311,6 +312,7 @@ def test_a_failure_is_one_line(command: str, message: str, here: Path, capsys: p
         Path(folder).mkdir()
     Path('broken').symlink_to('gone')
     Path('text.png').write_text('no image\n')
+    torch.save(network().state_dict(), 'bare.pth')
     Path('records/net_g_latest.pth').write_bytes(Path('net.pth').read_bytes())
     Path('records/levels.json').write_text('[{"level": 0, "metr')
     Path('empty.yml').touch()

@@ -288,7 +288,7 @@ def test_short_epochs_are_repeated_until_total_iter(forward_opt: dict[str, Any],
     forward_opt['datasets']['train'].update(batch_size_per_gpu=3, dataset_enlarge_ratio=1)
     experiment = run(forward_opt)
     (log,) = experiment.glob('*.log')
-    assert 'Total epochs: 12, since each has 1 complete batches.' in log.read_text()
+    assert 'Total epochs: 12; complete batches in each: 1.' in log.read_text()
     assert 'iter:      12' in log.read_text()
 
 
@@ -567,6 +567,8 @@ WRONG_STATES = {
     'state is cut short': r"path\.resume_state: found '\S+8\.state'; allowed: a complete training state \(",
     'state of a stock run': r"path\.resume_state: found '\S+8\.state'; allowed: a state that MSSRForwardModel saved",
     'state is newer': r'allowed: a state of version 3; this one has version 4: resume it with the mssr-basicsr that ',
+    'more levels': r"path\.resume_state: found '\S+net_g_8\.pth'; .* level is 2, but that of network_g.sparsity is 3",
+    'fewer levels': r"path\.resume_state: found '\S+net_g_8\.pth'; .* level is 2, but that of network_g.sparsity is 1",
     'other stages': r'began with 2 iterations at level 0, .* at level 1.*; this one: 4 iterations at level 0, 4 iter',
 }
 
@@ -584,6 +586,12 @@ def test_resuming_refuses_the_wrong_files(kind: str, forward_opt: dict[str, Any]
     elif kind == 'network of a stock run':
         checkpoint = torch.load(network, weights_only=True)
         torch.save({'params': checkpoint['params'], 'params_ema': checkpoint['params_ema']}, network)
+    elif kind == 'more levels':
+        forward_opt['network_g']['sparsity'] = [0, 0.5, 0.75, 0.875]
+        forward_opt['train']['total_iter'] = 16
+    elif kind == 'fewer levels':
+        forward_opt['network_g']['sparsity'] = [0, 0.5]
+        forward_opt['train']['total_iter'] = 8
     elif kind == 'other stages':
         forward_opt['train'].update(level_iter=[2, 6, 4], rewind_iter=1)
         forward_opt['train']['scheduler']['periods'] = [6]

@@ -18,7 +18,19 @@ import torch
 from basicsr.archs import build_network
 from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY
-from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, contents, equal, load, load_network, pruned_mssr
+from conftest import (
+    BACKBONES,
+    SPARSITY,
+    TOY_EDSR,
+    Run,
+    contents,
+    equal,
+    forget_after,
+    load,
+    load_network,
+    pruned_mssr,
+    save_as_forward_stage,
+)
 from torch import Tensor, nn
 from toy import Normalised
 
@@ -544,18 +556,39 @@ def test_level_0_of_a_checkpoint_with_an_ema(forward_opt: dict[str, Any], run: R
     del forward_opt['train']['rewind_iter']
     found = []
     for name, checkpoint, key in (
-        ('one', {'params': stock}, None),
-        ('ema', {'params': other, 'params_ema': stock}, None),
-        ('named', {'params': stock, 'params_ema': other}, 'params'),
+        ('one', {'params': stock}, {}),
+        ('ema', {'params': other, 'params_ema': stock}, {}),
+        ('named', {'params': stock, 'params_ema': other}, {'param_key_g': 'params'}),
+        ('bare', stock, {'param_key_g': None}),
     ):
         forward_opt['name'] = name  # BasicSR archives a folder under the second's name, where there may be one already
         torch.save(checkpoint, 'stock.pth')
-        forward_opt['path'] = {'pretrain_network_g': 'stock.pth', **({'param_key_g': key} if key else {})}
+        forward_opt['path'] = {'pretrain_network_g': 'stock.pth', **key}
         models = run(forward_opt) / 'models'
         assert equal(load(models / 'net_g_level0.pth')['params'], stock)
         assert equal(load(models / 'net_g_latest.pth')['rewind'], stock)
-        found.append(json.loads((models / 'levels.json').read_text()))
-    assert found[0] == found[1] == found[2]
+        found.append(contents(models))
+        forget_after(models.parent, 4)
+        assert contents(run(forward_opt, '--auto_resume') / 'models') == found[-1]
+    assert found[0] == found[1] == found[2] == found[3]
+
+
+def test_a_forward_stages_checkpoint_is_no_level_0(forward_opt: dict[str, Any], run: Run) -> None:
+    """The weights of its larger levels are no longer those that they ended with; a level that it has written is one."""
+    models = run(forward_opt) / 'models'
+    forward_opt['name'] = 'again'
+    forward_opt['train'].update(first_level=1, total_iter=8)
+    del forward_opt['train']['rewind_iter']
+    forward_opt['path']['pretrain_network_g'] = str(models / 'net_g_latest.pth')
+    expected = r'allowed: a trained network to use as level 0, such as net_g_level0\.pth beside it; it is from the forw'
+    with pytest.raises(OptionError, match=expected):
+        run(forward_opt)
+    for dense in ('net_g_4.pth', 'net_g_level0.pth'):  # nothing has been pruned in the first yet
+        forward_opt['path']['pretrain_network_g'] = str(models / dense)
+        run({**forward_opt, 'name': dense})
+    assert contents(models.parents[1] / 'net_g_4.pth' / 'models') == contents(
+        models.parents[1] / 'net_g_level0.pth' / 'models'
+    )
 
 
 def test_each_level_may_have_its_own_iterations(

@@ -39,11 +39,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return loaded
 
 
-def state_dict_of(checkpoint: Mapping[str, Any], key: str | None) -> dict[str, Tensor]:
+def state_dict_of(checkpoint: Mapping[str, Any], key: str | None, if_bare: str = '') -> dict[str, Tensor]:
     """The network under ``key`` (BasicSR's ``param_key_g``), else under ``params``; CheckpointError if there is none.
 
-    Without a ``key`` the checkpoint is itself the state dict, as it is for BasicSR. The prefix of all names that a
-    DDP wrapper adds is removed.
+    Without a ``key`` the checkpoint is itself the state dict, as it is for BasicSR; ``if_bare`` says in the error of a
+    checkpoint that is one, although a ``key`` was given, what to do. The prefix of all names that a DDP wrapper adds is
+    removed.
     """
     if key is None:
         state: Any = checkpoint
@@ -52,7 +53,7 @@ def state_dict_of(checkpoint: Mapping[str, Any], key: str | None) -> dict[str, T
     if not _is_state_dict(state):
         found = ', '.join(sorted(map(str, checkpoint))[:4])
         if checkpoint and _is_state_dict(checkpoint):
-            raise CheckpointError(f'it has no network under {key}, but is itself one: param_key_g: null takes it')
+            raise CheckpointError(f'it has no network under {key}, but is itself one{if_bare}')
         raise CheckpointError(f'it has no network under {key or "its root"} (it has {found or "nothing"})')
     if any(name.startswith(_OF_DDP) for name in state):
         return {name.removeprefix(_OF_DDP): tensor for name, tensor in state.items()}

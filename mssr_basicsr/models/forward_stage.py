@@ -54,12 +54,28 @@ class ForwardStage(LevelwiseTraining):
             get_root_logger().info(
                 'Level 0 trains from path.pretrain_network_g; to prune that network as it is, set train.first_level: 1.'
             )
+        if new and options.first_level == 1:
+            self._require_dense(paths['pretrain_network_g'])
         levels = range(options.first_level, self.network.smallest_level + 1)
         level_iter = require_iterations('train.level_iter', options.level_iter, len(levels))
         last = level_iter[0] if options.first_level == 0 else 0
         rewind_iter = last // 10 if options.rewind_iter is None else options.rewind_iter
         self.rewind_iter = require_int('train.rewind_iter', rewind_iter, 0, last)
         return [LevelTraining(level, num_iter) for level, num_iter in zip(levels, level_iter)]
+
+    def scheduled_trainings(self) -> Sequence[LevelTraining]:
+        """All, but with ``rewind: none``, which keeps the last learning rate, only the first."""
+        return self.plan.trainings[: 1 if self.options.rewind == 'none' else None]
+
+    def _require_dense(self, path: str) -> None:
+        """Raise OptionError if a forward stage has pruned the network in ``path`` since its level 0 ended."""
+        network = self.network
+        if any((levels < network.smallest_level).any() for levels in network.get_level_map().values()):
+            try:
+                require_nested(read_checkpoint(path))
+            except CheckpointError as error:
+                allowed = f'a trained network to use as level 0, such as {level_file(0)} beside it; {error}'
+                raise OptionError('path.pretrain_network_g', path, allowed) from error
 
     def init_training_settings(self) -> None:
         super().init_training_settings()

@@ -171,7 +171,7 @@ class NestedLevels(Base):
         if measured:
             record['metrics'][name] = measured
         elif self.opt['val'].get('metrics'):
-            get_root_logger().warning(f"{RECORDS} lacks {name}'s metrics, which {self.base_name} does not tell.")
+            get_root_logger().warning(f"{RECORDS} lacks {name}'s metrics, which {self.base_name} does not report.")
 
     def decisive_options(self) -> dict[str, Any]:
         """The options that affect levels, by their names in the YAML."""
@@ -216,23 +216,27 @@ class NestedLevels(Base):
     ) -> None:
         """As in BasicSR; a file that is not a checkpoint of the network is an OptionError that says why.
 
-        To test all levels, the checkpoint must be the backward stage's.
+        To test all levels, the checkpoint must be the backward stage's. With ``param_key_g: null``, a new run's network
+        and its EMA are both the file itself; a resumed run reads what the run has saved.
         """
+        paths = self.opt['path']
+        named = next((key for key, path in paths.items() if path == load_path), 'pretrain_network_g')
+        key_option, resumes = named.replace('pretrain_network', 'param_key'), bool(paths.get('resume_state'))
+        if paths.get(key_option, 'params') is None:
+            param_key = param_key or 'params' if resumes else None
         try:
             loaded = read_checkpoint(load_path)
             if not self.is_train:
                 require_nested(loaded)
-            state = state_dict_of(loaded, param_key)
+            state = state_dict_of(loaded, param_key, f': {key_option}: null takes it')
             if strict:
                 require_same_entries(state, self._as_saved(net, state).state_dict())
-            if not self.is_train:
+            if resumes or not self.is_train:
                 require_levels(state, self.network.smallest_level)
             super().load_network(net, load_path, strict, param_key)
             self.loaded.add(load_path)
         except CheckpointError as error:
-            paths = self.opt['path']
-            named = next((key for key, path in paths.items() if path == load_path), 'pretrain_network_g')
-            key = 'resume_state' if paths.get('resume_state') else named
+            key = 'resume_state' if resumes else named
             network = named.replace('pretrain_', '')
             raise OptionError(f'path.{key}', load_path, f'a checkpoint of {network}; {error}') from error
 
