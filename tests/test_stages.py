@@ -1018,6 +1018,14 @@ def test_the_levels_of_the_forward_stages_checkpoint_are_not_tested(forward_opt:
         run(test_opt)
 
 
+@pytest.mark.parametrize('name', ['MSSRForwardModel', 'MSSRBackwardModel'])
+def test_the_stages_do_not_test(name: str, forward_opt: dict[str, Any], run: Run) -> None:
+    """They would test at the level at hand; one error says what does it at every level."""
+    test_opt = {**options_of_a_test(forward_opt, 'backward'), 'name': 'all', 'model_type': name}
+    with pytest.raises(OptionError, match=rf"model_type: found '{name}'; allowed: MSSRModel, which tests every level"):
+        run(test_opt)
+
+
 @pytest.mark.parametrize('sparsity', [[0, 0.5], [0, 0.5, 0.75, 0.875]])
 def test_a_checkpoint_with_other_levels_is_not_tested(
     sparsity: list[float], forward_opt: dict[str, Any], tmp_path: Path, run: Run

@@ -23,12 +23,14 @@ from mssr_basicsr.models.nested_levels import NestedLevels
 @MODEL_REGISTRY.register()
 def MSSRForwardModel(opt: dict[str, Any]) -> Any:
     """``base_model_type`` (default: SRModel) with :class:`ForwardStage`."""
+    require_training('MSSRForwardModel', opt)
     return build_extended(ForwardStage, 'MSSRForwardModel', opt)
 
 
 @MODEL_REGISTRY.register()
 def MSSRBackwardModel(opt: dict[str, Any]) -> Any:
     """``base_model_type`` (default: SRModel) with :class:`BackwardStage`."""
+    require_training('MSSRBackwardModel', opt)
     return build_extended(BackwardStage, 'MSSRBackwardModel', opt)
 
 
@@ -38,6 +40,12 @@ def MSSRModel(opt: dict[str, Any]) -> Any:
     if opt['is_train']:
         raise OptionError('model_type', 'MSSRModel', 'MSSRForwardModel, MSSRBackwardModel (it only tests)')
     return build_extended(NestedLevels, 'MSSRModel', opt)
+
+
+def require_training(name: str, opt: dict[str, Any]) -> None:
+    """Raise OptionError in a test, which the model of a stage would do at some of the levels only."""
+    if not opt['is_train']:
+        raise OptionError('model_type', name, f'MSSRModel, which tests every level ({name} only trains)')
 
 
 def build_extended(stage: type[NestedLevels], name: str, opt: dict[str, Any]) -> Any:
