@@ -9,7 +9,7 @@ import re
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 from unittest import mock
 
 import numpy as np
@@ -256,6 +256,47 @@ def test_a_distillation_loss_has_the_pixel_losses_weight_unless_it_has_its_own(
     assert found == [pytest.approx(expected)] * 14
 
 
+class Plain(nn.Module):
+    def forward(self, image: Tensor, expected: Tensor) -> Tensor:
+        return (image - expected).abs().mean()
+
+
+def test_a_distillation_loss_may_have_no_weight(
+    backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any class that compares two images will do, as docs/extending.md says."""
+    monkeypatch.setitem(LOSS_REGISTRY._obj_map, 'Plain', Plain)
+    save_as_forward_stage(pruned_mssr(TOY_EDSR), Path('pruned.pth'))
+    backward_opt['path']['pretrain_network_g'] = 'pruned.pth'
+    backward_opt['train'].update(ticket_opt={'type': 'Plain'})
+    backward_opt['train']['pixel_opt']['loss_weight'] = 0.25
+    (log,) = run(backward_opt).glob('*.log')
+    assert 'l_ticket: 0.0000e+00' in log.read_text()  # in the first iteration: the level is still its ticket
+
+
+class MeasuresLoss(SRModel):
+    """It uses ``cri_pix`` in validation, too."""
+
+    measured: ClassVar[list[float]] = []
+
+    def test(self) -> None:
+        super().test()
+        self.measured.append(float(self.cri_pix(self.gt, self.gt)))
+
+
+def test_only_the_training_distils(
+    forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: the loss of an image compared with itself."""
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'MeasuresLoss', MeasuresLoss)
+    monkeypatch.setattr(MeasuresLoss, 'measured', [])
+    backward_opt['train']['ticket_opt'] = {'type': 'L1Loss'}
+    for opt in (forward_opt, backward_opt):
+        run({**opt, 'base_model_type': 'MeasuresLoss'})
+    # Of 4 images: each level of the forward stage, the last one twice; those that the backward stage has by then.
+    assert MeasuresLoss.measured == [0.0] * 4 * ((3 + 1) + (2 + 3 + 3))
+
+
 def test_the_schedule_of_a_level_begins_with_a_warm_up(
     forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -454,9 +495,9 @@ def test_features_are_those_of_the_iteration_itself(
         ),
         (
             WithCroppedOutput,
-            "train.ssd_opt: found {'type': 'SSDLoss', 'num_depths': 2}; allowed: nothing with Unusual and EDSR, from "
-            'which it cannot be computed (The size of tensor a (48) must match the size of tensor b (32) at '
-            'non-singleton dimension 3).',
+            "train.ssd_opt: found {'type': 'SSDLoss', 'num_depths': 2}; allowed: nothing, since it cannot be computed "
+            'with Unusual and EDSR (The size of tensor a (48) must match the size of tensor b (32) at non-singleton '
+            'dimension 3).',
         ),
         (
             WithItsOwnLoss,
@@ -511,6 +552,38 @@ def test_a_ticket_that_cannot_be_learnt_from_is_refused(
     expected = r'train\.ticket_opt: found .*; allowed: nothing with Unusual, which computes its loss without cri_pix\.'
     with pytest.raises(OptionError, match=expected):
         run({**backward_opt, 'base_model_type': 'Unusual'})
+
+
+class StepsLate(Unusual):
+    """It adds up the gradients of three iterations."""
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        loss = self.cri_pix(self.net_g(self.lq), self.gt)
+        loss.backward()
+        if current_iter % 3 == 0:
+            self.optimizer_g.step()
+            self.optimizer_g.zero_grad()
+        self.log_dict = self.reduce_loss_dict({'l_pix': loss})
+
+
+def test_a_levels_gradients_do_not_reach_the_next(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'StepsLate', StepsLate)
+    end, begin, left = LevelwiseTraining.end_level, LevelwiseTraining.begin_level, []
+
+    def spy(method: Any) -> Any:
+        def spied(model: Any, training: LevelTraining) -> None:
+            method(model, training)
+            left.append(any(parameter.grad is not None for parameter in model.network.parameters()))
+
+        return spied
+
+    monkeypatch.setattr(LevelwiseTraining, 'end_level', spy(end))
+    monkeypatch.setattr(LevelwiseTraining, 'begin_level', spy(begin))
+    forward_opt['train']['ema_decay'] = 0
+    run({**forward_opt, 'base_model_type': 'StepsLate'})
+    assert left == [False, True, False, True, False, True]  # begin and end of each level, of 4 iterations
 
 
 class OptimizerAtOnce(SRModel):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mssr_basicsr.adapter.ranks import digest
 from mssr_basicsr.adapter.records import level_file
 from mssr_basicsr.adapter.stage_options import BackwardOptions
-from mssr_basicsr.archs.forward_pass import only_pass, record_passes
+from mssr_basicsr.archs.forward_pass import ForwardPass, only_pass, record_passes
 from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.saving import write_whole
@@ -37,6 +37,7 @@ class BackwardStage(LevelwiseTraining):
 
     options_class = BackwardOptions
     options: BackwardOptions
+    _passes: list[ForwardPass] | None = None  # of the iteration that runs
 
     def __init__(self, opt: dict[str, Any]) -> None:
         if opt['path'].get('pretrain_network_g') is None:
@@ -136,9 +137,14 @@ class BackwardStage(LevelwiseTraining):
             yield
         else:
             with record_passes(self.network.backbone) as self._passes:
-                yield
+                try:
+                    yield
+                finally:
+                    self._passes = None
 
-    def _ticket_loss(self, output: Tensor, gt: Tensor) -> Tensor:
+    def _ticket_loss(self, output: Tensor, gt: Tensor) -> Tensor | None:
+        if self._passes is None:  # the class also uses the loss outside its iterations
+            return None
         loss: Tensor = self.cri_ticket(output, only_pass(self._passes).repeated_by(self.ticket))
         return loss
 

@@ -142,9 +142,6 @@ class LevelwiseTraining(NestedLevels):
         self._require_finite(f'End of level {training.level}')
         self._require_agreement(f'End of level {training.level}')
         self.check_result(training)
-        loss = self._distillation_loss
-        if loss is not None and not loss.used:
-            get_root_logger().warning(f'train.{loss.option} has had no effect: cri_pix has not been computed.')
         self.export_level(training.level)
         self.record(training.level).update(self.describe(training.level))
         self.record(training.level)['iterations'] = training.num_iter
@@ -161,6 +158,8 @@ class LevelwiseTraining(NestedLevels):
         self.schedulers.clear()
         self.setup_optimizers()
         self.setup_schedulers()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()  # a class may add up the gradients of several iterations, which are another level's
         if len(self.optimizers) < self._num_optimizers:
             allowed = f'a class that creates all of its optimizers in setup_optimizers ({self.base_name} does not)'
             raise OptionError('base_model_type', self.base_name, allowed)
@@ -178,6 +177,8 @@ class LevelwiseTraining(NestedLevels):
         if self.step == 1:  # what goes wrong does so at once: not only after days of training
             self._require_distillation()
             self.check_result(self.plan.locate(current_iter)[0])
+        if self.step == self.plan.locate(current_iter)[0].num_iter:
+            self._report_no_distillation()
 
     @contextmanager
     def _computing_in_training(self) -> Iterator[None]:
@@ -244,9 +245,11 @@ class LevelwiseTraining(NestedLevels):
         if not found:
             return None
         require_type(f'train.{key}', found, LOSS_REGISTRY.keys(), 'the options of a loss, with its type')
-        pixel_opt = self._train_opt.get('pixel_opt') or {}
-        with arguments_checked(f'train.{key}', found, known_as(LOSS_REGISTRY, found['type'])):
-            return build_loss({'loss_weight': pixel_opt.get('loss_weight', 1.0), **found}).to(self.device)
+        pixel_opt, built = self._train_opt.get('pixel_opt') or {}, known_as(LOSS_REGISTRY, found['type'])
+        if 'loss_weight' in inspect.signature(built).parameters:
+            found = {'loss_weight': pixel_opt.get('loss_weight', 1.0), **found}
+        with arguments_checked(f'train.{key}', found, built):
+            return build_loss(found).to(self.device)
 
     def distil_by(self, key: str, term: Callable[[Tensor, Tensor], Tensor | None]) -> None:
         """Add the ``term`` that ``train.<key>`` asks for to the pixel loss; see :class:`PixelAndDistillationLoss`.
@@ -263,7 +266,7 @@ class LevelwiseTraining(NestedLevels):
                 if loss.used or no_memory or isinstance(error, OptionError):
                     raise
                 both = f'{self.base_name} and {type(self.network.backbone).__name__}'
-                allowed = f'nothing with {both}, from which it cannot be computed ({first_line(error)})'
+                allowed = f'nothing, since it cannot be computed with {both} ({first_line(error)})'
                 raise OptionError(f'train.{key}', self._train_opt[key], allowed) from error
 
         loss = PixelAndDistillationLoss(getattr(self, 'cri_pix', None), key, tried_out)
@@ -275,6 +278,11 @@ class LevelwiseTraining(NestedLevels):
         if loss is not None and not loss.used and not computes_pixel_loss(type(self)):
             allowed = f'nothing with {self.base_name}, which computes its loss without cri_pix'
             raise OptionError(f'train.{loss.option}', self._train_opt[loss.option], allowed)
+
+    def _report_no_distillation(self) -> None:
+        loss = self._distillation_loss
+        if loss is not None and not loss.used:
+            get_root_logger().warning(f'train.{loss.option} has had no effect: cri_pix has not been computed.')
 
     def _warn_of_unprunable(self) -> None:
         total = sum(parameter.numel() for parameter in self.network.backbone.parameters())
