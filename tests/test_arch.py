@@ -244,6 +244,12 @@ def test_shared_weights_and_those_that_do_not_train_are_left_alone() -> None:
     assert find_prunable(twice, ['*'], ['1.*']) == ['0.weight']
 
 
+def test_options_may_be_left_out_as_in_basicsr() -> None:
+    """By ``~`` in the YAML."""
+    names = MSSR(TOY_EDSR, SPARSITY).prunable_names
+    assert MSSR(TOY_EDSR, SPARSITY, prunable=None, unprunable=None, feature_taps=None).prunable_names == names
+
+
 @pytest.mark.filterwarnings('ignore:.*weight_norm.* is deprecated')
 @pytest.mark.parametrize('package', [nn.utils, nn.utils.parametrizations])
 @pytest.mark.parametrize('kind', ['weight_norm', 'spectral_norm'])

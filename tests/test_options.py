@@ -82,6 +82,11 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
         'network_g.prunable: found \'body.*\'; allowed: a list of patterns such as ["body.*"].',
     ),
     (
+        'network_g.prunable',
+        5,
+        'network_g.prunable: found 5; allowed: a list of patterns such as ["body.*"].',
+    ),
+    (
         'network_g.unprunable',
         ['*'],
         "network_g.unprunable: found ['*']; allowed: patterns that leave one of conv_first.weight, ",
@@ -596,6 +601,22 @@ def test_a_class_that_looks_for_the_backbones_type_is_named(
     )
 
 
+class ReadsEverywhere(SRModel):
+    """It reads options in what is no plain method."""
+
+    @property
+    def colours(self) -> Any:
+        return self.opt['train']['colour_share']
+
+    @classmethod
+    def textures(cls, opt: dict[str, Any]) -> Any:
+        return opt['train']['texture_share']
+
+    @staticmethod
+    def edges(opt: dict[str, Any]) -> Any:
+        return opt['train']['edge_share']
+
+
 @pytest.mark.usefixtures('no_training')
 def test_options_that_something_reads_are_not_named(
     forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
@@ -613,6 +634,9 @@ def test_options_that_something_reads_are_not_named(
     forward_opt['logger']['wandb'] = {'project': None, 'resume_id': None}
     forward_opt['datasets']['train'].update(pin_memory=False, num_prefetch_queue=1, filename_tmpl='{}', color='rgb')
     forward_opt['datasets']['train'].update(mean=None, std=None, persistent_workers=False)
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'ReadsEverywhere', ReadsEverywhere)
+    forward_opt['base_model_type'] = 'ReadsEverywhere'
+    forward_opt['train'].update(colour_share=1, texture_share=1, edge_share=1)
     assert 'reads none of these options' not in warnings_of(forward_opt, run)
 
 

@@ -130,7 +130,7 @@ def test_both_stages_on_two_ranks(
     [
         (
             'differ',
-            'RuntimeError: End of level 0: ranks [1] differ from rank 0; stopping the run before any harm is done',
+            'RuntimeError: End of level 0: ranks [1] differ from rank 0; stopping before anything else is written',
         ),
         ('diverge', 'FloatingPointError: End of level 0: conv_first.weight is not finite on rank 1; the training has '),
     ],

@@ -175,12 +175,13 @@ def test_the_survivors_may_keep_their_weights(
 
 
 def test_where_the_training_goes_on_only_the_first_level_warms_up(forward_opt: dict[str, Any], run: Run) -> None:
-    forward_opt['train'].update(rewind='none', warmup_iter=2)
+    forward_opt['train'].update(rewind='none', warmup_iter=2, level_iter=[4, 4, 8], total_iter=16)
     experiment = run(forward_opt)
     (log,) = experiment.glob('*.log')
     rates = [float(rate) for rate in re.findall(r'lr:\((\S+),\)', log.read_text())]
-    # Cosine annealing from 1e-3 over 4 iterations, the first of which has half of it; then what it ended with.
-    assert rates == [5e-4, 8.55e-4, 5.05e-4, 1.55e-4] + [1.55e-4] * 8
+    # Cosine annealing from 1e-3 over 4 iterations, the first of which has half of it; then what it ended with, however
+    # long the other levels are.
+    assert rates == [5e-4, 8.55e-4, 5.05e-4, 1.55e-4] + [1.55e-4] * 12
 
 
 @pytest.mark.parametrize('target', ['gt', 'teacher', 'both'])
@@ -772,7 +773,7 @@ def test_a_validation_of_its_own(forward_opt: dict[str, Any], run: Run, monkeypa
 
     silent = run({**forward_opt, 'base_model_type': 'SilentValidation', 'name': 'silent'})
     (log,) = silent.glob('*.log')
-    assert "WARNING: levels.json lacks toyval's metrics, which SilentValidation does not tell." in log.read_text()
+    assert "WARNING: levels.json lacks toyval's metrics, which SilentValidation does not report." in log.read_text()
 
 
 # ------------------------------ backward ------------------------------ #

@@ -22,7 +22,8 @@ import pytest
 import torch
 from basicsr.archs import build_network
 from basicsr.models import build_model
-from basicsr.utils.registry import ARCH_REGISTRY
+from basicsr.models.sr_model import SRModel
+from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
 from conftest import HANGING, TOY_EDSR, Clips, Run, contents, forget_after
 from PIL import Image
 
@@ -215,6 +216,21 @@ def test_hparams_name_the_options_and_the_metrics(
         assert tags == [f'metrics/{name}/psnr_level{level}' for name in ('toyval', 'other') for level in range(3)]
         assert set(tags) <= set(events.Tags()['scalars'])
     assert columns[0] == columns[1]
+
+
+class OwnScalars(SRModel):
+    """It logs a scalar of its own in validation."""
+
+    def nondist_validation(self, dataloader: Any, current_iter: int, tb_logger: Any, save_img: bool) -> None:
+        super().nondist_validation(dataloader, current_iter, tb_logger, save_img)
+        tb_logger.add_scalar('own/toyval', 0.5, current_iter)
+
+
+def test_a_validation_without_metrics(logged_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'OwnScalars', OwnScalars)
+    del logged_opt['val']['metrics']
+    events = events_of(run({**logged_opt, 'base_model_type': 'OwnScalars'}))
+    assert {f'own/toyval_level{level}' for level in range(3)} <= set(events.Tags()['scalars'])
 
 
 def test_tensorboard_changes_no_bit(forward_opt: dict[str, Any], run: Run) -> None:

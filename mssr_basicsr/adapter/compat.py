@@ -166,7 +166,7 @@ def train_to_total_iter(
     train_opt[NUM_BATCHES] = num_batches
     needed = math.ceil(total_iters / num_batches)
     if needed > total_epochs:
-        get_root_logger().info(f'Total epochs: {needed}, since each has {num_batches} complete batches.')
+        get_root_logger().info(f'Total epochs: {needed}; complete batches in each: {num_batches}.')
     return train_loader, train_sampler, val_loaders, max(needed, total_epochs), total_iters
 
 

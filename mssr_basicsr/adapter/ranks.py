@@ -70,4 +70,4 @@ def require_agreement(tensors: Mapping[str, Tensor], what: str) -> None:
     digests = gather(digest(tensors))
     different = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if different:
-        raise RuntimeError(f'{what}: ranks {different} differ from rank 0; stopping the run before any harm is done')
+        raise RuntimeError(f'{what}: ranks {different} differ from rank 0; stopping before anything else is written')

@@ -55,8 +55,8 @@ def resume_within_epoch(epoch: int, current_iter: int, state: dict[str, Any]) ->
     BasicSR starts that epoch over. Its prefetchers are reset at the start of an epoch; the next reset, and only that
     one, also loads and drops the batches that were already used, at the speed of data loading. This works for any
     dataset and number of workers, since their generators are reseeded in each epoch; but not for
-    ``persistent_workers``, nor for ``prefetch_mode: cpu`` without workers, whose thread runs ahead of the training by a
-    varying number of batches.
+    ``persistent_workers``, nor, without workers, for ``prefetch_mode: cpu`` or, on a GPU, ``cuda``, which draw the
+    random numbers of later batches ahead of the training.
     """
     prefetchers: tuple[Any, ...] = (CPUPrefetcher, CUDAPrefetcher)
     original_resets = [prefetcher.reset for prefetcher in prefetchers]

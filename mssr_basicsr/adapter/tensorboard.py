@@ -108,7 +108,7 @@ class LevelBoard:
             f'{tag.replace(f"/{writer.name}/", f"/{name}/")}_level{level}'
             for name in sets
             for tag in writer.written
-            if tag.rpartition('/')[2] in self._opt['val']['metrics']
+            if tag.rpartition('/')[2] in (self._opt['val'].get('metrics') or {})
             for level in range(smallest_level + 1)
         ]
         columns, _, _ = hparams({**options, **absent}, dict.fromkeys(metrics))

@@ -51,8 +51,13 @@ class TrainingPlan:
         """The trainings that have begun or are finished after ``current_iter`` iterations."""
         return self.trainings[: self.trainings.index(self.locate(current_iter)[0]) + 1]
 
-    def check(self, opt: Mapping[str, Any]) -> None:
-        """Raise OptionError unless the YAML's iterations, validations and learning-rate schedule fit the plan."""
+    def check(self, opt: Mapping[str, Any], scheduled: Sequence[LevelTraining]) -> None:
+        """Raise OptionError unless the YAML's iterations, validations and learning-rate schedule fit the plan.
+
+        Args:
+            opt: the whole YAML.
+            scheduled: the trainings in which the learning rate follows the YAML's schedule.
+        """
         train_opt = opt['train']
         iterations = [training.num_iter for training in self.trainings]
         if train_opt.get('total_iter') != sum(iterations):
@@ -65,7 +70,7 @@ class TrainingPlan:
                 raise OptionError('val.val_freq', val_freq, allowed)
         for key in ('print_freq', 'save_checkpoint_freq'):
             require_int(f'logger.{key}', opt['logger'].get(key), 1)
-        _check_schedule(train_opt['scheduler'], iterations)
+        _check_schedule(train_opt['scheduler'], [training.num_iter for training in scheduled])
 
     def __str__(self) -> str:
         return ', '.join(f'{training.num_iter} iterations at level {training.level}' for training in self.trainings)

@@ -172,6 +172,9 @@ def _strings_in_code(modules: Iterable[ModuleType]) -> Iterator[str]:
             if getattr(value, '__module__', None) == vars(module)['__name__']:
                 functions = vars(value).values() if inspect.isclass(value) else [value]
                 for function in functions:
+                    # Of what is no function itself: a property, a class or static method, a partial.
+                    inner = (getattr(function, name, None) for name in ('fget', '__func__', 'func'))
+                    function = next((one for one in inner if one is not None), function)
                     code = getattr(inspect.unwrap(function) if callable(function) else function, '__code__', None)
                     if code is not None:
                         yield from _strings_in(code)

@@ -134,7 +134,7 @@ class MSSR(nn.Module):
             checkpoint, or ``net_g_level{k}.pth``.
         prunable: name patterns of the weights that pruning may remove, among those of convolutions and linear layers.
             Default: all of them.
-        unprunable: name patterns of weights to exclude from these.
+        unprunable: name patterns of weights to exclude from these. Default: none.
         feature_taps: name patterns of the modules after which self-distillation can pass features to the larger
             network. Default: the trunk's blocks, found by :func:`find_feature_taps`.
 
@@ -150,8 +150,8 @@ class MSSR(nn.Module):
         backbone: Mapping[str, Any] | None = None,
         sparsity: Sequence[float] | None = None,
         level: int = 0,
-        prunable: Sequence[str] = ('*',),
-        unprunable: Sequence[str] = (),
+        prunable: Sequence[str] | None = None,
+        unprunable: Sequence[str] | None = None,
         feature_taps: Sequence[str] | None = None,
         **unknown: Any,
     ) -> None:
@@ -170,7 +170,9 @@ class MSSR(nn.Module):
         with arguments_checked('network_g.backbone', backbone, architecture):
             self.backbone: nn.Module = build_network(backbone)
 
-        self.prunable_names = find_prunable(self.backbone, prunable, unprunable)
+        self.prunable_names = find_prunable(
+            self.backbone, ('*',) if prunable is None else prunable, () if unprunable is None else unprunable
+        )
         self.feature_taps = find_feature_taps(self.backbone, feature_taps, known_of(backbone['type']).trunk)
         weights = self.prunable_weights()
         self.level_map = buffer_tree(self.whole_level_map())

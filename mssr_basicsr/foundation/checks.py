@@ -151,7 +151,8 @@ def match_names(option: str, patterns: Sequence[str], names: Sequence[str]) -> l
     Raises:
         OptionError: ``patterns`` is not a list of strings, or one of them matches nothing; the text lists the names.
     """
-    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+    is_list = isinstance(patterns, (list, tuple))
+    if not is_list or not all(isinstance(pattern, str) for pattern in patterns):
         raise OptionError(option, patterns, 'a list of patterns such as ["body.*"]')
     for i, pattern in enumerate(patterns):
         if not any(fnmatchcase(name, pattern) for name in names):

@@ -77,6 +77,10 @@ class LevelwiseTraining(NestedLevels):
         """The levels to train at, in order; OptionError if an option of the stage is wrong."""
         raise NotImplementedError
 
+    def scheduled_trainings(self) -> Sequence[LevelTraining]:
+        """Those of the plan in which the learning rate follows the YAML's schedule."""
+        return self.plan.trainings
+
     def begin_run(self) -> None:
         """Called once in a run, before the first level."""
 
@@ -228,7 +232,7 @@ class LevelwiseTraining(NestedLevels):
         super().init_training_settings()
         self._num_optimizers = len(self.optimizers)
         self.plan = TrainingPlan(self.make_plan())
-        self.plan.check({**self.opt, 'train': self._train_opt})
+        self.plan.check({**self.opt, 'train': self._train_opt}, self.scheduled_trainings())
         self._warn_of_unprunable()
         if self.options.precision == 'bf16' and lacks_bf16(self.device):
             get_root_logger().warning(
@@ -241,7 +245,7 @@ class LevelwiseTraining(NestedLevels):
             raise OptionError('network_g.backbone', self.network.backbone_options, allowed) from error
 
     def build_distillation_loss(self, key: str, found: Any) -> Any:
-        """The loss that ``train.<key>`` names, or None. Its default weight is that of the pixel loss."""
+        """The loss that ``train.<key>`` names, or None. Its default weight, if it has one, is the pixel loss's."""
         if not found:
             return None
         require_type(f'train.{key}', found, LOSS_REGISTRY.keys(), 'the options of a loss, with its type')
@@ -414,6 +418,7 @@ class LevelwiseTraining(NestedLevels):
         num_batches = self.opt['datasets']['train'].get(NUM_BATCHES)
         if num_batches is not None:
             resume_state['epoch'] = epoch_to_resume(epoch, current_iter, num_batches)  # which BasicSR reads after this
+        del resume_state['mssr']  # BasicSR holds the state as long as the training runs, on a GPU if there is one
 
     def _resume_extra_networks(self, checkpoint: dict[str, Any]) -> None:
         for key, network in self.extra_networks().items():
