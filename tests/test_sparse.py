@@ -28,6 +28,7 @@ from conftest import BACKBONES, network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
+from torch.autograd import forward_ad
 
 from mssr_basicsr import ScalableModel, pack
 from mssr_basicsr.commands.main import main
@@ -377,6 +378,29 @@ def test_a_changed_network_is_noticed(change: Callable[[nn.Module], None]) -> No
         assert not torch.allclose(unchanged, expected, atol=1e-4)
         assert_close(before.network(x), expected)
         assert_close(after.network(x), expected)
+
+
+@needs_kernel
+@pytest.mark.slow
+def test_compiled_and_transformed_networks() -> None:
+    """torch.compile, vmap and derivatives in forward mode give what they give of the dense network."""
+    sparse, x = toy_model().network.requires_grad_(False), torch.rand(2, 3, 8, 8)
+    dense = ScalableModel(io.BytesIO(pack(network(), 2)), engine='torch').network.requires_grad_(False)
+    assert any(isinstance(layer, SparseConv2d) for layer in sparse.modules())
+    dense.load_state_dict(sparse.state_dict())
+    uses: list[Callable[[nn.Module], Any]] = [
+        lambda net: torch.compile(net, backend='eager')(x),
+        lambda net: torch.func.vmap(net)(x[:, None]),
+        lambda net: torch.func.jvp(net, (x,), (torch.ones_like(x),)),
+        lambda net: tangent(net, x),
+    ]
+    for use in uses:
+        torch.testing.assert_close(use(sparse), use(dense))
+
+
+def tangent(net: nn.Module, x: torch.Tensor) -> Any:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(net(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
 
 
 @needs_kernel

@@ -23,8 +23,9 @@ class SparseConv2d(nn.Conv2d):
 
     These are its value (4), position (2) and level (1). It is still an ``nn.Conv2d``: :attr:`weight` and
     ``state_dict()`` create the dense weight, and training, another device, another dtype or loading a state dict turn
-    it back into a dense one, in place. What the kernel does not support (gradients, other dtypes, NaN and infinity)
-    torch computes with the dense weight.
+    it back into a dense one, in place. As :attr:`weight` is a copy, changing it changes nothing; to change weights,
+    load a state dict, or use ``engine='torch'``. What the kernel does not support (gradients, other dtypes, NaN and
+    infinity) torch computes with the dense weight.
     """
 
     kept: Kept
@@ -98,12 +99,12 @@ class Kept:
     def dense(self) -> tuple[Array, Array]:
         """The values of the flattened dense weight, zero where nothing is kept, and the level of each."""
         k2, run = self.kernel**2, self.block * self.kernel**2
-        offsets = self._offsets()
+        offsets = self._offsets().astype(np.int64)  # torch.compile, which traces this, cannot compute with uint16
         places = np.zeros(offsets.max() + 1, np.int64)
         places[offsets] = np.arange(run)
         blocks = -(-self.in_channels // self.block)
         first = np.arange(self.out_channels) * self.in_channels * k2 + np.arange(blocks)[:, None] * run
-        indices = first.ravel().repeat(np.diff(self.starts)) + places.take(self.offsets)
+        indices = first.ravel().repeat(np.diff(self.starts)) + places.take(self.offsets.astype(np.int64))
         numel = self.out_channels * self.in_channels * k2
         values, levels = np.zeros(numel, np.float32), np.full(numel, ABSENT, np.uint8)
         values[indices], levels[indices] = self.values, self.levels

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary, ref
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
 from mssr_basicsr.sparse.graph import Part, Segment, Step, names_read, plan, trace
 from mssr_basicsr.sparse.layers import SparseConv2d, eligible
@@ -97,6 +98,8 @@ def usable(module: nn.Module, x: Any) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._get_tracing_state()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None  # vmap, jvp and the like
+        and forward_ad._current_level < 0
         and not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())))
         and not any(p.is_inference() for p in module.parameters())  # whose changes cannot be noticed
         and kernel() is not None
