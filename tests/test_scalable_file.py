@@ -198,6 +198,22 @@ def test_round_trip_of_random_level_maps(levels: int, seed: int, data: st.DataOb
         assert_same(ScalableModel(io.BytesIO(file), level=level).network.state_dict(), packed.export(level))
 
 
+@pytest.mark.parametrize('name', ['EDSR', 'SwinIR'])
+def test_torchs_defaults_change_no_bit(name: str) -> None:
+    """Another program may have set another dtype, or another device, for all new tensors."""
+    packed = network(BACKBONES[name])
+    data = pack(packed, 2)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device('meta'):
+            assert_same(level_state(io.BytesIO(data), 1), packed.export(1))
+            assert_same(ScalableModel(io.BytesIO(data), level=1).network.state_dict(), packed.export(1))
+            assert pack(packed, 2) == data
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_same_model_gives_the_same_bytes() -> None:
     assert pack(network(seed=1), 2) == pack(network(seed=1), 2) != pack(network(seed=2), 2)
 

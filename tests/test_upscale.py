@@ -97,6 +97,16 @@ def test_kinds_of_images(shape: tuple[int, ...], dtype: str) -> None:
     assert result.shape == (2 * shape[0], 2 * shape[1], *shape[2:])
 
 
+@pytest.mark.parametrize('dtype', ['<u2', '>u2', '<f4', '>f4'])
+def test_the_order_of_the_bytes_makes_no_difference(dtype: str) -> None:
+    """Readers of TIFF give big-endian values."""
+    image, model = picture(9, 13, 3), model_of()
+    image = image / np.float32(255) if 'f' in dtype else image.astype(np.uint16) * 257
+    assert np.array_equal(model.upscale(image.astype(dtype)), model.upscale(image))
+    with pytest.raises(ValueError, match='image: found float32 values from 0 to 255'):
+        model.upscale(np.array([[0, 255]], '>f4'))
+
+
 def test_opaque_stays_opaque_and_colours_ignore_alpha() -> None:
     model, image = model_of(), picture(9, 13, 4)
     image[..., 3] = 255

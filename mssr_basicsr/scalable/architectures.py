@@ -72,7 +72,7 @@ def register_architecture(
 
 def reference_tensor(network: nn.Module) -> Tensor:
     """A tensor with the dtype and the device that the network computes with, even if it has no parameters."""
-    return next(network.parameters(), torch.empty(0))
+    return next(network.parameters(), torch.empty(0, dtype=torch.float32, device='cpu'))
 
 
 def known_of(name: str) -> Architecture:
@@ -150,7 +150,7 @@ def check_scale(network: nn.Module, options: Mapping[str, Any], scale: int | Non
 
 def _small_image(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
     weight = reference_tensor(network)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0), device='cpu').to(weight)
 
 
 def _scale(shape: tuple[int, ...], given: Any) -> int | None:
@@ -222,7 +222,7 @@ def _rcan_names(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict
         pattern = next(pattern for pattern in _RCAN if re.fullmatch(pattern, layer))
         known = re.sub(pattern, _RCAN[pattern], layer).format(groups=groups, blocks=blocks)
         renamed[f'{known}.{kind}'] = tensor
-    mean = 255.0 * torch.tensor(options.get('rgb_mean', (0.4488, 0.4371, 0.4040)))
+    mean = 255.0 * torch.tensor(options.get('rgb_mean', (0.4488, 0.4371, 0.4040)), dtype=torch.float32)
     for name, bias in (('sub_mean', -mean), ('add_mean', mean)):
         renamed[f'{name}.weight'], renamed[f'{name}.bias'] = torch.eye(3).view(3, 3, 1, 1), bias
     return renamed

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
     if architecture is None:
         message = f'backbone: {name} is not registered with BasicSR; first import the package that registers it'
         raise ScalableFileError(f'{message} (mssr ... --import MODULE)')
-    with torch.random.fork_rng(devices=[]), torch.device('cpu'), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), _torchs_own_defaults(), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'torch.meshgrid')  # of BasicSR's SwinIR: nothing that a user could change
         try:
             network: nn.Module = architecture(**arguments)
@@ -52,6 +53,18 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
         except Exception as error:  # whatever an architecture does with options that it was not made for
             raise ScalableFileError(f'backbone: {name}({arguments}): {type(error).__name__}: {error}') from error
     return network.eval().requires_grad_(True)
+
+
+@contextmanager
+def _torchs_own_defaults() -> Iterator[None]:
+    """While the context is open, new tensors are float32 and on the CPU, whatever the program has made the default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device('cpu'):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def without_weight_files(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,8 +105,9 @@ def tensors_of(header: Header, size: int) -> nn.Module:
         ScalableFileError: implausibly large for the file, or with names that no network can have.
     """
     _believed_elements(header, size)
-    zeros = {info.name: torch.zeros(info.shape) for info in header.weights}
-    zeros |= {info.name: torch.zeros(info.shape, dtype=TORCH_DTYPES[info.dtype]) for info in header.others}
+    with _torchs_own_defaults():
+        zeros = {info.name: torch.zeros(info.shape) for info in header.weights}
+        zeros |= {info.name: torch.zeros(info.shape, dtype=TORCH_DTYPES[info.dtype]) for info in header.others}
     try:
         return buffer_tree({name: nn.Parameter(tensor, requires_grad=False) for name, tensor in zeros.items()})
     except KeyError as error:

@@ -42,7 +42,7 @@ def measure_levels(path: Path, size: tuple[int, int], threads: int | None, round
         with ScalableModel(path) as model, ScalableModel(path, engine='torch') as reference:
             multiple = model.upscaler.multiple
             width, height = (-(-side // multiple) * multiple for side in size)
-            x = torch.rand(1, model.upscaler.channels, height, width)
+            x = torch.rand(1, model.upscaler.channels, height, width, dtype=torch.float32, device='cpu')
             records = []
             for level in range(model.level, model.header.smallest_level + 1):
                 model.shrink(level)

@@ -24,7 +24,7 @@ def check_values(image: Image) -> None:
     """
     if image.dtype.name not in _WHITE:
         raise ValueError(f'image: found {image.dtype} values; allowed: {", ".join(_WHITE)}')
-    if image.dtype == np.float32 and image.size:
+    if image.dtype.name == 'float32' and image.size:  # of either byte order
         least, most = image.min(), image.max()
         if not (least >= -0.5 and most <= 1.5):  # nor NaN
             raise ValueError(f'image: found float32 values from {least:g} to {most:g}; allowed: 0 (black) to 1 (white)')

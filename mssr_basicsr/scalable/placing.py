@@ -78,7 +78,7 @@ class LevelledWeight:
             return
         levels = self.levels()
         removed = np.flatnonzero(levels < level)
-        _write(self._weight(), removed, torch.zeros(len(removed)))
+        _write(self._weight(), removed, torch.zeros(len(removed), dtype=torch.float32, device='cpu'))
         levels[removed] = ABSENT
         self._settle()
 

@@ -30,7 +30,7 @@ def quantise(weight: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
         levels: its level map, of the same shape.
     """
     if weight.numel() == 0:
-        return weight.to(torch.int8), torch.ones(len(weight), dtype=torch.bfloat16)
+        return weight.to(torch.int8), torch.ones(len(weight), dtype=torch.bfloat16, device='cpu')
     channels = weight.double().reshape(len(weight), -1).numpy()
     scales = _scales(np.abs(channels).max(1))
     kernels = weight.shape[1] if weight.dim() > 1 else 1

@@ -131,7 +131,7 @@ class Upscaler:
         if not np.isfinite(found).all():
             raise ValueError(f'{type(self.network).__name__}: outputs values that are not finite (NaN or infinity)')
         found = found.clip(0, 1) * np.float32(white_value)
-        if part.dtype != np.float32:
+        if part.dtype.name != 'float32':  # of either byte order
             np.rint(found, out=found)
         return found.transpose(1, 2, 0).astype(part.dtype)
 
@@ -210,7 +210,7 @@ class Upscaler:
         while half <= 2 * _FARTHEST:
             shape = [1, self.channels, 2 * m, 2 * m]
             shape[axis] = 2 * half
-            x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+            x = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device='cpu')
             x.narrow(axis, half, m).fill_(torch.nan)
             touched = self._run(x).isnan()[0].any(0).any(3 - axis).nonzero().flatten()
             first, last = int(touched[0]) // s, int(touched[-1]) // s

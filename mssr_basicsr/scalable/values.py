@@ -35,7 +35,7 @@ def to_planes(values: Tensor) -> list[bytes]:
 
 def from_planes(planes: Planes, dtype: torch.dtype) -> Tensor:
     """The 1-D tensor whose byte planes are the rows of ``planes``, as a copy."""
-    values = torch.empty(planes.shape[1], dtype=dtype)
+    values = torch.empty(planes.shape[1], dtype=dtype, device='cpu')
     words = values.view(torch.uint8).numpy().view(f'u{dtype.itemsize}')
     words[:] = planes[0]
     for plane in planes[1:]:
