@@ -484,6 +484,9 @@ def write_wrong_file(kind: str, path: Path) -> None:
         path.write_bytes(b'')
     elif kind == 'truncated':
         path.write_bytes(data[: len(data) // 2])
+    elif kind == 'damaged':
+        at = data.index(whole['params']['backbone.conv_last.weight'].numpy().tobytes())
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     elif kind == 'text':
         path.write_text('net_g_latest.pth is in the other folder\n')
     elif kind == 'image':
@@ -517,6 +520,7 @@ WRONG_FILES = {
     'missing': 'there is no such file',
     'empty': 'torch cannot read it; it may be truncated (',
     'truncated': 'torch cannot read it; it may be truncated (',
+    'damaged': 'it is damaged: ',
     'text': 'it is not a checkpoint, or holds more than tensors (',
     'image': 'it is not a checkpoint, or holds more than tensors (',
     'code': 'it is not a checkpoint, or holds more than tensors (',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from mssr_basicsr.scalable.building import without_weight_files
 from mssr_basicsr.scalable.packing import level_metrics
 
 
-def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[str, Any]]:
+def load_checkpoint(
+    checkpoint: str | os.PathLike[str], options: str | os.PathLike[str]
+) -> tuple[MSSR, int, dict[str, Any]]:
     """The network in a checkpoint of the backward stage, its upscaling factor, and its levels' metrics where known.
 
     Args:
@@ -29,6 +32,7 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
         ValueError: a wrong option, or not a checkpoint of this network's backward stage; the text says which.
         OSError: a file cannot be read.
     """
+    checkpoint, options = Path(checkpoint), Path(options)
     opt = read_yaml(options)
     network_opt = opt.get('network_g')
     if not isinstance(network_opt, dict) or network_opt.get('type') != 'MSSR':
@@ -48,6 +52,9 @@ def load_checkpoint(checkpoint: Path, options: Path) -> tuple[MSSR, int, dict[st
         require_same_entries(state, network.state_dict())
         require_levels(state, network.smallest_level)
         network.load_state_dict(state)
+        for name, parameter in network.backbone.named_parameters():
+            if not parameter.isfinite().all():
+                raise CheckpointError(f'{name} in it is not finite (NaN or infinity)')
     except CheckpointError as error:
         raise CheckpointError(f'{checkpoint}: {error}') from error
     scale = check_scale(network.backbone, network.backbone_options, scale)

@@ -27,9 +27,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: the file is missing, truncated, damaged, not a checkpoint, or contains code.
     """
     try:
+        if zipfile.is_zipfile(path):  # of whose checksums torch takes no notice
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise CheckpointError(f'it is damaged: {damaged} in it does not have its checksum')
         loaded = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError('there is no such file') from error
+    except CheckpointError:
+        raise
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f'torch cannot read it; it may be truncated ({first_line(error)})') from error
     except pickle.UnpicklingError as error:

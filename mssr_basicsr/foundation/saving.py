@@ -72,6 +72,8 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
+            if path.exists():  # as with cp, who may read it stays as it is
+                shutil.copymode(path, temporary)
             os.replace(temporary, path)
             _flush_folder(path.parent)
         finally:
