@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -22,10 +23,12 @@ from mssr_basicsr import pack
 from mssr_basicsr.commands.batch import plan_batch
 from mssr_basicsr.commands.main import main
 
-# A Python that hears Ctrl-C, which a background job and all that it starts ignore, and then becomes another command.
+# A Python that hears Ctrl-C, which a background job and all that it starts ignore, and the end of the terminal, which
+# nohup lets them ignore; and then becomes another command.
 INTERRUPTIBLE = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.execvp(sys.argv[1], sys.argv[1:])
 """
 
@@ -192,8 +195,8 @@ def test_long_names(here: Path, file: Path) -> None:
     assert sorted(path.name for path in Path('out').iterdir()) == [name]
 
 
-@pytest.mark.slow
-def test_ctrl_c(here: Path, file: Path) -> None:
+def stopped(file: Path, number: int, expect: int) -> str:
+    """What a batch of 300 images says that gets a signal after the first, and ends with ``expect``."""
     for i in range(300):
         picture(f'in/{i:03}.png', i)
     command = [sys.executable, '-m', 'mssr_basicsr', 'upscale', str(file), 'in', '-o', 'out']
@@ -201,11 +204,34 @@ def test_ctrl_c(here: Path, file: Path) -> None:
     try:
         while process.poll() is None and not list(Path('.').glob('out/???.png')):
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, said = process.communicate(timeout=HANGING)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == expect
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+def test_a_batch_that_is_told_to_end_leaves_no_partial_file(number: signal.Signals, here: Path, file: Path) -> None:
+    """Whenever it comes; a signal in the middle of writing is what os.fsync sends here."""
+    stopped(file, number, 128 + number)
+    assert all(cv2.imread(str(path)) is not None for path in Path('out').iterdir())
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        killing = mock.patch.object(os, 'fsync', lambda descriptor: os.kill(os.getpid(), number))
+        with killing, pytest.raises(SystemExit, match=str(128 + number)):
+            main(['upscale', str(file), 'in/000.png', '-o', 'other/x.png'])
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert list(Path('other').iterdir()) == []
+
+
+@pytest.mark.slow
+def test_ctrl_c(here: Path, file: Path) -> None:
+    said = stopped(file, signal.SIGINT, 130)
     done = [path for path in Path('out').iterdir() if not path.name.startswith('.')]
     found = re.search(r'mssr: interrupted; (\d+) of 300 images were upscaled', said)
     assert found is not None, said
@@ -225,7 +251,7 @@ def test_standard_input_and_output(here: Path, file: Path) -> None:
     assert b'1 of 1 images upscaled' in done.stderr
     failed = subprocess.run([*command, '-', '-o', '-'], input=b'no image', capture_output=True)
     assert (failed.returncode, failed.stdout) == (1, b'')
-    assert b'standard input: not an image' in failed.stderr
+    assert b'\nmssr: error: -: not an image' in failed.stderr
     command += ['-', '-o', '-', '--json']
     reported = subprocess.run(command, input=Path('a.png').read_bytes(), capture_output=True)
     assert b'"input": "-",' in reported.stderr and b'"output": "-",' in reported.stderr

@@ -114,6 +114,38 @@ def test_another_file_is_overwritten(here: Path) -> None:
     assert verify('old.mssr')['levels'] == [2]
 
 
+def test_who_may_read_a_file_stays_as_it_is(here: Path) -> None:
+    Path('private.pth').touch(0o600)
+    for name in ('private.pth', 'new.pth'):
+        assert main(['extract', 'm.mssr', '--level', '2', '-o', name]) == 0
+    umask = os.umask(0)
+    os.umask(umask)
+    assert [Path(name).stat().st_mode & 0o777 for name in ('private.pth', 'new.pth')] == [0o600, 0o666 & ~umask]
+
+
+def test_an_empty_argument_is_not_the_current_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (['upscale', 'm.mssr', '', '-o', 'out'], ['upscale', 'm.mssr', 'a.png', '-o', '']):
+        with pytest.raises(SystemExit, match='2'):
+            main(command)
+        assert 'found an empty argument; allowed: a name' in capsys.readouterr().err
+
+
+def test_what_an_imported_module_prints_is_not_among_the_results(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path('talks.py').write_text("print('loading')\n")
+    assert main(['upscale', 'm.mssr', 'a.png', '-o', 'x.png', '--json', '--import', 'talks']) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)['level'] == 0 and 'loading' in said.err
+
+
+def test_paths_may_be_texts(here: Path) -> None:
+    built, scale, _ = load_checkpoint('net.pth', 'net.yml')
+    assert (scale, built.smallest_level) == (2, 2)
+    plot('m.mssr', 'x.png')
+    assert Path('x.png').is_file()
+
+
 @pytest.mark.parametrize('command', ['extract m.mssr --level 2 -o {}.pth', 'upscale m.mssr a.png -o {}.png'])
 def test_through_a_link_its_target_is_written(command: str, here: Path) -> None:
     kept = Path('other disk', 'kept')
@@ -273,6 +305,11 @@ FAULTS = {
     'extract m.mssr -o x.mssr --spandrel': (
         "--output: found 'x.mssr'; allowed: with --spandrel, a name that ends in .pth"
     ),
+    'export m.mssr --onnx y.onnx --opset -1': (
+        '--opset: found -1; allowed: a whole number from 1 to '
+        if EXPORTS_ONNX
+        else 'onnx: torch 2.7 or newer is needed'
+    ),
     'export m.mssr --onnx y.onnx --opset 3': (
         '--opset: found 3; allowed: ' if EXPORTS_ONNX else 'onnx: torch 2.7 or newer is needed'
     ),
@@ -294,6 +331,11 @@ FAULTS = {
     'pack net.pth --opt half.yml': "scale: found 'two'; allowed: a whole number of at least 1",
     'pack none.pth --opt net.yml': 'none.pth: there is no such file',
     'pack text.png --opt net.yml': 'text.png: it is not a checkpoint',
+    'pack nan.pth --opt net.yml': 'nan.pth: conv_first.bias in it is not finite (NaN or infinity)',
+    'pack net.pth --opt net.yml -o y.png': "--output: found 'y.png'; allowed: a name that ends in .mssr",
+    'export m.mssr --onnx y.png': "--onnx: found 'y.png'; allowed: a name that ends in .onnx",
+    'benchmark m.mssr --threads 100000': '--threads: found 100000; allowed: a whole number from 1 to ',
+    'upscale m.mssr a.png -o x.png --import leaves': "--import: found 'leaves'; allowed: a module (SystemExit: 0)",
     'pack bare.pth --opt net.yml': 'bare.pth: it has no network under params_ema, but is itself one',
     'pack net.pth --opt net.yml --lq x': "--lq: found ['x']; allowed: one folder for each --gt, of which there are 0",
     'pack net.pth --opt net.yml --gt x --gt a/x': "--gt: found ['x', 'a/x']; allowed: folders with different names",
@@ -313,6 +355,10 @@ def test_a_failure_is_one_line(command: str, message: str, here: Path, capsys: p
     Path('broken').symlink_to('gone')
     Path('text.png').write_text('no image\n')
     torch.save(network().state_dict(), 'bare.pth')
+    state = network().state_dict()
+    state['backbone.conv_first.bias'][0] = float('nan')
+    torch.save({'params': state}, 'nan.pth')
+    Path('leaves.py').write_text('raise SystemExit(0)\n')
     Path('records/net_g_latest.pth').write_bytes(Path('net.pth').read_bytes())
     Path('records/levels.json').write_text('[{"level": 0, "metr')
     Path('empty.yml').touch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
     width, _, height = arguments.size.partition('x')
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise OptionError('--size', arguments.size, 'width x height in pixels, such as 320x180')
-    for name in ('threads', 'rounds'):
-        if getattr(arguments, name) is not None:
-            require_int(f'--{name}', getattr(arguments, name), 1)
+    require_int('--rounds', arguments.rounds, 1)
+    if arguments.threads is not None:
+        require_int('--threads', arguments.threads, 1, os.cpu_count() or 1, ', as there are processors')
     levels = measure_levels(arguments.file, (int(width), int(height)), arguments.threads, arguments.rounds)
     found = {'file': str(arguments.file), 'size': arguments.size, 'engine': engine_name(), 'levels': levels}
     print(as_json(found) if arguments.json else _as_text(found))

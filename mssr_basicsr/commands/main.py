@@ -5,12 +5,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
+import signal
 import sys
 import textwrap
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 
 from mssr_basicsr import __version__
@@ -69,11 +72,28 @@ def import_modules(names: Sequence[str]) -> None:
         sys.path.append(os.getcwd())
     for name in names:
         try:
-            import_module(name)
-        except Exception as error:  # whatever the module does when it is imported
+            with contextlib.redirect_stdout(sys.stderr):  # our own output may be an image, or JSON
+                import_module(name)
+        except (Exception, SystemExit) as error:  # whatever the module does when it is imported
             raise ValueError(
                 f'--import: found {name!r}; allowed: a module ({type(error).__name__}: {error})'
             ) from error
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """While the context is open, SIGTERM and SIGHUP end the process by an exception, which leaves no partial file."""
+    known = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)]  # Windows has the first
+    if threading.current_thread() is not threading.main_thread():  # only there can a handler be set
+        known = []
+    ours = [number for number in known if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,8 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, unknown = parser.parse_known_args(words)
         if unknown:  # argparse would show the usage of mssr, not of the command
             arguments.refuse(f'unrecognized arguments: {" ".join(unknown)}')
+        if '' in words:  # of a variable that is not set; as a path, it would be the current folder
+            arguments.refuse('found an empty argument; allowed: a name, a number or a text')
         import_modules(getattr(arguments, 'imports', []))
-        status = int(arguments.run(arguments))
+        with _ended_in_order():
+            status = int(arguments.run(arguments))
         if sys.stdout is not None:
             sys.stdout.flush()
         return status

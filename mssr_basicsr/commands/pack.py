@@ -77,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     sets = _validation_sets(arguments.gt, arguments.lq)
     images = [file for folder in (*arguments.gt, *arguments.lq) for file in folder.iterdir()]
     require_output(output, arguments.checkpoint, arguments.opt, arguments.checkpoint.with_name(RECORDS), *images)
+    if output.suffix != '.mssr':
+        raise OptionError('--output', str(output), 'a name that ends in .mssr')
     network, scale, metrics = load_checkpoint(arguments.checkpoint, arguments.opt)
     pairs = {name: list(validation_pairs(gt, lq, scale)) for name, (gt, lq) in sets.items()}  # before any is upscaled
     dtype = _DTYPES[arguments.dtype]

@@ -67,8 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
     """``mssr upscale``: an image, or every image in a folder, at the given level or within the given budget."""
     from mssr_basicsr.commands.batch import is_folder
 
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
         source, output = Path(arguments.input), arguments.output
+        streams = '-' in (arguments.input, output)
+        folder = stack.enter_context(tempfile.TemporaryDirectory()) if streams else ''
         names = {}  # of files in the temporary folder, for people
         if arguments.input == '-':
             if arguments.gt is not None:
@@ -149,6 +151,8 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
         return record
 
     records, failures = _each(jobs, upscale, arguments)
+    for path, name in names.items():
+        failures = [failure.replace(str(path), name) for failure in failures]
     measured = [record for record in records if 'psnr' in record]
     means = {key: sum(one[key] for one in measured) / len(measured) for key in ('psnr', 'ssim') if measured}
     parameters, read = header.num_parameters(level), header.section(level).end

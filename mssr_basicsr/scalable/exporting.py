@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.foundation.checks import OptionError, require_int
 from mssr_basicsr.foundation.on_demand import MissingPackageError, optional_package
 from mssr_basicsr.foundation.patching import replaced
 from mssr_basicsr.foundation.saving import require_output, write_whole
@@ -72,13 +72,18 @@ def to_onnx(
         OSError: a file cannot be read or written.
     """
     require_output(output, source, option='--onnx')
+    if Path(output).suffix != '.onnx':
+        raise OptionError('--onnx', str(output), 'a name that ends in .onnx')
     if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 7):
         raise MissingPackageError('onnx: torch 2.7 or newer is needed: pip install "mssr-basicsr[onnx]"')
     onnx = optional_package('onnx', 'onnx')
+    if opset is not None:
+        require_int('--opset', opset, 1, onnx.defs.onnx_opset_version())
     optional_package('onnxscript', 'onnx')  # torch's exporter is written in it
     with ScalableModel(source, level, network=network, engine='torch') as model:
         upscaler = model.upscaler
-    example = torch.rand(1, upscaler.channels, 2 * max(8, upscaler.multiple), 3 * max(8, upscaler.multiple))
+    sides = (2 * max(8, upscaler.multiple), 3 * max(8, upscaler.multiple))
+    example = torch.rand(1, upscaler.channels, *sides, dtype=torch.float32, device='cpu')
     converting = replaced(Tensor, 'type_as', _type_as_where_types_differ)
     with tempfile.TemporaryDirectory() as folder, _without_log(), converting:
         path = Path(folder, 'level.onnx')

@@ -59,13 +59,17 @@ def save_figure(figure: Any, output: str | os.PathLike[str], dpi: int = 150) -> 
     write_whole(output, buffer.getvalue())
 
 
-def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], time: bool = False) -> None:
+def plot(
+    files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    time: bool = False,
+) -> None:
     """Draw PSNR over the bytes that each level reads, with a line for each ``.mssr`` file and validation set.
 
     Files are labelled with their names, or with their paths if these have the same name.
 
     Args:
-        files: ``.mssr`` files whose levels have been measured.
+        files: one or several ``.mssr`` files whose levels have been measured.
         output: the figure to write, in the format of its suffix; an existing file is overwritten.
         time: instead, draw over the milliseconds that a level takes for 320 x 180 pixels on this CPU, measured now.
 
@@ -73,6 +77,8 @@ def plot(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
         ValueError: a wrong file or output, a file without PSNR, or matplotlib is not installed; the text says which.
         OSError: a file cannot be read or written.
     """
+    if isinstance(files, (str, os.PathLike)):
+        files = [files]
     require_output(output, *files)
     for path in files if time else ():
         require_no_pipe(path)
