@@ -91,6 +91,15 @@ def chunk(name: bytes, data: bytes = b'') -> bytes:
     return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
 
 
+def grey_png(path: Path, image: Any, bits: int, chunks: bytes = b'') -> None:
+    """A grey PNG with less than 8 bits a pixel by hand, as Pillow writes none with 2 or 4."""
+    header = struct.pack('>IIBBBBB', image.shape[1], image.shape[0], bits, 0, 0, 0, 0)
+    in_bits = np.unpackbits(image.astype(np.uint8)[..., None], axis=2)[..., 8 - bits :]
+    rows = np.packbits(in_bits.reshape(len(image), -1), axis=1)
+    pixels = zlib.compress(b''.join(b'\0' + row.tobytes() for row in rows))
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunks + chunk(b'IDAT', pixels) + chunk(b'IEND'))
+
+
 def tiff(path: Path, image: Any, **options: Any) -> None:
     channels = image.shape[2] if image.ndim == 3 else 1
     options.setdefault('photometric', 'rgb' if channels > 2 else 'minisblack')
@@ -215,6 +224,15 @@ def test_every_kind_of_image_into_every_format(suffix: str, tmp_path: Path) -> N
         difference = np.abs(found.astype(np.float64) - expected)
         assert difference.max() <= tolerance, name
         assert difference.mean() <= tolerance / 8, name
+
+
+@pytest.mark.parametrize('bits', [1, 2, 4, 8])
+def test_a_grey_that_means_transparent(bits: int, tmp_path: Path) -> None:
+    path, greys = tmp_path / 'a.png', np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) % 2**bits
+    for grey in {0, 1, 2**bits - 2, 2**bits - 1}:
+        grey_png(path, greys, bits, chunk(b'tRNS', struct.pack('>H', grey)))
+        expected = np.stack([np.rint(greys / (2**bits - 1) * 255), np.where(greys == grey, 0, 255)], axis=2)
+        np.testing.assert_array_equal(read_image(path).pixels, expected)
 
 
 # ------------------------------ orientation ------------------------------ #

@@ -182,6 +182,11 @@ def _read(data: bytes) -> Picture:
         elif opened.mode == 'CMYK':
             pixels, icc = _decoded(_from_cmyk(opened, icc, lost)), None
         else:
+            if opened.format == 'PNG' and opened.mode == 'L' and 'transparency' in opened.info:
+                # Pillow makes 8 bits of 2 or 4, but not of the grey that means transparent.
+                top = 2 ** data[24] - 1
+                key = int.from_bytes(_png_chunks(data)[b'tRNS'][:2], 'big')
+                opened.info['transparency'] = (key & top) * (255 // top)
             pixels = _decoded(opened)
     if icc and icc[16:20] != _profile_space(pixels):
         icc = None
