@@ -407,6 +407,34 @@ def test_damaged_files_and_other_files_are_named(suffix: str, tmp_path: Path) ->
     assert read_image(path.rename(tmp_path / 'a.other')).pixels.shape == noise.shape  # the suffix does not matter
 
 
+@pytest.mark.parametrize(
+    ('bits', 'channels'), [(1, 1), (2, 1), (4, 1), *((b, c) for b in (8, 16) for c in (1, 2, 3, 4))]
+)
+def test_a_png_with_too_few_pixels_is_refused(bits: int, channels: int, tmp_path: Path) -> None:
+    """Interlaced or not; the bytes of an interlaced one are counted with the standard's own table of passes."""
+    path = tmp_path / 'a.png'
+    table = ['16462646', '77777777', '56565656', '77777777', '36463646', '77777777', '56565656', '77777777']
+    for width, height in ((WIDTH, HEIGHT), (1, 1), (3, 2), (16, 9)):
+        passes = [[table[y % 8][x % 8] for x in range(width)] for y in range(height)]
+        for interlaced in (0, 1):
+            rows = [row.count(n) for n in '1234567' for row in passes if n in row] if interlaced else [width] * height
+            pixels = b''.join(bytes(1 + (pixels * bits * channels + 7) // 8) for pixels in rows)
+            kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+            header = struct.pack('>IIBBBBB', width, height, bits, kind, 0, 0, interlaced)
+
+            def write(pixels: bytes, header: bytes = header) -> None:
+                packed = zlib.compress(pixels)
+                parts = chunk(b'IHDR', header), chunk(b'IDAT', packed[:5]), chunk(b'IDAT', packed[5:]), chunk(b'IEND')
+                path.write_bytes(b'\x89PNG\r\n\x1a\n' + b''.join(parts))
+
+            write(pixels)
+            assert read_image(path).pixels.shape[:2] == (height, width)
+            for fewer in {1, len(pixels) // 2, len(pixels) - 1}:
+                write(pixels[:fewer])
+                with pytest.raises(ValueError, match=r'a\.png: not an image that can be read: '):
+                    read_image(path)
+
+
 # ------------------------------ writing ------------------------------ #
 
 

@@ -83,6 +83,8 @@ _FORMATS = {
 }
 if _AVIF:
     _FORMATS['.avif'] = _Format('AVIF', longest_side=65535, options={'quality': 95, 'subsampling': '4:4:4'})
+# The passes of an interlaced PNG: the first column and row, and every how many follow.
+_ADAM7 = (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)
 _SRGB_CODES = bytes([1, 13])  # of primaries and transfer, in ITU-T H.273
 #: The suffixes that images can be written with.
 WRITABLE_SUFFIXES = tuple(_FORMATS)
@@ -168,6 +170,8 @@ def _read(data: bytes) -> Picture:
         if opened.format == 'PPM' and (opened.mode not in ('1', 'L', 'RGB') or opened.tile[0][0] == 'ppm'):
             raise _Refused('found a PNM with other than 8 bits per channel; allowed: samples up to 255')
         opened.load()  # raises if the file is cut short, of which OpenCV would return the upper part
+        if opened.format == 'PNG':
+            _require_png_pixels(data)
         frames = getattr(opened, 'n_frames', 1)
         lost = [f'all but the first of {frames} frames or pages'] if frames > 1 else []
         orientation = _orientation(opened, lost)
@@ -185,7 +189,7 @@ def _read(data: bytes) -> Picture:
             if opened.format == 'PNG' and opened.mode == 'L' and 'transparency' in opened.info:
                 # Pillow makes 8 bits of 2 or 4, but not of the grey that means transparent.
                 top = 2 ** data[24] - 1
-                key = int.from_bytes(_png_chunks(data)[b'tRNS'][:2], 'big')
+                key = int.from_bytes(_png_chunks(data)[b'tRNS'][0][:2], 'big')
                 opened.info['transparency'] = (key & top) * (255 // top)
             pixels = _decoded(opened)
     if icc and icc[16:20] != _profile_space(pixels):
@@ -238,7 +242,7 @@ def _png_losses(data: bytes, image: PIL.Image.Image) -> Iterator[str]:
     """What a PNG says about how its values are to be displayed, other than by an ICC profile."""
     if image.format == 'PNG':
         chunks = _png_chunks(data)
-        if chunks.get(b'cICP', _SRGB_CODES)[:2] != _SRGB_CODES:
+        if chunks.get(b'cICP', [_SRGB_CODES])[0][:2] != _SRGB_CODES:
             yield 'the colour coding (cICP, such as for HDR)'
         elif (
             b'gAMA' in chunks
@@ -248,13 +252,26 @@ def _png_losses(data: bytes, image: PIL.Image.Image) -> Iterator[str]:
             yield f'the gamma, {image.info["gamma"]:.3f}'
 
 
-def _png_chunks(data: bytes) -> dict[bytes, bytes]:
-    """The first bytes of each kind of chunk, by its name."""
-    found: dict[bytes, bytes] = {}
+def _require_png_pixels(data: bytes) -> None:
+    """Refuse a PNG with fewer pixels than it has room for, which Pillow would make black."""
+    width, height, bits, colours, _, _, interlaced = struct.unpack_from('>IIBBBBB', data, 16)
+    bits *= {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
+    passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+    sizes = [(-(-(width - x) // every_x), -(-(height - y) // every_y)) for x, y, every_x, every_y in passes]
+    allowed = sum(rows * (1 + -(-columns * bits // 8)) for columns, rows in sizes if columns)  # a filter type each
+    found = len(zlib.decompressobj().decompress(b''.join(_png_chunks(data)[b'IDAT']), allowed))
+    if found < allowed:
+        values = f'found {found:,} bytes of pixels; allowed: {allowed:,}, for {width}x{height}'
+        raise _Refused(f'not an image that can be read: {values}')
+
+
+def _png_chunks(data: bytes) -> dict[bytes, list[bytes]]:
+    """What the chunks of each kind hold, by the kind's name."""
+    found: dict[bytes, list[bytes]] = {}
     start = 8
     while start + 8 <= len(data):
         length, name = struct.unpack_from('>I4s', data, start)
-        found.setdefault(name, data[start + 8 : start + 8 + min(length, 4)])
+        found.setdefault(name, []).append(data[start + 8 : start + 8 + length])
         start += 12 + length
     return found
 
