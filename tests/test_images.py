@@ -320,6 +320,7 @@ def test_what_is_not_read_from_a_file_is_reported(tmp_path: Path) -> None:
     png16(tmp_path / 'usual.png', deep, chunk(b'gAMA', struct.pack('>I', 45455)))
     png16(tmp_path / 'clear.png', deep[..., 0], chunk(b'tRNS', b'\1\2'))
     tiff(tmp_path / 'unsaid.tif', smooth(4).astype(np.uint8), extrasamples=['unspecified'])
+    png16(tmp_path / 'damaged.png', deep, chunk(b'iCCP', b'ICC profile\0\0' + SRGB))  # not compressed, as it must be
     of_mode('CMYK').save(tmp_path / 'inks.jpg')
     of_mode('L').save(tmp_path / 'grey.png', icc_profile=SRGB)
     for name, text in {
@@ -330,6 +331,7 @@ def test_what_is_not_read_from_a_file_is_reported(tmp_path: Path) -> None:
         'unsaid.tif': unsaid,
         'inks.jpg': 'CMYK (converted to RGB without a profile)',
         'grey.png': 'the ICC profile, which is for different channels',
+        'damaged.png': 'the ICC profile, which is damaged',
     }.items():
         (lost,) = read_image(tmp_path / name).lost
         assert text in lost, name

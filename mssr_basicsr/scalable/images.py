@@ -177,6 +177,7 @@ def _read(data: bytes) -> Picture:
         orientation = _orientation(opened, lost)
         lost += [*_png_losses(data, opened), *_avif_losses(data)]
         icc = opened.info.get('icc_profile')
+        lost += ['the ICC profile, which is damaged'] * ('icc_profile' in opened.info and not icc)
         if opened.format == 'PNG' and data[24] == 16:
             pixels = _decode_deep(data)
             if data[25] in (0, 4) and pixels.ndim == 3:  # OpenCV makes colours of grey with alpha
