@@ -437,6 +437,21 @@ def test_a_png_with_too_few_pixels_is_refused(bits: int, channels: int, tmp_path
                     read_image(path)
 
 
+@pytest.mark.parametrize('dtype', ['uint8', 'uint16'])
+def test_a_tiff_that_is_empty_or_cut_short_is_refused_in_words(
+    dtype: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / 'a.tif'
+    tiff(path, smooth(3).astype(dtype))
+    whole = path.read_bytes()
+    no_page = b'II*\0' + bytes(4)
+    for data in (no_page, b'II*\0\x08\0\0\0' + bytes(6), b'II+\0', *(whole[:n] for n in range(2, len(whole), 7))):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r'a\.tif: not an image( that can be read|)( that OpenCV|: \D*[a-z]{4})'):
+            read_image(path)
+    assert caplog.records == []
+
+
 # ------------------------------ writing ------------------------------ #
 
 

@@ -7,7 +7,9 @@ tifffile TIFFs. Metadata such as date, place and resolution are not carried over
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import struct
 import warnings
 import zlib
@@ -137,7 +139,8 @@ def read_image(path: str | Path) -> Picture:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # Pillow's: what matters of it is an error, or is said in `lost`
-            return _read_tiff(data) if data[:2] in (b'II', b'MM') else _read(data)
+            with _silent('tifffile'):
+                return _read_tiff(data) if data[:2] in (b'II', b'MM') else _read(data)
     except _Refused as error:
         raise ValueError(f'{path}: {error}') from None
     except PIL.UnidentifiedImageError:
@@ -146,6 +149,20 @@ def read_image(path: str | Path) -> Picture:
         raise
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         raise ValueError(f'{path}: not an image that can be read: {error}') from error
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Nothing is logged under this name; other threads may do the same meanwhile."""
+
+    def refuse(record: logging.LogRecord) -> bool:
+        return False
+
+    logging.getLogger(name).addFilter(refuse)
+    try:
+        yield
+    finally:
+        logging.getLogger(name).removeFilter(refuse)
 
 
 def read_eight_bits(path: str | Path) -> Image:
@@ -291,15 +308,20 @@ def _read_tiff(data: bytes) -> Picture:
     """Read with Pillow, or with OpenCV if there are more than 8 bits per channel."""
     try:
         tiff = tifffile.TiffFile(io.BytesIO(data))
+        page: Any = tiff.pages.first
     except tifffile.TiffFileError as error:
         raise _Refused(f'not an image: {error}') from None
+    except (IndexError, struct.error):
+        raise _Refused('not an image that can be read: a TIFF that is empty or cut short') from None
     with tiff:
-        page: Any = tiff.pages.first
         samples, extra = page.samplesperpixel, tuple(int(sample) for sample in page.extrasamples)
         if page.subfiletype & 1:
             raise _Refused('found a small preview instead of the image, as in raw camera files')
         if page.bitspersample <= 8 and page.sampleformat != 2:
-            picture = _read(data)
+            try:
+                picture = _read(data)
+            except PIL.UnidentifiedImageError:
+                raise _Refused('not an image that can be read: a TIFF that is damaged or of an unknown kind') from None
             picture.lost += ['a channel of unspecified meaning'] * (0 in extra)
             return picture
         known = {(1, 1, ()): 1, (2, 3, ()): 3, (2, 4, (2,)): 4}  # photometric, samples a pixel, extra samples
