@@ -77,6 +77,20 @@ def test_files_that_are_not_images_are_reported(here: Path) -> None:
     assert plan_batch(Path('in'), 'in/out').passed_over == others[:3]
 
 
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='Windows has no such pipes')
+def test_pipes_are_not_read_but_links_to_files_are(here: Path) -> None:
+    touch('photo')
+    Path('in').mkdir()
+    os.mkfifo('in/p.png')
+    Path('in/q.png').symlink_to('p.png')
+    with pytest.raises(ValueError, match='in: found 2 pipes, sockets or devices; allowed: images'):
+        plan('in', 'out')
+    Path('in/a.png').symlink_to('../photo')
+    batch = plan_batch(Path('in'), 'out')
+    assert batch.jobs == [(Path('in/a.png'), Path('out/a.png'))]
+    assert batch.passed_over == [Path('in/p.png'), Path('in/q.png')]
+
+
 def test_names_that_differ_only_in_the_extension_keep_it(here: Path) -> None:
     touch('in/a.png', 'in/a.jpg', 'in/b.png')
     assert [target for _, target in plan('in', 'out')] == ['out/a.jpg.png', 'out/a.png.png', 'out/b.png']

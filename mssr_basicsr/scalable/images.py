@@ -99,8 +99,8 @@ class _Refused(ValueError):
 def list_images(source: Path) -> tuple[list[Path], list[Path]]:
     """The images of a folder, sorted by name, and what else is there; or a single file, whatever its name.
 
-    Folders in it are not searched. What begins with a dot is ignored; on disks that a Mac has written to, such files
-    are not images.
+    Folders in it are not searched; pipes, sockets and devices are not read. What begins with a dot is ignored; on disks
+    that a Mac has written to, such files are not images.
 
     Raises:
         ValueError: no file in the folder has an image's extension.
@@ -110,14 +110,22 @@ def list_images(source: Path) -> tuple[list[Path], list[Path]]:
         source.stat()  # OSError where there is none
         return [source], []
     there = sorted(path for path in source.iterdir() if not path.name.startswith('.'))
-    images = [path for path in there if path.suffix.lower() in SUFFIXES and not path.is_dir()]
+    images = [path for path in there if path.suffix.lower() in SUFFIXES and not (path.is_dir() or _is_special(path))]
     others = sorted({*there} - {*images})
     if not images:
         folders = sum(path.is_dir() for path in others)
-        found = [f'{len(others) - folders} files, none of which is an image by its name'] * (len(others) > folders)
+        special = sum(_is_special(path) for path in others)
+        files = len(others) - folders - special
+        found = [f'{files} files, none of which is an image by its name'] * (files > 0)
         found += [f'{folders} folders, which are not searched'] * (folders > 0)
+        found += [f'{special} pipes, sockets or devices'] * (special > 0)
         raise ValueError(f'{source}: found {" and ".join(found) or "nothing"}; allowed: images ({", ".join(SUFFIXES)})')
     return images, others
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a pipe, socket or device: to read one may never end."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 # ------------------------------ reading ------------------------------ #
