@@ -537,6 +537,9 @@ def test_evaluate_gives_what_pack_measures(here: Path, capsys: pytest.CaptureFix
     assert main(['pack', 'net.pth', '--opt', 'net.yml', '-o', 'x.mssr', '--gt', 'gt']) == 0
     measured = evaluate('x.mssr', Path('gt'))
     assert list(measured) == ['0', '1', '2']
+    assert evaluate('x.mssr', 'gt') == measured
+    cv2.imwrite('a.png', np.random.default_rng(2).integers(0, 256, (12, 11, 3), dtype=np.uint8))
+    assert evaluate('x.mssr', 'gt', '.') == evaluate('x.mssr', Path('gt'), Path('.')) != measured
     assert f'level 1: PSNR {measured["1"]["psnr"]:.4f} dB on gt' in capsys.readouterr().out
 
 

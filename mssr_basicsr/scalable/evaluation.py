@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from mssr_basicsr.scalable.container import Source
 from mssr_basicsr.scalable.images import validation_pairs
@@ -12,7 +12,9 @@ from mssr_basicsr.scalable.model import ScalableModel
 from mssr_basicsr.scalable.pixels import Image
 
 
-def evaluate(source: Source, gt: Path, lq: Path | None = None) -> dict[str, dict[str, float]]:
+def evaluate(
+    source: Source, gt: str | os.PathLike[str], lq: str | os.PathLike[str] | None = None
+) -> dict[str, dict[str, float]]:
     """PSNR (dB) and SSIM on Y of every level in the file: by level (as a string), means over a folder of images.
 
     Args:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import struct
 import warnings
 import zlib
@@ -96,7 +97,7 @@ class _Refused(ValueError):
     """An image that can be decoded, but would come out wrong."""
 
 
-def list_images(source: Path) -> tuple[list[Path], list[Path]]:
+def list_images(source: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
     """The images of a folder, sorted by name, and what else is there; or a single file, whatever its name.
 
     Folders in it are not searched; pipes, sockets and devices are not read. What begins with a dot is ignored; on disks
@@ -106,6 +107,7 @@ def list_images(source: Path) -> tuple[list[Path], list[Path]]:
         ValueError: no file in the folder has an image's extension.
         OSError: there is no such file or folder.
     """
+    source = Path(source)
     if not source.is_dir():
         source.stat()  # OSError where there is none
         return [source], []
@@ -474,7 +476,9 @@ def resize_bicubic(image: Image, factor: float) -> Image:
     return resized
 
 
-def validation_pairs(gt: Path, lq: Path | None, scale: int) -> Iterator[tuple[Image, Image]]:
+def validation_pairs(
+    gt: str | os.PathLike[str], lq: str | os.PathLike[str] | None, scale: int
+) -> Iterator[tuple[Image, Image]]:
     """For each image in the folder ``gt``: (LR, ground truth cropped to a multiple of the scale), both grey or BGR.
 
     The LR image is the one with the same name in ``lq``, or made by :func:`resize_bicubic`.
@@ -494,12 +498,13 @@ def validation_pairs(gt: Path, lq: Path | None, scale: int) -> Iterator[tuple[Im
         if lq is None:
             yield resize_bicubic(truth, 1 / scale), truth
             continue
-        if not (lq / file.name).is_file():
-            raise ValueError(f'{lq / file.name}: the LR image of {file} is missing')
-        small = read_eight_bits(lq / file.name)
+        lr_file = Path(lq, file.name)
+        if not lr_file.is_file():
+            raise ValueError(f'{lr_file}: the LR image of {file} is missing')
+        small = read_eight_bits(lr_file)
         if truth.ndim > small.ndim:
-            raise ValueError(f'{lq / file.name}: found a grey image; allowed: a colour one, like {file}')
+            raise ValueError(f'{lr_file}: found a grey image; allowed: a colour one, like {file}')
         if small.shape[:2] != (height // scale, width // scale):
             found, allowed = f'{small.shape[1]}x{small.shape[0]}', f'{width // scale}x{height // scale}'
-            raise ValueError(f'{lq / file.name}: found {found} pixels; allowed: {allowed}, like {file} / {scale}')
+            raise ValueError(f'{lr_file}: found {found} pixels; allowed: {allowed}, like {file} / {scale}')
         yield small if small.ndim == truth.ndim else small[..., 0], truth
