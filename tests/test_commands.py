@@ -543,6 +543,23 @@ def test_evaluate_gives_what_pack_measures(here: Path, capsys: pytest.CaptureFix
     assert f'level 1: PSNR {measured["1"]["psnr"]:.4f} dB on gt' in capsys.readouterr().out
 
 
+def test_what_is_not_measured_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ('one', 'two'):
+        Path(name, 'more').mkdir(parents=True)
+        cv2.imwrite(f'{name}/a.png', np.zeros((24, 22, 3), np.uint8))
+    for name in ('b.heic', 'c.txt', 'd.txt'):
+        Path('two', name).touch()
+    packing = 'pack net.pth --opt net.yml -o x.mssr --json --gt one --gt two'
+    assert main(packing.split()) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if 'skipped' in line]
+    found = {'one': 'more/', 'two': 'b.heic, c.txt, d.txt, ...'}
+    texts = [f'skipped in {name}, not images by their names: {others}' for name, others in found.items()]
+    assert said == [f'mssr: {text}' for text in texts]
+    for name, text in zip(found, texts):
+        with pytest.warns(UserWarning, match=f'^{re.escape(text)}$'):
+            evaluate('x.mssr', name)
+
+
 def test_pack_prints_json_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path('gt').mkdir()
     cv2.imwrite('gt/a.png', np.random.default_rng(1).integers(0, 256, (24, 22, 3), dtype=np.uint8))

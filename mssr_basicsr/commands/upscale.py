@@ -105,6 +105,7 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
     from tqdm import tqdm
 
     from mssr_basicsr.commands.batch import plan_batch
+    from mssr_basicsr.scalable.images import skipped
 
     if arguments.tile is not None:
         require_int('--tile', arguments.tile, 0)
@@ -112,9 +113,7 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
     others = [arguments.file, *(arguments.gt.iterdir() if arguments.gt is not None else ())]
     jobs, passed_over = plan_batch(source, output, others)
     if passed_over:
-        some = [f'{path.name}/' if path.is_dir() else path.name for path in passed_over[:3]]
-        some += ['...'] * (len(passed_over) > 3)
-        print(f'mssr: skipped in {source}, not images by their names: {", ".join(some)}', file=sys.stderr)
+        print(f'mssr: {skipped(source, passed_over)}', file=sys.stderr)
     # torch takes seconds to import: not before the paths are known to be right.
     from mssr_basicsr import ScalableModel
     from mssr_basicsr.scalable.images import check_writable, read_image, write_image

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 
 from mssr_basicsr.scalable.container import Source
-from mssr_basicsr.scalable.images import validation_pairs
+from mssr_basicsr.scalable.images import list_images, skipped, validation_pairs
 from mssr_basicsr.scalable.metrics import metrics
 from mssr_basicsr.scalable.model import ScalableModel
 from mssr_basicsr.scalable.pixels import Image
@@ -17,6 +18,8 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """PSNR (dB) and SSIM on Y of every level in the file: by level (as a string), means over a folder of images.
 
+    A warning names what else is in the folder.
+
     Args:
         source: a ``.mssr`` file or stream.
         gt: the folder of ground-truth images.
@@ -26,6 +29,9 @@ def evaluate(
         ValueError: a wrong file or image; the text says which.
         OSError: a file cannot be read.
     """
+    passed_over = list_images(gt)[1]
+    if passed_over:
+        warnings.warn(skipped(gt, passed_over), stacklevel=2)
     with ScalableModel(source) as model:
         return evaluate_on(list(validation_pairs(gt, lq, model.header.scale)), model)
 

@@ -14,7 +14,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,13 @@ def list_images(source: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]
         found += [f'{special} pipes, sockets or devices'] * (special > 0)
         raise ValueError(f'{source}: found {" and ".join(found) or "nothing"}; allowed: images ({", ".join(SUFFIXES)})')
     return images, others
+
+
+def skipped(source: str | os.PathLike[str], others: Sequence[Path]) -> str:
+    """What to say about ``others``, of which there is at least one, that :func:`list_images` found in a folder."""
+    kinds = ['/' if path.is_dir() else ' (no regular file)' if _is_special(path) else '' for path in others[:3]]
+    some = [path.name + kind for path, kind in zip(others, kinds)] + ['...'] * (len(others) > 3)
+    return f'skipped in {source}, not images by their names: {", ".join(some)}'
 
 
 def _is_special(path: Path) -> bool:
