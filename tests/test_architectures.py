@@ -22,6 +22,8 @@ from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.scalable import architectures
 from mssr_basicsr.scalable.architectures import ImageSpec, check_scale, find_image_spec, for_spandrel
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+
 
 class Grey(nn.Module):
     """A network for grey images by others, whose options are called otherwise; it is in windows of 6."""
@@ -41,6 +43,21 @@ class Grey(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         return F.pixel_shuffle(self.tail(self.norm(x)), 3)
+
+
+class Restless(Grey):
+    """In eval mode, too, it draws random numbers and changes its tensors and attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer('runs', torch.zeros(()))
+        self.size: tuple[int, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.size, self.runs = tuple(x.shape), self.runs + 1
+        self.norm.running_mean += 1
+        self.tail.bias.data += 1
+        return super().forward(x + torch.rand(1, device=x.device))
 
 
 class Clip(nn.Module):
@@ -98,14 +115,16 @@ def test_an_unknown_network_for_grey_images_is_detected() -> None:
     assert np.array_equal(result, (expected.clip(0, 1) * 255).round().numpy().astype(np.uint8))
 
 
-def test_detection_has_no_side_effects() -> None:
-    built = Grey().train()
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_gpu)])
+def test_detection_has_no_side_effects(device: str) -> None:
+    built = Restless().to(device).train()
     built.blocks[0].eval()
-    before, random = deepcopy(built.state_dict()), torch.get_rng_state()
-    find_image_spec(built, {'type': 'Grey'})
+    before, random = deepcopy(built.state_dict()), [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    find_image_spec(built, {'type': 'Restless'})
     assert [module.training for module in (built, built.blocks[0], built.norm)] == [True, False, True]
     assert all(torch.equal(tensor, before[name]) for name, tensor in built.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), random)
+    assert built.size == ()
+    assert all(map(torch.equal, [torch.get_rng_state(), *torch.cuda.get_rng_state_all()], random))
 
 
 def test_what_users_register_is_used() -> None:

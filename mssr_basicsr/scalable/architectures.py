@@ -95,7 +95,7 @@ def find_image_spec(network: nn.Module, options: Mapping[str, Any]) -> ImageSpec
     """What images ``network`` takes and returns, found by running it on a small one.
 
     Args:
-        network: the backbone, on any device. Its modes, buffers and the random state are not changed.
+        network: the backbone, on any device. Its modes, weights, buffers and the random state are not changed.
         options: its options, with its type.
 
     Raises:
@@ -163,15 +163,27 @@ def _scale(shape: tuple[int, ...], given: Any) -> int | None:
 
 @contextmanager
 def _undisturbed(network: nn.Module) -> Iterator[None]:
-    """While the context is open, ``network`` is in eval mode; running it has no lasting effect."""
-    training = {module: module.training for module in network.modules()}
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+    """While the context is open, ``network`` is in eval mode; running it has no lasting effect.
+
+    Some networks change their weights when they enter eval mode, or in it. What else they note of that, such as that
+    they are merged, or the size of the mask in a buffer, is put back together with these.
+    """
+    before = [(module, module.training, dict(vars(module)), dict(module._buffers)) for module in network.modules()]
+    tensors = [(tensor, tensor.detach().clone()) for tensor in (*network.parameters(), *network.buffers())]
+    weight = reference_tensor(network)
+    with torch.random.fork_rng([weight.device] if weight.is_cuda else []), torch.no_grad():
+        try:
             network.eval()
             yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+        finally:
+            for module, mode, attributes, buffers in before:
+                vars(module).update(attributes)
+                module.training = mode  # which a scripted module does not have among them
+                for name, buffer in buffers.items():  # in whose place there may be another tensor
+                    setattr(module, name, buffer)
+            for tensor, values in tensors:
+                if not torch.equal(tensor, values):  # what is written to counts as changed
+                    tensor.copy_(values)
 
 
 # ------------------------------ names in other tools ------------------------------ #
