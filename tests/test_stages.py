@@ -1057,12 +1057,16 @@ def test_users_schedules_may_skip_levels(
 
     monkeypatch.setattr(EXPANSION_REGISTRY, '_entries', dict(EXPANSION_REGISTRY._entries))
     EXPANSION_REGISTRY.register(AtOnce)
-    run(forward_opt)
+    forward = run(forward_opt) / 'models'
     backward_opt['train'].update(expansion={'type': 'AtOnce', 'num_iter': 6})
     backward_opt['train']['scheduler']['periods'] = [6]
     models = run(backward_opt) / 'models'
-    result = load_network(models / 'net_g_latest.pth')
+    before, result = load_network(forward / 'net_g_latest.pth', 'params_ema'), load_network(models / 'net_g_latest.pth')
     assert equal(result.export(2), load(models / 'net_g_level2.pth')['params'])
+    for name, weight in result.prunable_weights().items():
+        assert torch.equal(weight != before.prunable_weights()[name], before.get_level_map()[name] < 2)
+    records = json.loads((models / 'levels.json').read_text())
+    assert [record.get('iterations') for record in records] == [6, None, None]
 
 
 def test_a_frozen_weight_that_moved_is_noticed(
