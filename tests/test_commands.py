@@ -19,8 +19,7 @@ import yaml
 from conftest import EXPORTS_ONNX, TOY_EDSR, call, needs_onnx_export, network
 
 from mssr_basicsr import ScalableFile, ScalableModel, evaluate, extract, load_checkpoint, pack, plot, to_onnx, verify
-from mssr_basicsr.commands.completion import complete
-from mssr_basicsr.commands.main import build_parser, main
+from mssr_basicsr.commands.main import main
 from mssr_basicsr.foundation.saving import write_whole
 from mssr_basicsr.models.nested_levels import NestedLevels
 
@@ -516,16 +515,23 @@ def test_completion(line: str, offered: list[str], here: Path) -> None:
     pytest.importorskip('argcomplete')
     Path('gt').mkdir()
     # Tab must answer at once: nothing heavy can be imported here.
-    heavy = dict.fromkeys(['torch', 'basicsr', 'cv2', 'numpy', 'PIL', 'yaml'])
-    code = f'import sys; sys.modules.update({heavy}); from mssr_basicsr.commands.main import main; main()'
-    shell = {'_ARGCOMPLETE': '1', 'COMP_LINE': line, 'COMP_POINT': str(len(line))}
-    said = call('bash', '-c', 'exec "$0" "$@" 8>&1 9>&2', sys.executable, '-c', code, cwd=here, **shell)
+    said = pressing_tab(line, here, lacking=['torch', 'basicsr', 'cv2', 'numpy', 'PIL', 'yaml'])
     assert sorted(said.split('\v')) == sorted(offered)
 
 
-def test_without_argcomplete_nothing_is_completed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, 'argcomplete', None)
-    complete(build_parser())
+def pressing_tab(line: str, folder: Path, lacking: list[str], expect: int = 0) -> str:
+    """What the shell is told when Tab is pressed after ``line``, where packages cannot be imported."""
+    absent = dict.fromkeys(lacking)
+    code = f'import sys; sys.modules.update({absent}); from mssr_basicsr.commands.main import main; sys.exit(main())'
+    shell = {'_ARGCOMPLETE': '1', 'COMP_LINE': line, 'COMP_POINT': str(len(line))}
+    python = 'exec "$0" "$@" 8>&1 9>&2'
+    return call('bash', '-c', python, sys.executable, '-c', code, cwd=folder, expect=expect, **shell)
+
+
+def test_without_argcomplete_nothing_is_completed(here: Path) -> None:
+    """The shell calls ``mssr`` without arguments, and that is how it runs."""
+    said = pressing_tab('mssr ex', here, lacking=['argcomplete'], expect=2)
+    assert said.startswith('usage: mssr ') and said.endswith('the following arguments are required: COMMAND\n')
 
 
 # ------------------------------ in Python ------------------------------ #
