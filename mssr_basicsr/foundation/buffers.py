@@ -8,8 +8,12 @@ from torch import Tensor, nn
 def saved_buffers(network: nn.Module) -> dict[str, Tensor]:
     """By name, the buffers that are in the network's state dict; the buffers themselves.
 
-    Others are caches, which may have another shape in each forward pass.
+    Others are caches, which may have another shape in each forward pass. This runs in each iteration, and takes less
+    time than ``state_dict()``.
     """
-    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
-    entries = network.state_dict().items()
-    return {name: entry for name, entry in entries if name not in parameters and isinstance(entry, Tensor)}
+    return {
+        f'{place}.{name}' if place else name: buffer
+        for place, module in network.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }

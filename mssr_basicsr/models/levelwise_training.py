@@ -178,10 +178,11 @@ class LevelwiseTraining(NestedLevels):
         self.frozen.put_back(self.network.backbone)
         if self.ema_decay > 0:
             self.frozen.put_back(self.net_g_ema.backbone)
+        training, _ = self.plan.locate(current_iter)
         if self.step == 1:  # what goes wrong does so at once: not only after days of training
             self._require_distillation()
-            self.check_result(self.plan.locate(current_iter)[0])
-        if self.step == self.plan.locate(current_iter)[0].num_iter:
+            self.check_result(training)
+        if self.step == training.num_iter:
             self._report_no_distillation()
 
     @contextmanager
