@@ -17,35 +17,26 @@ from mssr_basicsr.adapter.unread_options import (
 from mssr_basicsr.foundation.checks import OptionError, known_as, nearest_first
 from mssr_basicsr.models.backward_stage import BackwardStage
 from mssr_basicsr.models.forward_stage import ForwardStage
+from mssr_basicsr.models.levelwise_training import LevelwiseTraining
 from mssr_basicsr.models.nested_levels import NestedLevels
 
 
 @MODEL_REGISTRY.register()
 def MSSRForwardModel(opt: dict[str, Any]) -> Any:
     """``base_model_type`` (default: SRModel) with :class:`ForwardStage`."""
-    require_training('MSSRForwardModel', opt)
     return build_extended(ForwardStage, 'MSSRForwardModel', opt)
 
 
 @MODEL_REGISTRY.register()
 def MSSRBackwardModel(opt: dict[str, Any]) -> Any:
     """``base_model_type`` (default: SRModel) with :class:`BackwardStage`."""
-    require_training('MSSRBackwardModel', opt)
     return build_extended(BackwardStage, 'MSSRBackwardModel', opt)
 
 
 @MODEL_REGISTRY.register()
 def MSSRModel(opt: dict[str, Any]) -> Any:
     """``base_model_type`` (default: SRModel) with :class:`NestedLevels`: tests every level of one checkpoint."""
-    if opt['is_train']:
-        raise OptionError('model_type', 'MSSRModel', 'MSSRForwardModel, MSSRBackwardModel (it only tests)')
     return build_extended(NestedLevels, 'MSSRModel', opt)
-
-
-def require_training(name: str, opt: dict[str, Any]) -> None:
-    """Raise OptionError in a test, which the model of a stage would do at some of the levels only."""
-    if not opt['is_train']:
-        raise OptionError('model_type', name, f'MSSRModel, which tests every level ({name} only trains)')
 
 
 def build_extended(stage: type[NestedLevels], name: str, opt: dict[str, Any]) -> Any:
@@ -57,8 +48,14 @@ def build_extended(stage: type[NestedLevels], name: str, opt: dict[str, Any]) ->
         opt: the whole YAML, as parsed by BasicSR.
 
     Raises:
-        OptionError: a class that cannot be extended, or an option that is wrong.
+        OptionError: a class that cannot be extended, an option that is wrong, or a stage in a test, which it would do
+            at some of the levels only.
     """
+    trains = issubclass(stage, LevelwiseTraining)
+    if trains and not opt['is_train']:
+        raise OptionError('model_type', name, f'MSSRModel, which tests every level ({name} only trains)')
+    if opt['is_train'] and not trains:
+        raise OptionError('model_type', name, 'MSSRForwardModel, MSSRBackwardModel (it only tests)')
     base = find_base_model(opt.get('base_model_type', 'SRModel'))
     refuse_numbers_as_strings(opt)
     expose_backbone_options(opt)
