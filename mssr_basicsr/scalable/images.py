@@ -88,6 +88,7 @@ if _AVIF:
     _FORMATS['.avif'] = _Format('AVIF', longest_side=65535, options={'quality': 95, 'subsampling': '4:4:4'})
 # The passes of an interlaced PNG: the first column and row, and every how many follow.
 _ADAM7 = (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)
+_Chunks = dict[bytes, list[memoryview]]  # what those of a PNG hold, by their kind's name
 _SRGB_CODES = bytes([1, 13])  # of primaries and transfer, in ITU-T H.273
 #: The suffixes that images can be written with.
 WRITABLE_SUFFIXES = tuple(_FORMATS)
@@ -204,15 +205,16 @@ def _read(data: bytes) -> Picture:
         if opened.format == 'PPM' and (opened.mode not in ('1', 'L', 'RGB') or opened.tile[0][0] == 'ppm'):
             raise _Refused('found a PNM with other than 8 bits per channel; allowed: samples up to 255')
         opened.load()  # raises if the file is cut short, of which OpenCV would return the upper part
-        if opened.format == 'PNG':
-            _require_png_pixels(data)
+        chunks = _png_chunks(data) if opened.format == 'PNG' else {}
+        if chunks:
+            _require_png_pixels(chunks)
         frames = getattr(opened, 'n_frames', 1)
         lost = [f'all but the first of {frames} frames or pages'] if frames > 1 else []
         orientation = _orientation(opened, lost)
-        lost += [*_png_losses(data, opened), *_avif_losses(data)]
+        lost += [*_png_losses(chunks, opened), *_avif_losses(data)]
         icc = opened.info.get('icc_profile')
         lost += ['the ICC profile, which is damaged'] * ('icc_profile' in opened.info and not icc)
-        if opened.format == 'PNG' and data[24] == 16:
+        if chunks and data[24] == 16:
             pixels = _decode_deep(data)
             if data[25] in (0, 4) and pixels.ndim == 3:  # OpenCV makes colours of grey with alpha
                 pixels = pixels[..., ::3]
@@ -221,10 +223,10 @@ def _read(data: bytes) -> Picture:
         elif opened.mode == 'CMYK':
             pixels, icc = _decoded(_from_cmyk(opened, icc, lost)), None
         else:
-            if opened.format == 'PNG' and opened.mode == 'L' and 'transparency' in opened.info:
+            if chunks and opened.mode == 'L' and 'transparency' in opened.info:
                 # Pillow makes 8 bits of 2 or 4, but not of the grey that means transparent.
                 top = 2 ** data[24] - 1
-                key = int.from_bytes(_png_chunks(data)[b'tRNS'][0][:2], 'big')
+                key = int.from_bytes(chunks[b'tRNS'][0][:2], 'big')
                 opened.info['transparency'] = (key & top) * (255 // top)
             pixels = _decoded(opened)
     if icc and icc[16:20] != _profile_space(pixels):
@@ -273,40 +275,37 @@ def _from_cmyk(image: PIL.Image.Image, icc: bytes | None, lost: list[str]) -> PI
     return image.convert('RGB')
 
 
-def _png_losses(data: bytes, image: PIL.Image.Image) -> Iterator[str]:
+def _png_losses(chunks: _Chunks, image: PIL.Image.Image) -> Iterator[str]:
     """What a PNG says about how its values are to be displayed, other than by an ICC profile."""
-    if image.format == 'PNG':
-        chunks = _png_chunks(data)
-        if chunks.get(b'cICP', [_SRGB_CODES])[0][:2] != _SRGB_CODES:
-            yield 'the colour coding (cICP, such as for HDR)'
-        elif (
-            b'gAMA' in chunks
-            and not {b'cICP', b'iCCP', b'sRGB'} & chunks.keys()
-            and abs(image.info['gamma'] - 1 / 2.2) > 0.01
-        ):
-            yield f'the gamma, {image.info["gamma"]:.3f}'
+    if b'cICP' in chunks and chunks[b'cICP'][0][:2] != _SRGB_CODES:
+        yield 'the colour coding (cICP, such as for HDR)'
+    elif (
+        b'gAMA' in chunks
+        and not {b'cICP', b'iCCP', b'sRGB'} & chunks.keys()
+        and abs(image.info['gamma'] - 1 / 2.2) > 0.01
+    ):
+        yield f'the gamma, {image.info["gamma"]:.3f}'
 
 
-def _require_png_pixels(data: bytes) -> None:
+def _require_png_pixels(chunks: _Chunks) -> None:
     """Refuse a PNG with fewer pixels than it has room for, which Pillow would make black."""
-    width, height, bits, colours, _, _, interlaced = struct.unpack_from('>IIBBBBB', data, 16)
+    width, height, bits, colours, _, _, interlaced = struct.unpack_from('>IIBBBBB', chunks[b'IHDR'][0])
     bits *= {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
     passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
     sizes = [(-(-(width - x) // every_x), -(-(height - y) // every_y)) for x, y, every_x, every_y in passes]
     allowed = sum(rows * (1 + -(-columns * bits // 8)) for columns, rows in sizes if columns)  # a filter type each
-    found = len(zlib.decompressobj().decompress(b''.join(_png_chunks(data)[b'IDAT']), allowed))
+    found = len(zlib.decompressobj().decompress(b''.join(chunks[b'IDAT']), allowed))
     if found < allowed:
         values = f'found {found:,} bytes of pixels; allowed: {allowed:,}, for {width}x{height}'
         raise _Refused(f'not an image that can be read: {values}')
 
 
-def _png_chunks(data: bytes) -> dict[bytes, list[bytes]]:
-    """What the chunks of each kind hold, by the kind's name."""
-    found: dict[bytes, list[bytes]] = {}
-    start = 8
+def _png_chunks(data: bytes) -> _Chunks:
+    found: _Chunks = {}
+    view, start = memoryview(data), 8
     while start + 8 <= len(data):
         length, name = struct.unpack_from('>I4s', data, start)
-        found.setdefault(name, []).append(data[start + 8 : start + 8 + length])
+        found.setdefault(name, []).append(view[start + 8 : start + 8 + length])
         start += 12 + length
     return found
 
