@@ -11,7 +11,8 @@ writes, with BasicSR's own LmdbMaker,
 OUTPUT is complete or absent. Running it again with the same settings does nothing; with others it is refused. Images
 are read as `mssr upscale` reads them: upright, palettes and CMYK as RGB, only the first of several frames. Grey images
 are stored as grey (PairedImageDataset reads them as three equal channels), alpha is dropped. Images of more than 8 bits
-are refused. Only files directly in the input folder are read; those without an image's extension are skipped.
+are refused. Only files directly in the input folder are read; those that are not images by their names are skipped and
+listed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import numpy as np
 from basicsr.utils.lmdb_util import LmdbMaker
 from tqdm import tqdm
 
-from mssr_basicsr.scalable.images import list_images, read_eight_bits, resize_bicubic
+from mssr_basicsr.scalable.images import list_images, read_eight_bits, resize_bicubic, skipped
 
 PNG_LEVEL = 1  # BasicSR's default: higher ones decode no faster
 
@@ -100,9 +101,11 @@ def _list_images(source: Path) -> list[Path]:
     if not source.is_dir():
         raise DataError(f'{source} is not a folder')
     try:
-        paths = list_images(source)[0]
+        paths, others = list_images(source)
     except ValueError as error:
         raise DataError(str(error)) from error
+    if others:
+        print(f'prepare_data: {skipped(source, others)}', file=sys.stderr)
     bad = []
     count = Counter(p.stem for p in paths)
     for path in paths:

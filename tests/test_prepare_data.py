@@ -105,6 +105,16 @@ def test_images_are_read_as_upscale_reads_them(source: Path, tmp_path: Path) -> 
     assert pairs['inks'][0][0, 0].tolist() == [255, 0, 255]
 
 
+def test_what_is_skipped_is_named(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(source, 'a.png', 16, 16)
+    (source / 'more').mkdir()
+    (source / 'raw.dng').touch()
+    prepare(source, tmp_path / 'out', 2)
+    assert list(read(tmp_path / 'out', 2)) == ['a']
+    said = f'prepare_data: skipped in {source}, not images by their names: more/, raw.dng\n'
+    assert capsys.readouterr().err.startswith(said)  # then the progress bars
+
+
 def test_noise_in_many_commits_fits_the_map(source: Path, tmp_path: Path) -> None:
     write(source, 'noise.png', 480, 480)
     prepare(source, tmp_path / 'out', 2, sub_image=64, step=16)
