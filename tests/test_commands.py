@@ -416,7 +416,9 @@ def test_a_file_that_ends_early_is_used_up_to_its_last_whole_level(
     ends = [section.end for section in ScalableFile('m.mssr').header.sections]  # of levels 2, 1, 0
     Path('cut.mssr').write_bytes(Path('m.mssr').read_bytes()[: ends[1] + 1])
     assert main(['upscale', 'cut.mssr', 'a.png', '-o', 'b.png']) == 0
-    assert capsys.readouterr().err == 'mssr: cut.mssr ends before level 0 does: upscaling at level 1\n'
+    assert capsys.readouterr().err == 'mssr: cut.mssr ends before level 0 does: using level 1\n'
+    assert main(['extract', 'cut.mssr', '-o', 'cut.pth']) == 0
+    assert capsys.readouterr().err == 'mssr: cut.mssr ends before level 0 does: using level 1\n'
     assert main(['upscale', 'cut.mssr', 'a.png', '-o', 'b.png', '--level', '1']) == 0
     assert capsys.readouterr().err == ''
     said = error('upscale cut.mssr a.png -o b.png --level 0', capsys)

@@ -1,8 +1,9 @@
-"""Errors as one line of text."""
+"""What a command says on standard error: errors and warnings, each in one line."""
 
 from __future__ import annotations
 
 import os
+import sys
 
 _LONGEST = 300  # characters of a text that is not ours; some of torch's are pages
 
@@ -16,3 +17,9 @@ def one_line(error: BaseException) -> str:
         return text
     shown = text if len(text) <= _LONGEST else f'{text[:_LONGEST]}...'
     return f'{type(error).__name__}: {shown} (--debug shows where)'
+
+
+def say_where_it_ends(file: str | os.PathLike[str], level: int) -> None:
+    """Warn that no level larger than ``level``, the one used for want of a choice, is in the file; not for level 0."""
+    if level > 0:
+        print(f'mssr: {os.fspath(file)} ends before level {level - 1} does: using level {level}', file=sys.stderr)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mssr_basicsr.commands.errors import say_where_it_ends
+
 HELP = 'one level as a plain checkpoint, or a smaller .mssr'
 EXAMPLES = (
     'mssr extract net_g.mssr -o level2.pth --level 2',
@@ -31,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     done = extract(arguments.file, arguments.output, arguments.level, arguments.spandrel)
     first, last = done.levels[0], done.levels[-1]
+    if arguments.level is None:
+        say_where_it_ends(arguments.file, first)
     what = f'level {first}' if first == last else f'levels {first} to {last}'
     print(f'{arguments.output}: {what}, {done.bytes:,} bytes')
     return 0

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mssr_basicsr.commands.errors import one_line
+from mssr_basicsr.commands.errors import one_line, say_where_it_ends
 from mssr_basicsr.foundation.checks import OptionError, require_folder, require_int
 from mssr_basicsr.foundation.json_text import as_json
 from mssr_basicsr.sparse import ENGINES
@@ -125,8 +125,8 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
         model.network.to(device)
         header, level, upscaler = model.header, model.level, model.upscaler
         largest = min(model.file.available())
-    if level > 0 and level == largest and arguments.level is None:
-        print(f'mssr: {arguments.file} ends before level {level - 1} does: upscaling at level {level}', file=sys.stderr)
+    if level == largest and arguments.level is None:
+        say_where_it_ends(arguments.file, level)
     tiles = functools.partial(tqdm, unit='tile', leave=False, disable=None, file=sys.stderr)
 
     def upscale(source: Path, target: Path) -> dict[str, Any]:
