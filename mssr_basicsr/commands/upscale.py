@@ -12,12 +12,15 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mssr_basicsr.commands.errors import one_line, say_where_it_ends
 from mssr_basicsr.foundation.checks import OptionError, require_folder, require_int
 from mssr_basicsr.foundation.json_text import as_json
 from mssr_basicsr.sparse import ENGINES
+
+if TYPE_CHECKING:
+    from mssr_basicsr import ScalableModel
 
 HELP = 'upscale an image or a folder'
 EXAMPLES = (
@@ -102,6 +105,7 @@ def _stream(name: str) -> BinaryIO:
 
 
 def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Mapping[Path, str]) -> int:
+    """Upscale every image and report on it; ``names`` are what to call files in the temporary folder."""
     from tqdm import tqdm
 
     from mssr_basicsr.commands.batch import plan_batch
@@ -114,62 +118,80 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
     jobs, passed_over = plan_batch(source, output, others)
     if passed_over:
         print(f'mssr: {skipped(source, passed_over)}', file=sys.stderr)
-    # torch takes seconds to import: not before the paths are known to be right.
+    model = _load(arguments)  # imports torch, which takes seconds: only once the paths are known to be right
+
+    def work(source: Path, target: Path) -> dict[str, Any]:
+        found = _upscale_image(model, source, target, arguments, truths)
+        called = {'input': names.get(source, str(source)), 'output': names.get(target, str(target))}
+        if found['lost']:
+            tqdm.write(f'mssr: {called["output"]}: not kept: {"; ".join(found["lost"])}', file=sys.stderr)
+        return {**called, **found}
+
+    records, failures = _each(jobs, work, arguments.debug)
+    for path, name in names.items():
+        failures = [failure.replace(str(path), name) for failure in failures]
+    _report(model, records, failures, arguments.json)
+    return 1 if failures else 0
+
+
+def _load(arguments: argparse.Namespace) -> ScalableModel:
+    """The model at the level and on the device that the arguments ask for; its file is closed."""
     from mssr_basicsr import ScalableModel
-    from mssr_basicsr.scalable.images import check_writable, read_image, write_image
-    from mssr_basicsr.scalable.metrics import check_truth, metrics
 
     device = _device(arguments.device)
     engine = arguments.engine if device.startswith('cpu') else 'torch'
     with ScalableModel(arguments.file, arguments.level, max_bytes=arguments.budget, engine=engine) as model:
         model.network.to(device)
-        header, level, upscaler = model.header, model.level, model.upscaler
         largest = min(model.file.available())
-    if level == largest and arguments.level is None:
-        say_where_it_ends(arguments.file, level)
-    tiles = functools.partial(tqdm, unit='tile', leave=False, disable=None, file=sys.stderr)
+    if model.level == largest and arguments.level is None:
+        say_where_it_ends(arguments.file, model.level)
+    return model
 
-    def upscale(source: Path, target: Path) -> dict[str, Any]:
-        picture = read_image(source)
-        truth = None if arguments.gt is None else read_image(_truth(arguments.gt, truths, source)).pixels
-        height, width = (side * header.scale for side in picture.pixels.shape[:2])
-        check_writable(target, height, width)
-        if truth is not None:
-            check_truth(truth, (height, width, *picture.pixels.shape[2:]), header.scale)
-        result = upscaler.upscale(picture.pixels, arguments.tile, bgr=True, progress=tiles)
-        lost = picture.lost + write_image(target, result, picture.icc)
-        if lost:
-            tqdm.write(f'mssr: {names.get(target, target)}: not kept: {"; ".join(lost)}', file=sys.stderr)
-        record: dict[str, Any] = {
-            'input': names.get(source, str(source)),
-            'output': names.get(target, str(target)),
-            'lost': lost,
-        }
-        if truth is not None:
-            record.update(metrics(result, truth, header.scale))
-        return record
 
-    records, failures = _each(jobs, upscale, arguments)
-    for path, name in names.items():
-        failures = [failure.replace(str(path), name) for failure in failures]
+def _upscale_image(
+    model: ScalableModel, source: Path, target: Path, arguments: argparse.Namespace, truths: Mapping[str, Path]
+) -> dict[str, Any]:
+    """Upscale one image; returns what the output file lost and, with ground truth, the metrics.
+
+    All that can be wrong with the files is found before the network runs.
+    """
+    from tqdm import tqdm
+
+    from mssr_basicsr.scalable.images import check_writable, read_image, write_image
+    from mssr_basicsr.scalable.metrics import check_truth, metrics
+
+    picture, scale = read_image(source), model.header.scale
+    truth = None if arguments.gt is None else read_image(_truth(arguments.gt, truths, source)).pixels
+    height, width = (side * scale for side in picture.pixels.shape[:2])
+    check_writable(target, height, width)
+    if truth is not None:
+        check_truth(truth, (height, width, *picture.pixels.shape[2:]), scale)
+    progress = functools.partial(tqdm, unit='tile', leave=False, disable=None, file=sys.stderr)
+    result = model.upscaler.upscale(picture.pixels, arguments.tile, bgr=True, progress=progress)
+    lost = picture.lost + write_image(target, result, picture.icc)
+    return {'lost': lost, **({} if truth is None else metrics(result, truth, scale))}
+
+
+def _report(model: ScalableModel, records: list[dict[str, Any]], failures: list[str], json: bool) -> None:
+    """Print what was done, for people or as JSON, and a line for each failure."""
     measured = [record for record in records if 'psnr' in record]
     means = {key: sum(one[key] for one in measured) / len(measured) for key in ('psnr', 'ssim') if measured}
-    parameters, read = header.num_parameters(level), header.section(level).end
-    if arguments.json:
+    level = model.level
+    parameters, read = model.header.num_parameters(level), model.header.section(level).end
+    if json:
         found = {'level': level, 'parameters': parameters, 'bytes_read': read, 'images': records, 'mean': means}
         print(as_json({**found, 'failures': failures}))
     else:
-        count = f'{len(records)} of {len(jobs)} images upscaled'
+        count = f'{len(records)} of {len(records) + len(failures)} images upscaled'
         print(f'level {level}: {parameters:,} parameters, {read:,} bytes read; {count}')
         if means:
             print(f'PSNR {means["psnr"]:.4f} dB, SSIM {means["ssim"]:.4f} on Y of {len(measured)} images')
     for failure in failures:
         print(f'mssr: error: {failure}', file=sys.stderr)
-    return 1 if failures else 0
 
 
 def _each(
-    jobs: Sequence[tuple[Path, Path]], work: Callable[[Path, Path], dict[str, Any]], arguments: argparse.Namespace
+    jobs: Sequence[tuple[Path, Path]], work: Callable[[Path, Path], dict[str, Any]], debug: bool
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The result of ``work`` for each image, and a line for each that fails, which does not stop the others."""
     from tqdm import tqdm
@@ -182,7 +204,7 @@ def _each(
                 try:
                     records.append(work(source, target))
                 except Exception as error:  # whatever OpenCV or torch raises of this image
-                    if arguments.debug:
+                    if debug:
                         traceback.print_exc()
                     failures.append(_named(source, error))
                 bar.update()
