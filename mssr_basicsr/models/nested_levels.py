@@ -25,6 +25,7 @@ from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint
 from mssr_basicsr.foundation.checks import OptionError, read_options
 from mssr_basicsr.foundation.json_text import as_json
 from mssr_basicsr.foundation.saving import saved_whole, write_whole
+from mssr_basicsr.foundation.unchanged import unchanged
 from mssr_basicsr.models.precision import computing
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class NestedLevels(Base):
         """
         name, levels = dataloader.dataset.opt['name'], self.levels_to_validate()
         self._pictures = {}
-        with self._training_left_as_it_was(), computing([self.result], self.device, self._val_precision):
+        with self._validating(), computing([self.result], self.device, self._val_precision):
             for level in levels:
                 self.set_level(level)
                 with self._reported_apart(dataloader.dataset.opt, level, len(levels) > 1):
@@ -115,24 +116,19 @@ class NestedLevels(Base):
         wait_for_all()
 
     @contextmanager
-    def _training_left_as_it_was(self) -> Iterator[None]:
-        """While the context is open, ``net_g`` is the :attr:`result`, without a DDP wrapper.
+    def _validating(self) -> Iterator[None]:
+        """While the context is open, ``net_g`` is the :attr:`result`, without a DDP wrapper; then all is as before.
 
         Some of BasicSR's model classes, such as VideoRecurrentModel, validate ``net_g`` even if there is an EMA. With a
-        DDP wrapper, one rank would wait for the others. The weights come back as well,
-        since some networks, such as SPAN, change theirs in eval mode.
+        DDP wrapper, one rank would wait for the others.
         """
-        state, level, trained, result = random_state(), self.network.level, self.net_g, self.result
-        weights = {name: tensor.clone() for name, tensor in result.backbone.state_dict().items()}
-        modes = [(net, net.training) for net in (trained, result)]
-        self.net_g = result
+        state, level, trained = random_state(), self.network.level, self.net_g
+        self.net_g = self.result
         try:
-            yield
+            with unchanged(self.result):  # not every model class puts it back into train mode
+                yield
         finally:
             self.net_g = trained
-            for net, training in modes:
-                net.train(training)  # not every model class does
-            result.backbone.load_state_dict(weights)  # last, since some networks change their weights in train(), too
             self.set_level(level)
             set_random_state(state)
 

@@ -18,8 +18,7 @@ by looking for a series of blocks of the same class. If something cannot be foun
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from mssr_basicsr.foundation.checks import OptionError, first_line
+from mssr_basicsr.foundation.unchanged import unchanged
 
 FromOptions = Callable[[Mapping[str, Any]], int]
 Rename = Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor]]
@@ -106,7 +106,10 @@ def find_image_spec(network: nn.Module, options: Mapping[str, Any]) -> ImageSpec
     all_channels = _CHANNELS if known.channels is None else (known.channels(options),)
     multiples = _MULTIPLES if known.multiple is None else (known.multiple(options),)
     refused = ''
-    with _undisturbed(network):
+    weight = reference_tensor(network)
+    random_state_kept = torch.random.fork_rng([weight.device] if weight.is_cuda else [])
+    with unchanged(network), random_state_kept, torch.no_grad():
+        network.eval()
         for channels in all_channels:
             for multiple in multiples:
                 # The two have no common divisor, so that ``multiple`` is the largest number of which both sides are
@@ -159,31 +162,6 @@ def _scale(shape: tuple[int, ...], given: Any) -> int | None:
         return None
     scale: int = given.shape[2] // shape[2]
     return scale if scale and given.shape[2:] == (scale * shape[2], scale * shape[3]) else None
-
-
-@contextmanager
-def _undisturbed(network: nn.Module) -> Iterator[None]:
-    """While the context is open, ``network`` is in eval mode; running it has no lasting effect.
-
-    Some networks change their weights when they enter eval mode, or in it. What else they note of that, such as that
-    they are merged, or the size of the mask in a buffer, is put back together with these.
-    """
-    before = [(module, module.training, dict(vars(module)), dict(module._buffers)) for module in network.modules()]
-    tensors = [(tensor, tensor.detach().clone()) for tensor in (*network.parameters(), *network.buffers())]
-    weight = reference_tensor(network)
-    with torch.random.fork_rng([weight.device] if weight.is_cuda else []), torch.no_grad():
-        try:
-            network.eval()
-            yield
-        finally:
-            for module, mode, attributes, buffers in before:
-                vars(module).update(attributes)
-                module.training = mode  # which a scripted module does not have among them
-                for name, buffer in buffers.items():  # in whose place there may be another tensor
-                    setattr(module, name, buffer)
-            for tensor, values in tensors:
-                if not torch.equal(tensor, values):  # what is written to counts as changed
-                    tensor.copy_(values)
 
 
 # ------------------------------ names in other tools ------------------------------ #

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Union
 
@@ -13,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from mssr_basicsr.foundation.unchanged import attributes_kept
 from mssr_basicsr.sparse import library
 from mssr_basicsr.sparse.library import CONVOLUTION, NEAREST, NONE, RELU, SLOPE, SUM
 
@@ -90,19 +90,6 @@ class _Tracer(fx.Tracer):
         return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
 
 
-@contextmanager
-def _attributes_kept(network: nn.Module) -> Iterator[None]:
-    """Networks may assign attributes in their forward: to a trace these would be symbols, and stay."""
-    before = {module: dict(module.__dict__) for module in network.modules()}
-    try:
-        yield
-    finally:
-        for module, attributes in before.items():
-            for name in module.__dict__.keys() - attributes.keys():
-                del module.__dict__[name]
-            module.__dict__.update(attributes)
-
-
 def trace(network: nn.Module) -> fx.GraphModule | None:
     """The network's graph, or None if it cannot be traced: its forward depends on values or shapes, takes more than the
     image, or modifies in place what is read again. One thread may trace at a time; others may run networks meanwhile.
@@ -111,9 +98,9 @@ def trace(network: nn.Module) -> fx.GraphModule | None:
     # An accelerated network has its class's own forward under this name.
     tracer.traced_func_name = 'plain_forward' if hasattr(type(network), 'plain_forward') else 'forward'
     try:
-        with _attributes_kept(network):
+        with attributes_kept(network):
             # The graph module copies attributes: as they were before the trace, and the constants that it added.
-            with _attributes_kept(network):
+            with attributes_kept(network):
                 graph = tracer.trace(network)
                 constants = {key: v for key, v in network.__dict__.items() if key.startswith('_tensor_constant')}
             network.__dict__.update(constants)
