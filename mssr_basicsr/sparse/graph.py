@@ -143,8 +143,11 @@ def plan(traced: fx.GraphModule, runs_sparse: RunsSparse) -> list[Part]:
     return _in_segments(waiting)
 
 
+# What a node may call: functions, and methods of a tensor as '.name'.
 _ADD = (operator.add, operator.iadd, torch.add, '.add', '.add_')
 _SUBTRACT = (operator.sub, operator.isub, torch.sub)
+_MULTIPLY = (operator.mul, operator.imul, torch.mul)
+_DIVIDE = (operator.truediv, operator.itruediv, torch.div)
 
 
 def _is_shift(traced: fx.GraphModule, node: fx.Node) -> bool:
@@ -166,59 +169,82 @@ def _is_shift(traced: fx.GraphModule, node: fx.Node) -> bool:
 
 def _step(traced: fx.GraphModule, node: fx.Node, steps: dict[str, Step], runs_sparse: RunsSparse) -> Step | None:
     """The node as a step of its own, or None if the kernel does not have it."""
-    module = traced.get_submodule(str(node.target)) if node.op == 'call_module' else None
-    target = node.target if node.op == 'call_function' else f'.{node.target}' if node.op == 'call_method' else module
-    arguments = [a for a in node.args if isinstance(a, fx.Node)]
-    name = node.name
-    # Of torch's own functions, such as F.relu, torch.fx shows all arguments, defaults included.
-    given = {key: value for key, value in node.kwargs.items() if value is not None and value is not False}
-    if given and target not in (torch.cat, F.interpolate):  # such as torch.div's rounding_mode
-        return None
-    if isinstance(module, nn.Conv2d):
-        return Step(CONVOLUTION, name, (arguments[0].name,), module) if runs_sparse(module) else None
-    if target in (operator.mul, operator.imul, torch.mul) and len(arguments) == 1:
-        number = next(argument for argument in node.args if not isinstance(argument, fx.Node))
-        if isinstance(number, (int, float)) and arguments[0].name in steps:
-            return Step(SUM, name, (arguments[0].name,), scale=float(number))
-        return None
-    if target in (operator.truediv, operator.itruediv, torch.div) and len(arguments) == 1 and len(node.args) == 2:
-        divisor = node.args[1]
-        if isinstance(divisor, (int, float)) and divisor and arguments[0].name in steps:
-            return Step(SUM, name, (arguments[0].name,), scale=1 / divisor)
-        return None
-    if target in (*_ADD, *_SUBTRACT) and len(node.args) == len(arguments) == 2 and _is_shift(traced, arguments[1]):
-        if arguments[0].name in steps or arguments[0].op == 'placeholder':
-            sign = -1 if target in _SUBTRACT else 1
-            return Step(SUM, name, (arguments[0].name,), shift=arguments[1].name, sign=sign)
-        return None
+    target = _target(traced, node)
     if target is torch.cat:
-        parts, axis = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get('dim', 0)
-        inputs = [part.name for part in parts if isinstance(part, fx.Node)] if isinstance(parts, (list, tuple)) else []
-        known = axis == 1 and 0 < len(inputs) <= library.MAX_INPUTS
-        read_by_convolutions = all(
-            user.op == 'call_module' and runs_sparse(traced.get_submodule(str(user.target))) for user in node.users
-        )
-        return Step(SUM, name, tuple(inputs)) if known and read_by_convolutions else None
-    if target is F.interpolate and len(arguments) == len(node.args) == 1:
-        options = {'mode': 'nearest', **given}
-        factor = options.pop('scale_factor', None)
-        known = arguments[0].name in steps or arguments[0].op == 'placeholder'
-        if known and options == {'mode': 'nearest'} and factor in (2, 3, 4):
-            return Step(NEAREST, name, (arguments[0].name,), factor=int(factor))  # type: ignore[arg-type]
+        return _concatenation(traced, node, runs_sparse)
+    arguments = [argument for argument in node.args if isinstance(argument, fx.Node)]
+    # torch.fx lists all keyword arguments of torch's own functions, such as F.relu, even those at their defaults.
+    options = {key: value for key, value in node.kwargs.items() if value is not None and value is not False}
+    if not arguments or (options and target is not F.interpolate):  # such as torch.div's rounding_mode
         return None
-    if not arguments or any(argument.name not in steps for argument in arguments):
+    if isinstance(target, nn.Conv2d):
+        return Step(CONVOLUTION, node.name, (arguments[0].name,), target) if runs_sparse(target) else None
+    if arguments[0].name in steps or arguments[0].op == 'placeholder':
+        if target is F.interpolate:
+            return _upsampling(node, options)
+        if target in (*_ADD, *_SUBTRACT) and len(node.args) == len(arguments) == 2 and _is_shift(traced, arguments[1]):
+            sign = -1 if target in _SUBTRACT else 1
+            return Step(SUM, node.name, (arguments[0].name,), shift=arguments[1].name, sign=sign)
+    if any(argument.name not in steps for argument in arguments):
         return None
+    return _pointwise(node, target, arguments, steps)
+
+
+def _target(traced: fx.GraphModule, node: fx.Node) -> Any:
+    """What the node calls: a module, a function, or a method of a tensor as ``'.name'``."""
+    if node.op == 'call_module':
+        return traced.get_submodule(str(node.target))
+    return f'.{node.target}' if node.op == 'call_method' else node.target
+
+
+def _concatenation(traced: fx.GraphModule, node: fx.Node, runs_sparse: RunsSparse) -> Step | None:
+    """Channels one after the other, where only convolutions of the kernel read them: these take several inputs."""
+    parts, axis = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get('dim', 0)
+    names = [part.name for part in parts if isinstance(part, fx.Node)] if isinstance(parts, (list, tuple)) else []
+    read_by_convolutions = all(
+        user.op == 'call_module' and runs_sparse(traced.get_submodule(str(user.target))) for user in node.users
+    )
+    if axis != 1 or not 0 < len(names) <= library.MAX_INPUTS or not read_by_convolutions:
+        return None
+    return Step(SUM, node.name, tuple(names))
+
+
+def _upsampling(node: fx.Node, options: dict[str, Any]) -> Step | None:
+    """Nearest-neighbour upsampling by a small integer."""
+    factor, mode = options.get('scale_factor'), options.get('mode', 'nearest')
+    if len(node.args) > 1 or factor not in (2, 3, 4) or mode != 'nearest' or options.keys() - {'scale_factor', 'mode'}:
+        return None
+    return Step(NEAREST, node.name, (node.all_input_nodes[0].name,), factor=int(factor))
+
+
+def _pointwise(node: fx.Node, target: Any, arguments: list[fx.Node], steps: dict[str, Step]) -> Step | None:
+    """A scaling, a sum of two images, an activation, or a pixel shuffle of what a convolution makes."""
     first = arguments[0].name
+    factor = _factor(node, target)
+    if factor is not None:
+        return Step(SUM, node.name, (first,), scale=factor)
     if target in _ADD and len(node.args) == len(arguments) == 2:
-        return Step(SUM, name, (arguments[1].name,), residual=first)
-    if isinstance(module, nn.ReLU) or target in (F.relu, torch.relu):
-        return Step(SUM, name, (first,), activation=RELU)
-    if isinstance(module, nn.LeakyReLU):
-        return Step(SUM, name, (first,), activation=SLOPE, slopes=module.negative_slope)
-    if isinstance(module, nn.PReLU):
-        return Step(SUM, name, (first,), activation=SLOPE, slopes=module)
-    if isinstance(module, nn.PixelShuffle) and steps[first].kind == CONVOLUTION and len(arguments[0].users) == 1:
-        return Step(SUM, name, (first,), factor=module.upscale_factor)
+        return Step(SUM, node.name, (arguments[1].name,), residual=first)
+    if isinstance(target, nn.ReLU) or target in (F.relu, torch.relu):
+        return Step(SUM, node.name, (first,), activation=RELU)
+    if isinstance(target, nn.LeakyReLU):
+        return Step(SUM, node.name, (first,), activation=SLOPE, slopes=target.negative_slope)
+    if isinstance(target, nn.PReLU):
+        return Step(SUM, node.name, (first,), activation=SLOPE, slopes=target)
+    if isinstance(target, nn.PixelShuffle) and steps[first].kind == CONVOLUTION and len(arguments[0].users) == 1:
+        return Step(SUM, node.name, (first,), factor=target.upscale_factor)
+    return None
+
+
+def _factor(node: fx.Node, target: Any) -> float | None:
+    """The number by which the node multiplies an image; None if it does something else."""
+    if target not in (*_MULTIPLY, *_DIVIDE) or len(node.args) != 2:
+        return None
+    left, right = node.args
+    if target in _MULTIPLY and isinstance(left, (int, float)):
+        return float(left)
+    if isinstance(right, (int, float)):
+        return float(right) if target in _MULTIPLY else 1 / right if right else None
     return None
 
 
