@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from mssr_basicsr.archs.recomputation import recomputed_within
 from mssr_basicsr.foundation.checks import OptionError, match_names
+from mssr_basicsr.foundation.patching import replaced
 
 
 def find_feature_taps(network: nn.Module, patterns: Sequence[str] | None = None, trunk: str | None = None) -> list[str]:
@@ -90,19 +91,6 @@ def features_of(outputs: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:
     return {tap: features for tap, (features,) in outputs.items()}
 
 
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While the context is open, ``module`` computes ``forward`` instead of its own."""
-    before = vars(module).get('forward')
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward  # what was assigned to the instance: the class's own is there again
-        if before is not None:
-            module.forward = before
-
-
 class ImageFinisher:
     """Finishes images from another network's features: the larger network's part in self-distillation.
 
@@ -121,7 +109,7 @@ class ImageFinisher:
     def __init__(self, network: nn.Module, taps: Sequence[str]) -> None:
         self.network = network
         self.taps = taps
-        self._replaced: dict[str, list[nn.Module]] | None = None
+        self._skipped: dict[str, list[nn.Module]] | None = None
         self._one_batch = False
 
     def finish(self, x: Tensor, features: Mapping[str, Tensor]) -> list[Tensor]:
@@ -130,22 +118,22 @@ class ImageFinisher:
         Gradients flow to ``features``, which are in the order of the taps.
         """
         self.try_out(x)
-        assert self._replaced is not None
+        assert self._skipped is not None
         if self._one_batch:
-            return list(self._run(x, features, self._replaced[next(iter(features))]).chunk(len(features)))
-        return [self._run(x, {tap: given}, self._replaced[tap]) for tap, given in features.items()]
+            return list(self._run(x, features, self._skipped[next(iter(features))]).chunk(len(features)))
+        return [self._run(x, {tap: given}, self._skipped[tap]) for tap, given in features.items()]
 
-    def _run(self, x: Tensor, features: Mapping[str, Tensor], replaced: Sequence[nn.Module]) -> Tensor:
-        """The images from all of ``features``, as one batch; the modules ``replaced``, before all taps, do not run."""
+    def _run(self, x: Tensor, features: Mapping[str, Tensor], skipped: Sequence[nn.Module]) -> Tensor:
+        """The images from all of ``features``, as one batch; the modules ``skipped``, before all taps, do not run."""
 
         @contextmanager
         def given() -> Iterator[None]:
             with ExitStack() as stack:
-                for module in replaced:
-                    stack.enter_context(forward_replaced(module, lambda features, *args, **kwargs: features))
+                for module in skipped:
+                    stack.enter_context(replaced(module, 'forward', lambda features, *args, **kwargs: features))
                 for i, (tap, output) in enumerate(features.items()):
                     module = self.network.get_submodule(tap)
-                    stack.enter_context(forward_replaced(module, _giving(output, module.forward if i else None)))
+                    stack.enter_context(replaced(module, 'forward', _giving(output, module.forward if i else None)))
                 yield
 
         with recomputed_within(given, self.network):
@@ -158,10 +146,10 @@ class ImageFinisher:
         In fp32, even where the network computes in bf16, since coarser rounding would hide it; without drawing from
         torch's random numbers, which a resumed run, in which this happens again, must find as they were.
         """
-        if self._replaced is not None:
+        if self._skipped is not None:
             return
         x = x[:1].float()
-        in_fp32 = forward_replaced(self.network, partial(type(self.network).forward, self.network))
+        in_fp32 = replaced(self.network, 'forward', partial(type(self.network).forward, self.network))
         generators = torch.random.fork_rng([] if x.device.type == 'cpu' else [x.device])
         with in_fp32, torch.autocast(x.device.type, enabled=False), generators:
             with record_outputs(self.network, self.taps) as outputs:
@@ -171,7 +159,7 @@ class ImageFinisher:
             features = features_of(outputs)
             before = {tap: self._before(tap) for tap in self.taps}
             skippable = {tap for tap in self.taps if self._gives(image, x, {tap: features[tap]}, before[tap])}
-            self._replaced = {tap: before[tap] if tap in skippable else [] for tap in self.taps}
+            self._skipped = {tap: before[tap] if tap in skippable else [] for tap in self.taps}
             in_one_row = len({tap.rpartition('.')[0] for tap in self.taps}) == 1 and len(skippable) == len(self.taps)
             self._one_batch = in_one_row and self._gives(image, x, features, before[self.taps[0]])
 
@@ -181,9 +169,9 @@ class ImageFinisher:
         siblings = list(self.network.get_submodule(row).named_children())
         return [module for _, module in siblings[: [name for name, _ in siblings].index(index)]]
 
-    def _gives(self, image: Tensor, x: Tensor, features: Mapping[str, Tensor], replaced: Sequence[nn.Module]) -> bool:
+    def _gives(self, image: Tensor, x: Tensor, features: Mapping[str, Tensor], skipped: Sequence[nn.Module]) -> bool:
         try:
-            images = self._run(x, features, replaced)
+            images = self._run(x, features, skipped)
         except (RuntimeError, TypeError):  # a module that does more than to pass its features on
             return False
         return all(torch.allclose(one, image, rtol=1e-4, atol=1e-5) for one in images.chunk(len(features)))

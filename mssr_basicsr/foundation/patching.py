@@ -25,10 +25,17 @@ def patch(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """While the context is open, ``owner.name`` is ``value``."""
-    original = getattr(owner, name)
+    """While the context is open, ``owner.name`` is ``value``.
+
+    If ``owner`` does not have the attribute itself, but from its class or a base class, it does not have it afterwards.
+    """
+    missing = object()
+    original = vars(owner).get(name, missing)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        if original is missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)

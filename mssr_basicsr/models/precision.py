@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mssr_basicsr.archs.feature_taps import forward_replaced
 from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.foundation.patching import replaced
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def computing(
         if precision != 'fp32' or channels_last:
             for network in networks:
                 forward = _forward_computing(network, device, precision, channels_last)
-                stack.enter_context(forward_replaced(network, forward))
+                stack.enter_context(replaced(network, 'forward', forward))
         yield
 
 
