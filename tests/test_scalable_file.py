@@ -548,7 +548,7 @@ def test_numbers_of_a_header_are_finite(number: str) -> None:
     sections = [file[section.start : section.end] for section in ScalableFile(io.BytesIO(file)).header.sections]
     for key in ('metrics', 'backbone', 'unknown'):
         text = json.dumps({**header_of(file), key: {'type': 'EDSR', '0': {'set': {'psnr': 'number'}}}})
-        with pytest.raises(ScalableFileError, match=f'header is not JSON .{number} is not a finite number'):
+        with pytest.raises(ScalableFileError, match=f'header: not JSON .{number} is not a finite number'):
             ScalableFile(io.BytesIO(join_file(compress_text(text.replace('"number"', number).encode()), sections)))
 
 

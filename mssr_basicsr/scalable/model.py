@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.scalable.building import build_for, check_network
-from mssr_basicsr.scalable.container import Header, ScalableFile, Source
+from mssr_basicsr.scalable.container import ScalableFile, Source
 from mssr_basicsr.scalable.errors import ScalableFileError
+from mssr_basicsr.scalable.header import Header
 from mssr_basicsr.scalable.placing import LevelledWeight
 from mssr_basicsr.scalable.sections import Delta, decode_section
 from mssr_basicsr.scalable.upscaling import Upscaler

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mssr_basicsr.scalable.architectures import check_scale
 from mssr_basicsr.scalable.building import build_backbone, computed_checksum
-from mssr_basicsr.scalable.container import WEIGHT_DTYPES, write_file
+from mssr_basicsr.scalable.container import write_file
 from mssr_basicsr.scalable.errors import ScalableFileError
+from mssr_basicsr.scalable.header import WEIGHT_DTYPES
 from mssr_basicsr.scalable.quantisation import quantise
 from mssr_basicsr.scalable.sections import encode_section
 from mssr_basicsr.scalable.values import DTYPE_NAMES, TORCH_DTYPES

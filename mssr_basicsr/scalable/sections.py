@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mssr_basicsr.scalable.container import Header, TensorInfo
 from mssr_basicsr.scalable.errors import ScalableFileError
 from mssr_basicsr.scalable.frames import compress_parts, decompress
+from mssr_basicsr.scalable.header import Header, TensorInfo
 from mssr_basicsr.scalable.positions import Choice, coding_order, decode_positions, encode_positions, most_bytes
 from mssr_basicsr.scalable.values import SCALE_DTYPE, TORCH_DTYPES, Planes, from_planes, split_planes, to_planes
 

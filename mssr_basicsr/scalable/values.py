@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mssr_basicsr.scalable.container import DTYPES
+from mssr_basicsr.scalable.header import DTYPES
 
 #: By their names in a file.
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, of_torch) for name, of_torch in DTYPES.items()}

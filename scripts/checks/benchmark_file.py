@@ -28,8 +28,9 @@ from basicsr.archs import build_network
 
 from mssr_basicsr.archs.mssr_arch import MSSR
 from mssr_basicsr.method.criteria import global_magnitude
-from mssr_basicsr.scalable.container import WEIGHT_DTYPES, ScalableFile
+from mssr_basicsr.scalable.container import ScalableFile
 from mssr_basicsr.scalable.extraction import FileTensors
+from mssr_basicsr.scalable.header import WEIGHT_DTYPES
 from mssr_basicsr.scalable.model import ScalableModel
 from mssr_basicsr.scalable.packing import pack
 from mssr_basicsr.sparse import ENGINES
