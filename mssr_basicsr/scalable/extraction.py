@@ -25,6 +25,9 @@ FORMATS = ('.pth', '.safetensors', '.mssr')
 class FileTensors(ScalableModel):
     """A :class:`ScalableModel` of only the tensors in the file: it grows and shrinks, but cannot run."""
 
+    def __init__(self, source: Source, level: int | None = None) -> None:
+        super().__init__(source, level, engine='torch')
+
     def _prepare_network(self, network: nn.Module | None) -> nn.Module:
         return tensors_of(self.header, self.file.size or self.header.section(self._level).end)
 
@@ -61,7 +64,7 @@ def level_state(source: Source, level: int | None = None) -> dict[str, Tensor]:
         MissingPackageError: the architecture computes buffers (attention masks), which are not in the file, and BasicSR
             is not installed.
     """
-    with _StateTensors(source, level, engine='torch') as model:
+    with _StateTensors(source, level) as model:
         return _detached(model)
 
 
@@ -92,10 +95,10 @@ def extract(
             smallest = file.header.smallest_level
             chosen = min(file.available(), default=smallest) if level is None else level
             data = file.read_prefix(chosen)
-        with FileTensors(io.BytesIO(data), chosen, engine='torch'):  # nothing corrupted is passed on
+        with FileTensors(io.BytesIO(data), chosen):  # nothing corrupted is passed on
             levels = range(chosen, smallest + 1)
     else:
-        with _StateTensors(source, level, engine='torch') as model:
+        with _StateTensors(source, level) as model:
             state = _detached(model)
             data = _checkpoint(for_spandrel(state, model.header.backbone) if spandrel else state, suffix)
             levels = range(model.level, model.level + 1)
@@ -126,7 +129,7 @@ def verify(source: Source) -> dict[str, Any]:
         ScalableFileError: something is corrupted, or the smallest level is missing. Of a stream that cannot seek, any
             missing level is an error, since its length, which would tell how far the file goes, is unknown.
     """
-    with FileTensors(source, engine='torch') as model:
+    with FileTensors(source) as model:
         file, level = model.file, model.level
         unusable = file.bytes_after(level)
     return {

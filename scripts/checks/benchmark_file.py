@@ -59,7 +59,7 @@ def newly_pruned(backbone: dict[str, Any]) -> MSSR:
 
 
 def of_file(path: Path) -> MSSR:
-    with FileTensors(path, engine='torch') as model:
+    with FileTensors(path) as model:
         header = model.header
         if header.dtype != 'F32':
             raise ValueError(f'{path}: found values of {header.dtype}; allowed: F32')
