@@ -65,7 +65,8 @@ class ForwardStage(LevelwiseTraining):
 
     def scheduled_trainings(self) -> Sequence[LevelTraining]:
         """All, but with ``rewind: none``, which keeps the last learning rate, only the first."""
-        return self.plan.trainings[: 1 if self.options.rewind == 'none' else None]
+        trainings = self.plan.trainings
+        return trainings[:1] if self.options.rewind == 'none' else trainings
 
     def _require_dense(self, path: str) -> None:
         """Raise OptionError if a forward stage has pruned the network in ``path`` since its level 0 ended."""
@@ -146,7 +147,7 @@ class ForwardStage(LevelwiseTraining):
     def restart_training(self, training: LevelTraining) -> None:
         last_rates = [[group['lr'] for group in optimizer.param_groups] for optimizer in self.optimizers]
         super().restart_training(training)
-        if self.options.rewind == 'none' and training != self.plan.first:
+        if self._continues(training):
             self.schedulers.clear()
             for optimizer, rates in zip(self.optimizers, last_rates):
                 for group, rate in zip(optimizer.param_groups, rates):
@@ -157,8 +158,11 @@ class ForwardStage(LevelwiseTraining):
     def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
         """As in both stages; with ``rewind: none`` the training goes on, so that only its first level warms up."""
         training, _ = self.plan.locate(current_iter)
-        goes_on = self.options.rewind == 'none' and training != self.plan.first
-        super().update_learning_rate(current_iter, -1 if goes_on else warmup_iter)
+        super().update_learning_rate(current_iter, -1 if self._continues(training) else warmup_iter)
+
+    def _continues(self, training: LevelTraining) -> bool:
+        """Whether ``training`` goes on with the last learning rate of the level before (``rewind: none``)."""
+        return self.options.rewind == 'none' and training != self.plan.first
 
     def optimize_parameters(self, current_iter: int) -> None:  # type: ignore[override]  # as SRModel's
         super().optimize_parameters(current_iter)
