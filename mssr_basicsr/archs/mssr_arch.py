@@ -324,7 +324,7 @@ class MSSR(nn.Module):
         if self._mask_is_current:
             return
         masks = mask_of(self.get_level_map(), self._level)
-        lacking = self.why_lacking(self._level, masks)
+        lacking = self.why_lacking(self._level)
         if lacking is not None:
             allowed = f'a level that the loaded MSSR checkpoint has, trained with this sparsity ({lacking})'
             raise OptionError('network_g.level', self._level, allowed)
@@ -333,8 +333,9 @@ class MSSR(nn.Module):
         self._masked_weights = None
         self._mask_is_current = True
 
-    def why_lacking(self, level: int, masks: Mapping[str, Tensor]) -> str | None:
-        """None if the masks of ``level`` have the sparsity asked for; otherwise what the level map has instead."""
+    def why_lacking(self, level: int) -> str | None:
+        """None if the level map has ``level`` at the sparsity asked for; otherwise what it has instead."""
+        masks = mask_of(self.get_level_map(), level)
         total = sum(mask.numel() for mask in masks.values())
         kept, expected = count(masks), num_kept(total, self.sparsity[level])
         if abs(kept - expected) <= max(1, 1e-3 * total):

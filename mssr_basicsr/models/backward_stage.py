@@ -49,7 +49,7 @@ class BackwardStage(LevelwiseTraining):
         network = self.network
         delta_sizes = [count(delta_of(network.get_level_map(), k)) for k in range(network.smallest_level + 1)]
         for level in range(1, network.smallest_level + 1):
-            lacking = network.why_lacking(level, mask_of(network.get_level_map(), level))
+            lacking = network.why_lacking(level)
             if lacking is not None:
                 if not any(delta_sizes[level - 1 : -1]):  # neither this level nor a smaller one has been made
                     done = f'this one has been pruned to level {level - 1} only'
