@@ -93,16 +93,20 @@ class BackwardStage(LevelwiseTraining):
 
     def freeze_weights(self, training: LevelTraining) -> FrozenWeights:
         """Only the delta trains."""
-        before = self.plan.before(training)
-        smaller = self.network.smallest_level if before is None else before.level
-        self._digests = {level: self._digest(level) for level in range(smaller, self.network.smallest_level + 1)}
-        delta = delta_of(self.network.get_level_map(), training.level, smaller)
+        delta = delta_of(self.network.get_level_map(), training.level, self._grown_from(training))
         return FrozenWeights(self.network.backbone, delta, others_train=False)
 
     def restart_training(self, training: LevelTraining) -> None:
         super().restart_training(training)
+        smaller = range(self._grown_from(training), self.network.smallest_level + 1)
+        self._digests = {level: self._digest(level) for level in smaller}
         if self.cri_ticket is not None:
             self._load_ticket(training.level)
+
+    def _grown_from(self, training: LevelTraining) -> int:
+        """The level that ``training`` grows into its own: that of the training before, at first the smallest."""
+        before = self.plan.before(training)
+        return self.network.smallest_level if before is None else before.level
 
     def check_result(self, training: LevelTraining) -> None:
         """Raise RuntimeError unless every smaller level is bit-identical to before this level's training."""

@@ -42,9 +42,7 @@ class PrivateOthers(BackwardStage):
         return [self.network.level]
 
     def freeze_weights(self, training: LevelTraining) -> FrozenWeights:
-        before = self.plan.before(training)
-        smaller = self.network.smallest_level if before is None else before.level
-        delta = delta_of(self.network.get_level_map(), training.level, smaller)
+        delta = delta_of(self.network.get_level_map(), training.level, self._grown_from(training))
         return FrozenWeights(self.network.backbone, delta, others_train=True)
 
     def check_result(self, training: LevelTraining) -> None:
@@ -71,12 +69,12 @@ class Joint(BackwardStage):
     def freeze_weights(self, training: LevelTraining) -> FrozenWeights:
         if training != self.plan.first:
             return super().freeze_weights(training)
-        self._digests: dict[int, str] = {}
         return FrozenWeights(self.network.backbone, {}, others_train=True)  # nothing is frozen
 
     def restart_training(self, training: LevelTraining) -> None:
         super().restart_training(training)
         if training == self.plan.first:
+            self._digests = {}
             self.optimizer_g.register_step_pre_hook(self._add_gradient_of_a_larger_level)
 
     def _add_gradient_of_a_larger_level(self, *_: Any) -> None:
