@@ -22,7 +22,7 @@ from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.losses.self_distillation import SelfDistillation
 from mssr_basicsr.losses.ssd_loss import SSDLoss
 from mssr_basicsr.method.level_map import mask_of, num_kept
-from mssr_basicsr.models.levelwise_training import frozen_copy
+from mssr_basicsr.models.distilling_model import frozen_copy
 
 backbones = pytest.mark.parametrize('backbone', BACKBONES.values(), ids=BACKBONES.keys())
 

@@ -31,9 +31,6 @@ class RunState:
     kept: list[dict[str, Any]]  #: of each rank, :func:`kept_between_iterations`
     version: int = VERSION
 
-    def entry(self) -> dict[str, Any]:
-        return dict(vars(self))
-
 
 def kept_between_iterations(model: Any) -> dict[str, Any]:
     """Real-ESRGAN's pool of training pairs, its tensors on the CPU, and what its shape depends on; empty without one.

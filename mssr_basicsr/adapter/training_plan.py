@@ -72,9 +72,6 @@ class TrainingPlan:
             require_int(f'logger.{key}', opt['logger'].get(key), 1)
         _check_schedule(train_opt['scheduler'], [training.num_iter for training in scheduled])
 
-    def __str__(self) -> str:
-        return ', '.join(f'{training.num_iter} iterations at level {training.level}' for training in self.trainings)
-
 
 def _check_schedule(scheduler: Mapping[str, Any], iterations: Sequence[int]) -> None:
     """Refuse a learning-rate schedule that ends before a level does; warn of one that is longer than any level.

@@ -18,10 +18,11 @@ from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.saving import write_whole
 from mssr_basicsr.method.frozen_weights import FrozenWeights
-from mssr_basicsr.method.level_map import count, delta_of, mask_of
+from mssr_basicsr.method.level_map import count, delta_of
 from mssr_basicsr.method.recovery import recover_weights
 from mssr_basicsr.method.schedules import LevelTraining, build_expansion
-from mssr_basicsr.models.levelwise_training import LevelwiseTraining, frozen_copy, start_from_ema
+from mssr_basicsr.models.distilling_model import frozen_copy
+from mssr_basicsr.models.levelwise_training import LevelwiseTraining, start_from_ema
 
 
 class BackwardStage(LevelwiseTraining):

@@ -25,7 +25,8 @@ from mssr_basicsr.method.frozen_weights import FrozenWeights
 from mssr_basicsr.method.level_map import mask_of
 from mssr_basicsr.method.rewinding import rewind_weights
 from mssr_basicsr.method.schedules import LevelTraining
-from mssr_basicsr.models.levelwise_training import LevelwiseTraining, frozen_copy, start_from_ema
+from mssr_basicsr.models.distilling_model import frozen_copy
+from mssr_basicsr.models.levelwise_training import LevelwiseTraining, start_from_ema
 
 
 class ForwardStage(LevelwiseTraining):

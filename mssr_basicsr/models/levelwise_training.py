@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Callable, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from basicsr.losses import build_loss
 from basicsr.utils import get_root_logger
-from basicsr.utils.registry import LOSS_REGISTRY
-from torch import Tensor, nn
+from torch import nn
 
 from mssr_basicsr.adapter.compat import NUM_BATCHES
 from mssr_basicsr.adapter.ranks import (
@@ -35,28 +32,19 @@ from mssr_basicsr.adapter.run_state import (
 from mssr_basicsr.adapter.stage_options import StageOptions
 from mssr_basicsr.adapter.training_plan import TrainingPlan
 from mssr_basicsr.foundation.buffers import saved_buffers
-from mssr_basicsr.foundation.bytecode import codes_in
 from mssr_basicsr.foundation.checkpoints import read_checkpoint
-from mssr_basicsr.foundation.checks import (
-    OptionError,
-    arguments_checked,
-    first_line,
-    known_as,
-    read_options,
-    require_type,
-)
+from mssr_basicsr.foundation.checks import OptionError, read_options
 from mssr_basicsr.foundation.patching import replaced
 from mssr_basicsr.foundation.saving import remove_leftovers, saved_whole
-from mssr_basicsr.losses.pixel_and_distillation_loss import PixelAndDistillationLoss
 from mssr_basicsr.method.frozen_weights import FrozenWeights
 from mssr_basicsr.method.schedules import LevelTraining
-from mssr_basicsr.models.nested_levels import NestedLevels
+from mssr_basicsr.models.distilling_model import DistillingModel
 from mssr_basicsr.models.precision import computing, lacks_bf16
 from mssr_basicsr.scalable.errors import ScalableFileError
 from mssr_basicsr.scalable.packing import level_metrics, pack
 
 
-class LevelwiseTraining(NestedLevels):
+class LevelwiseTraining(DistillingModel):
     """A mixin for any of BasicSR's model classes: it trains the levels of a plan one by one.
 
     Each level is trained as the YAML trains a network: optimizers, EMA and the learning-rate schedule restart, and so
@@ -68,7 +56,6 @@ class LevelwiseTraining(NestedLevels):
     options_class: ClassVar[type[StageOptions]] = StageOptions
     options: Any  #: an instance of :attr:`options_class`
     plan: TrainingPlan
-    _distillation_loss: PixelAndDistillationLoss | None = None  # with a distillation, what cri_pix is
     _untrained_at_first: list[str]
 
     # ------------------------------ what a stage says ------------------------------ #
@@ -96,10 +83,6 @@ class LevelwiseTraining(NestedLevels):
 
     def write_result(self) -> None:
         """After the last save: write the stage's product, if it is not a checkpoint."""
-
-    def networks_to_learn_from(self) -> list[nn.Module]:
-        """Frozen networks from which the training distils images or features."""
-        return []
 
     def extra_networks(self) -> dict[str, nn.Module]:
         """Networks that a resumed run needs, by their key in a checkpoint."""
@@ -200,24 +183,12 @@ class LevelwiseTraining(NestedLevels):
             stack.enter_context(computing(bare, self.device, options.precision))
             yield
 
-    @contextmanager
-    def distilling(self, current_iter: int) -> Iterator[None]:
-        """The context in which iteration ``current_iter`` runs; it keeps what distillation needs from it."""
-        yield
-
     def model_ema(self, decay: float = 0.999) -> None:
         """As in BasicSR, but buffers, which BasicSR leaves as before the training, are the network's."""
         super().model_ema(decay)
         ema = saved_buffers(self.net_g_ema.backbone)
         for name, buffer in saved_buffers(self.network.backbone).items():
             ema[name].copy_(buffer)
-
-    def reduce_loss_dict(self, loss_dict: dict[str, Tensor]) -> dict[str, float]:
-        """As in BasicSR, with the distillation term separate from the pixel loss."""
-        if self._distillation_loss is not None:
-            loss_dict = self._distillation_loss.split(loss_dict)
-        reduced: dict[str, float] = super().reduce_loss_dict(loss_dict)
-        return reduced
 
     # ------------------------------ before training ------------------------------ #
 
@@ -244,50 +215,6 @@ class LevelwiseTraining(NestedLevels):
         except ScalableFileError as error:
             allowed = f'one that a .mssr file can hold ({error})'
             raise OptionError('network_g.backbone', self.network.backbone_options, allowed) from error
-
-    def build_distillation_loss(self, key: str, found: Any) -> Any:
-        """The loss that ``train.<key>`` names, or None. Its default weight, if it has one, is the pixel loss's."""
-        if not found:
-            return None
-        require_type(f'train.{key}', found, LOSS_REGISTRY.keys(), 'the options of a loss, with its type')
-        pixel_opt, built = self._train_opt.get('pixel_opt') or {}, known_as(LOSS_REGISTRY, found['type'])
-        if 'loss_weight' in inspect.signature(built).parameters:
-            found = {'loss_weight': pixel_opt.get('loss_weight', 1.0), **found}
-        with arguments_checked(f'train.{key}', found, built):
-            return build_loss(found).to(self.device)
-
-    def distil_by(self, key: str, term: Callable[[Tensor, Tensor], Tensor | None]) -> None:
-        """Add the ``term`` that ``train.<key>`` asks for to the pixel loss; see :class:`PixelAndDistillationLoss`.
-
-        Raises:
-            OptionError: in the first iteration, if the term cannot be computed.
-        """
-
-        def tried_out(output: Tensor, gt: Tensor) -> Tensor | None:
-            try:
-                return term(output, gt)
-            except (RuntimeError, TypeError, ValueError) as error:
-                no_memory = isinstance(error, torch.cuda.OutOfMemoryError) or 'not enough memory' in str(error)
-                if loss.used or no_memory or isinstance(error, OptionError):
-                    raise
-                both = f'{self.base_name} and {type(self.network.backbone).__name__}'
-                allowed = f'nothing, since it cannot be computed with {both} ({first_line(error)})'
-                raise OptionError(f'train.{key}', self._train_opt[key], allowed) from error
-
-        loss = PixelAndDistillationLoss(getattr(self, 'cri_pix', None), key, tried_out)
-        self.cri_pix = self._distillation_loss = loss
-
-    def _require_distillation(self) -> None:
-        """Raise OptionError if the model class has not used ``cri_pix`` in an iteration and never names it."""
-        loss = self._distillation_loss
-        if loss is not None and not loss.used and not computes_pixel_loss(type(self)):
-            allowed = f'nothing with {self.base_name}, which computes its loss without cri_pix'
-            raise OptionError(f'train.{loss.option}', self._train_opt[loss.option], allowed)
-
-    def _report_no_distillation(self) -> None:
-        loss = self._distillation_loss
-        if loss is not None and not loss.used:
-            get_root_logger().warning(f'train.{loss.option} has had no effect: cri_pix has not been computed.')
 
     def _warn_of_unprunable(self) -> None:
         total = sum(parameter.numel() for parameter in self.network.backbone.parameters())
@@ -375,7 +302,7 @@ class LevelwiseTraining(NestedLevels):
             def save_with_entry(saved: Any, *args: Any, **kwargs: Any) -> None:
                 nonlocal entered
                 if isinstance(saved, dict) and 'iter' in saved:  # not what else the class may save here
-                    saved, entered = in_python_numbers({**saved, 'mssr': run_state.entry()}), True
+                    saved, entered = in_python_numbers({**saved, 'mssr': vars(run_state)}), True
                 save(saved, *args, **kwargs)
 
             with saved_whole(self.opt['path'], 'training_states'), replaced(torch, 'save', save_with_entry):
@@ -443,30 +370,6 @@ class LevelwiseTraining(NestedLevels):
         """As in :class:`NestedLevels`, with the stage's own, which should not change within a run."""
         own = {f'train.{name}': value for name, value in vars(self.options).items()}
         return deepcopy({**super().decisive_options(), **own})
-
-
-def computes_pixel_loss(model_class: type) -> bool:
-    """Whether the code that trains a model class, or that of the classes it extends there, names ``cri_pix``."""
-    for base in model_class.__mro__:
-        if base.__module__.startswith('mssr_basicsr.'):
-            continue
-        functions = {name: inspect.unwrap(f) for name, f in vars(base).items() if inspect.isfunction(f)}
-        codes = {name: f.__code__ for name, f in functions.items() if hasattr(f, '__code__')}
-        names = {name: {used for part in codes_in(code) for used in part.co_names} for name, code in codes.items()}
-        if any('cri_pix' in used for used in names.values()):
-            return True
-        if 'optimize_parameters' in names and 'super' not in names['optimize_parameters']:
-            return False
-    return False
-
-
-def frozen_copy(network: nn.Module) -> nn.Module:
-    """A copy that does not train, in eval mode, for another network to learn from."""
-    for module in network.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor) and not value.is_leaf:  # which deepcopy refuses, as weight_norm's, from which
-                setattr(module, name, value.detach())  # each forward pass computes the weight anew
-    return deepcopy(network).eval().requires_grad_(False)
 
 
 def start_from_ema(opt: dict[str, Any]) -> None:

@@ -1,0 +1,112 @@
+"""Distillation terms in the loss of any of BasicSR's model classes, for either stage."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, Callable
+
+import torch
+from basicsr.losses import build_loss
+from basicsr.utils import get_root_logger
+from basicsr.utils.registry import LOSS_REGISTRY
+from torch import Tensor, nn
+
+from mssr_basicsr.foundation.bytecode import codes_in
+from mssr_basicsr.foundation.checks import OptionError, arguments_checked, first_line, known_as, require_type
+from mssr_basicsr.losses.pixel_and_distillation_loss import PixelAndDistillationLoss
+from mssr_basicsr.models.nested_levels import NestedLevels
+
+
+class DistillingModel(NestedLevels):
+    """A mixin for any of BasicSR's model classes: one distillation term can be added to its pixel loss."""
+
+    _train_opt: dict[str, Any]  # the YAML's train section, as it was before BasicSR took anything out of it
+    _distillation_loss: PixelAndDistillationLoss | None = None  # with a distillation, what cri_pix is
+
+    def networks_to_learn_from(self) -> list[nn.Module]:
+        """Frozen networks from which the training distils images or features."""
+        return []
+
+    @contextmanager
+    def distilling(self, current_iter: int) -> Iterator[None]:
+        """The context in which iteration ``current_iter`` runs; it keeps what distillation needs from it."""
+        yield
+
+    def reduce_loss_dict(self, loss_dict: dict[str, Tensor]) -> dict[str, float]:
+        """As in BasicSR, with the distillation term separate from the pixel loss."""
+        if self._distillation_loss is not None:
+            loss_dict = self._distillation_loss.split(loss_dict)
+        reduced: dict[str, float] = super().reduce_loss_dict(loss_dict)
+        return reduced
+
+    def build_distillation_loss(self, key: str, found: Any) -> Any:
+        """The loss that ``train.<key>`` names, or None. Its default weight, if it has one, is the pixel loss's."""
+        if not found:
+            return None
+        require_type(f'train.{key}', found, LOSS_REGISTRY.keys(), 'the options of a loss, with its type')
+        pixel_opt, built = self._train_opt.get('pixel_opt') or {}, known_as(LOSS_REGISTRY, found['type'])
+        if 'loss_weight' in inspect.signature(built).parameters:
+            found = {'loss_weight': pixel_opt.get('loss_weight', 1.0), **found}
+        with arguments_checked(f'train.{key}', found, built):
+            return build_loss(found).to(self.device)
+
+    def distil_by(self, key: str, term: Callable[[Tensor, Tensor], Tensor | None]) -> None:
+        """Add the ``term`` that ``train.<key>`` asks for to the pixel loss; see :class:`PixelAndDistillationLoss`.
+
+        Raises:
+            OptionError: in the first iteration, if the term cannot be computed.
+        """
+
+        def tried_out(output: Tensor, gt: Tensor) -> Tensor | None:
+            try:
+                return term(output, gt)
+            except (RuntimeError, TypeError, ValueError) as error:
+                no_memory = isinstance(error, torch.cuda.OutOfMemoryError) or 'not enough memory' in str(error)
+                if loss.used or no_memory or isinstance(error, OptionError):
+                    raise
+                both = f'{self.base_name} and {type(self.network.backbone).__name__}'
+                allowed = f'nothing, since it cannot be computed with {both} ({first_line(error)})'
+                raise OptionError(f'train.{key}', self._train_opt[key], allowed) from error
+
+        loss = PixelAndDistillationLoss(getattr(self, 'cri_pix', None), key, tried_out)
+        self.cri_pix = self._distillation_loss = loss
+
+    def _require_distillation(self) -> None:
+        """Raise OptionError if the model class has not used ``cri_pix`` in an iteration and never names it."""
+        loss = self._distillation_loss
+        if loss is not None and not loss.used and not computes_pixel_loss(type(self)):
+            allowed = f'nothing with {self.base_name}, which computes its loss without cri_pix'
+            raise OptionError(f'train.{loss.option}', self._train_opt[loss.option], allowed)
+
+    def _report_no_distillation(self) -> None:
+        loss = self._distillation_loss
+        if loss is not None and not loss.used:
+            get_root_logger().warning(f'train.{loss.option} has had no effect: cri_pix has not been computed.')
+
+
+def computes_pixel_loss(model_class: type) -> bool:
+    """Whether the code that trains a model class, or that of the classes it extends there, names ``cri_pix``."""
+    for base in model_class.__mro__:
+        if base.__module__.startswith('mssr_basicsr.'):
+            continue
+        functions = {name: inspect.unwrap(f) for name, f in vars(base).items() if inspect.isfunction(f)}
+        codes = {name: f.__code__ for name, f in functions.items() if hasattr(f, '__code__')}
+        names = {name: {used for part in codes_in(code) for used in part.co_names} for name, code in codes.items()}
+        if any('cri_pix' in used for used in names.values()):
+            return True
+        if 'optimize_parameters' in names and 'super' not in names['optimize_parameters']:
+            return False
+    return False
+
+
+def frozen_copy(network: nn.Module) -> nn.Module:
+    """A copy that does not train, in eval mode, for another network to learn from."""
+    for module in network.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                # deepcopy refuses these, such as the weight that weight_norm computes anew in each forward pass.
+                setattr(module, name, value.detach())
+    return deepcopy(network).eval().requires_grad_(False)
