@@ -16,7 +16,7 @@
  * vectors at their offsets. Accumulators wait in the thread's memory from block to block.
  *
  * Threads are made for each call and end with it, so there is nothing global: calls may come from several threads and
- * after fork(). They take the tiles of a step one by one, and wait for each other after each step.
+ * after fork(). They take the tiles of a band one by one, and wait for each other after each band.
  */
 #include <pthread.h>
 #include <sched.h>
@@ -33,7 +33,7 @@
 #define TILE_VECTORS ((ROWS + 2) * TILE_WIDTH) /* of a channel of the input tile */
 #define ACCUMULATORS (ROWS * VECTORS)
 #define MAX_INPUTS 8
-#define ROW_GAP 5 /* else the rows of a tile would often be at the same places of the caches */
+#define ROW_GAP 5 /* otherwise the rows of a tile would often fall on the same places of the caches */
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
 #define EXPORT(name) __attribute__((visibility("default"))) PASTE(name, NAME)
@@ -65,16 +65,17 @@ struct operation {
     float scale;            /* after the activation */
 };
 
-struct step {
-    int32_t operation, first, last; /* rows; of the input for what upsamples */
+/* Rows first to last - 1 of an operation: of its output, or of its input if it upsamples. */
+struct band {
+    int32_t operation, first, last;
 };
 
 struct run {
     const struct operation *operations;
-    const struct step *steps;
-    int32_t num_steps, threads;
+    const struct band *bands;
+    int32_t num_bands, threads;
     size_t scratch; /* bytes */
-    atomic_int *next;   /* of each step: the first part that nobody has taken */
+    atomic_int *next;   /* of each band: the first part that nobody has taken */
     atomic_int ready, arrived, failed;
 };
 
@@ -97,7 +98,8 @@ static vec moved(vec from, int by)
     return to;
 }
 
-static vec existing(vec all, const struct value *value, int32_t j)
+/* The vector with the pixels beyond the image's width set to zero. */
+static vec inside(vec all, const struct value *value, int32_t j)
 {
     mask pixel;
     for (int l = 0; l < LANES; l++)
@@ -182,7 +184,7 @@ static void finish(const struct operation *op, int32_t channel, int32_t y, int32
             vec x = activated(op, channel, acc[r * VECTORS + v]) * op->scale;
             if (residual)
                 x += residual[at];
-            to[at] = padded ? existing(x, out, at) : x;
+            to[at] = padded ? inside(x, out, at) : x;
         }
     }
 }
@@ -206,7 +208,8 @@ static void convolve_tile(const struct operation *op, int32_t y, int32_t last, i
     }
 }
 
-static void other_row(const struct operation *op, int32_t y)
+/* One row of any operation but a convolution. */
+static void run_row(const struct operation *op, int32_t y)
 {
     const struct value *in = op->input[0], *out = op->output;
     int32_t f = op->factor;
@@ -239,7 +242,7 @@ static void other_row(const struct operation *op, int32_t y)
             vec *to = row_of(out, c, y);
             const vec *residual = op->residual ? row_of(op->residual, c, y) : NULL;
             for (int32_t j = 0; j < out->vectors; j++) {
-                vec x = op->bias ? existing(from[j] + op->bias[c], out, j) : from[j];
+                vec x = op->bias ? inside(from[j] + op->bias[c], out, j) : from[j];
                 x = activated(op, c, x) * op->scale;
                 to[j] = residual ? x + residual[j] : x;
             }
@@ -247,31 +250,31 @@ static void other_row(const struct operation *op, int32_t y)
     }
 }
 
-/* One thread's share of all steps. */
+/* One thread's share of all bands. */
 static void *work(void *argument)
 {
     struct run *run = argument;
     vec *scratch = aligned_alloc(64, run->scratch);
     if (!scratch)
-        atomic_store(&run->failed, 1); /* the call fails; the others wait for this thread at each step */
+        atomic_store(&run->failed, 1); /* the call fails; the others wait for this thread after each band */
     while (!atomic_load(&run->ready))
         sched_yield();
-    for (int32_t s = 0; s < run->num_steps; s++) {
-        const struct step *step = run->steps + s;
-        const struct operation *op = run->operations + step->operation;
+    for (int32_t b = 0; b < run->num_bands; b++) {
+        const struct band *band = run->bands + b;
+        const struct operation *op = run->operations + band->operation;
         int is_convolution = op->kind == CONVOLUTION;
         int32_t across = is_convolution ? (op->input[0]->vectors + VECTORS - 1) / VECTORS : 1;
         int32_t height = is_convolution ? ROWS : 1;
-        int32_t parts = across * ((step->last - step->first + height - 1) / height);
-        for (int32_t p; scratch && (p = atomic_fetch_add(run->next + s, 1)) < parts;) {
-            int32_t y = step->first + p / across * height;
+        int32_t parts = across * ((band->last - band->first + height - 1) / height);
+        for (int32_t p; scratch && (p = atomic_fetch_add(run->next + b, 1)) < parts;) {
+            int32_t y = band->first + p / across * height;
             if (is_convolution)
-                convolve_tile(op, y, step->last, p % across * VECTORS, scratch);
+                convolve_tile(op, y, band->last, p % across * VECTORS, scratch);
             else
-                other_row(op, y);
+                run_row(op, y);
         }
         atomic_fetch_add(&run->arrived, 1);
-        for (int spins = 0; atomic_load(&run->arrived) < (s + 1) * run->threads; spins++)
+        for (int spins = 0; atomic_load(&run->arrived) < (b + 1) * run->threads; spins++)
             if (spins > 2000)
                 sched_yield();
     }
@@ -279,11 +282,11 @@ static void *work(void *argument)
     return NULL;
 }
 
-/* Runs the steps in their order, on this thread and threads - 1 others. Returns 0, or 1 if memory runs out. */
-int EXPORT(mssr_run_)(const struct operation *operations, int32_t num_operations, const struct step *steps,
-                      int32_t num_steps, int32_t threads)
+/* Runs the bands in their order, on this thread and threads - 1 others. Returns 0, or 1 if memory runs out. */
+int EXPORT(mssr_run_)(const struct operation *operations, int32_t num_operations, const struct band *bands,
+                      int32_t num_bands, int32_t threads)
 {
-    struct run run = {.operations = operations, .steps = steps, .num_steps = num_steps, .threads = 1};
+    struct run run = {.operations = operations, .bands = bands, .num_bands = num_bands, .threads = 1};
     for (int32_t i = 0; i < num_operations; i++) {
         const struct operation *op = operations + i;
         if (op->kind == CONVOLUTION) {
@@ -293,7 +296,7 @@ int EXPORT(mssr_run_)(const struct operation *operations, int32_t num_operations
         }
     }
     run.scratch = (run.scratch + 64) / 64 * 64;
-    run.next = calloc((size_t)num_steps + 1, sizeof *run.next);
+    run.next = calloc((size_t)num_bands + 1, sizeof *run.next);
     pthread_t *others = malloc((size_t)threads * sizeof *others);
     if (!run.next || !others) {
         free(run.next);

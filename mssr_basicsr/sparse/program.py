@@ -16,7 +16,7 @@ from mssr_basicsr.sparse.layers import Kept, SparseConv2d
 from mssr_basicsr.sparse.library import CONVOLUTION, PACK, SLOPE, UNPACK, Kernel, Operation, Value, kernel
 
 Shape = tuple[int, int, int]  # channels, height, width
-_PARTS = 8  # of a step, at least: what several threads share
+_PARTS = 8  # of a band, at least: what several threads share
 
 
 class Program:
@@ -80,39 +80,29 @@ class Program:
             for name in op.reads:
                 readers[name].append(i)
         self.rows = dict.fromkeys(self.shapes, 1)
-        steps = []
+        bands = []
         heights = [self.shapes[op.inputs[0] if op.inputs else op.output][1] for op in operations]
         lowest = min(heights)
         across = -(-min(self._vectors.values()) // self._kernel.vectors)
-        band = self._kernel.rows * max(1, -(-_PARTS // across))
-        bands = [-(-band * height // lowest) for height in heights]
+        rows = self._kernel.rows * max(1, -(-_PARTS // across))
+        rows_of_bands = [-(-rows * height // lowest) for height in heights]
         while any(at < height for at, height in zip(used, heights)):
             for i, op in enumerate(operations):
                 height = heights[i]
                 if used[i] == height:
                     continue
-                last = min(used[i] + bands[i], height)
-                for name in op.inputs:
-                    there = done[name]
-                    last = min(last, there if there == height else there - _halo(op))
-                if op.residual is not None:
-                    last = min(last, done[op.residual] // op.factor)
+                last = min(used[i] + rows_of_bands[i], _rows_ready(op, height, done))
                 if last <= used[i]:
                     continue
-                steps.append((i, used[i], last))
+                bands.append((i, used[i], last))
                 if op.output:
                     done[op.output] = last * op.factor
-                    needed = [
-                        (used[r] - _halo(operations[r]))
-                        if op.output in operations[r].inputs
-                        else used[r] * operations[r].factor
-                        for r in readers[op.output]
-                    ]
+                    needed = [_first_needed(operations[r], op.output, used[r]) for r in readers[op.output]]
                     if needed:
                         span = done[op.output] - max(0, min(needed))
                         self.rows[op.output] = max(self.rows[op.output], span)
                 used[i] = last
-        self._steps = np.array(steps, np.int32)
+        self._bands = np.array(bands, np.int32)
 
     def _build(self, operations: list[Step]) -> None:
         """The arrays that kernel.c reads."""
@@ -188,7 +178,7 @@ class Program:
         for op, y in zip(self._array[len(self._array) - len(outputs) :], outputs):
             op.image = y.data_ptr()
         status = self._kernel.run(
-            ctypes.addressof(self._array), len(self._array), self._steps.ctypes.data, len(self._steps), threads
+            ctypes.addressof(self._array), len(self._array), self._bands.ctypes.data, len(self._bands), threads
         )
         if status:
             raise MemoryError('the sparse runtime ran out of memory')
@@ -198,6 +188,19 @@ class Program:
 def _halo(op: Step) -> int:
     """Rows below that a row of the operation looks at: 3x3 kernels, and 1x1 for simplicity."""
     return 1 if op.kind == CONVOLUTION else 0
+
+
+def _rows_ready(op: Step, height: int, done: Mapping[str, int]) -> int:
+    """How many of its ``height`` rows the operation can compute, if ``done`` rows of each value are there."""
+    ready = height
+    for name in op.inputs:
+        ready = min(ready, height if done[name] == height else done[name] - _halo(op))
+    return ready if op.residual is None else min(ready, done[op.residual] // op.factor)
+
+
+def _first_needed(op: Step, name: str, used: int) -> int:
+    """The first row of ``name`` that the operation, which is through with ``used`` rows of its input, still reads."""
+    return used - _halo(op) if name in op.inputs else used * op.factor
 
 
 def _slopes(op: Step, channels: int) -> npt.NDArray[Any]:

@@ -73,8 +73,8 @@ static double check_one(void)
          .activation = SLOPE, .factor = 1, .scale = 0.5f},
         {.kind = UNPACK, .inputs = 1, .input = {&out}, .image = result, .factor = 1},
     };
-    struct step steps[3] = {{0, 0, h}, {1, 0, h}, {2, 0, h}};
-    if (mssr_run_checked(operations, 3, steps, 3, 1 + below(3)))
+    struct band bands[3] = {{0, 0, h}, {1, 0, h}, {2, 0, h}};
+    if (mssr_run_checked(operations, 3, bands, 3, 1 + below(3)))
         exit(2);
     double error = 0, largest = 1e-3;
     for (int32_t c = 0; c < co; c++)
