@@ -35,7 +35,8 @@ import numpy as np
 from basicsr.utils.lmdb_util import LmdbMaker
 from tqdm import tqdm
 
-from mssr_basicsr.scalable.images import list_images, read_eight_bits, resize_bicubic, skipped
+from mssr_basicsr.scalable.evaluation import resize_bicubic
+from mssr_basicsr.scalable.images import list_images, read_eight_bits, skipped
 
 PNG_LEVEL = 1  # BasicSR's default: higher ones decode no faster
 

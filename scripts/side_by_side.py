@@ -21,7 +21,7 @@ import cv2
 from mssr_basicsr import ScalableModel
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.saving import require_output
-from mssr_basicsr.scalable.images import resize_bicubic, validation_pairs
+from mssr_basicsr.scalable.evaluation import resize_bicubic, validation_pairs
 from mssr_basicsr.scalable.metrics import metrics
 from mssr_basicsr.scalable.plotting import figure_format, new_figure, save_figure
 

@@ -20,7 +20,7 @@ from basicsr.utils import bgr2ycbcr, img2tensor, tensor2img
 from conftest import TOY_EDSR, Run, load
 
 from mssr_basicsr.foundation.checks import OptionError
-from mssr_basicsr.scalable.images import resize_bicubic, validation_pairs
+from mssr_basicsr.scalable.evaluation import resize_bicubic, validation_pairs
 from mssr_basicsr.scalable.metrics import metrics, published_metrics
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / 'data'

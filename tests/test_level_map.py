@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from mssr_basicsr.foundation.buffers import buffer_tree
 from mssr_basicsr.method.criteria import CRITERION_REGISTRY
 from mssr_basicsr.method.frozen_weights import FrozenWeights
-from mssr_basicsr.method.level_map import buffer_tree, count, delta_of, mask_of, num_kept, prune
+from mssr_basicsr.method.level_map import count, delta_of, mask_of, num_kept, prune
 
 
 def test_a_level_map_by_hand() -> None:

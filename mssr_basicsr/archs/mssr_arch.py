@@ -19,6 +19,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from mssr_basicsr.archs.feature_taps import find_feature_taps
 from mssr_basicsr.archs.recomputation import recomputed_within
+from mssr_basicsr.foundation.buffers import buffer_tree
 from mssr_basicsr.foundation.checkpoints import CheckpointError
 from mssr_basicsr.foundation.checks import (
     OptionError,
@@ -31,7 +32,7 @@ from mssr_basicsr.foundation.checks import (
 )
 from mssr_basicsr.method import MAX_LEVELS
 from mssr_basicsr.method.criteria import Criterion, scores_of
-from mssr_basicsr.method.level_map import LevelMap, buffer_tree, count, mask_of, num_kept, prune
+from mssr_basicsr.method.level_map import LevelMap, count, mask_of, num_kept, prune
 from mssr_basicsr.scalable.architectures import known_of
 from mssr_basicsr.scalable.building import without_weight_files
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mssr_basicsr.foundation.json_text import as_json
+from mssr_basicsr.foundation.tables import table_with_metrics
 
 HELP = 'metadata and the table of levels: parameters, bytes, PSNR'
 EXAMPLES = ('mssr info net_g.mssr',)
@@ -35,8 +37,6 @@ def describe(path: Path) -> dict[str, Any]:
 
 def as_text(found: dict[str, Any]) -> str:
     """What :func:`describe` found, for people."""
-    from mssr_basicsr.scalable.description import level_table
-
     options = ', '.join(f'{key}={value}' for key, value in found['backbone'].items() if key != 'type')
     size, whole = found['file_bytes'], f'{found["whole_bytes"]:,}'
     if size is None:
@@ -51,3 +51,19 @@ def as_text(found: dict[str, Any]) -> str:
         level_table(found['levels']),
     ]
     return '\n'.join(lines)
+
+
+def level_table(levels: Sequence[Mapping[str, Any]]) -> str:
+    """The ``levels`` of :meth:`ScalableFile.describe` as text, with a column for each metric of each validation set."""
+    head = ['level', 'sparsity (prunable)', 'parameters', 'bytes', 'cumulative']
+    cells = [
+        [
+            f'{row["level"]}{"" if row["present"] else " (not there)"}',
+            f'{row["sparsity"]:.2%}',
+            f'{row["parameters"]:,}',
+            f'{row["bytes"]:,}',
+            f'{row["cumulative_bytes"]:,}',
+        ]
+        for row in levels
+    ]
+    return table_with_metrics(head, cells, levels)

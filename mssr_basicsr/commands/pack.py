@@ -64,11 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
     from mssr_basicsr.foundation.on_demand import require_basicsr
 
     require_basicsr('to read a checkpoint of MSSR')
-    from mssr_basicsr import ScalableModel, load_checkpoint, pack
+    from mssr_basicsr import load_checkpoint, pack
     from mssr_basicsr.adapter.records import RECORDS
     from mssr_basicsr.foundation.saving import require_output, write_whole
-    from mssr_basicsr.scalable.evaluation import evaluate_on
-    from mssr_basicsr.scalable.images import list_images, skipped, validation_pairs
+    from mssr_basicsr.scalable.evaluation import validation_pairs
+    from mssr_basicsr.scalable.images import list_images, skipped
 
     metadata = dict(arguments.metadata)
     if len(metadata) < len(arguments.metadata):

@@ -11,37 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 LevelMap = Mapping[str, Tensor]
-
-
-class BufferTree(nn.Module):
-    """The root of a :func:`buffer_tree`; its repr is one line instead of a long list of empty modules."""
-
-    def __repr__(self) -> str:
-        return f'BufferTree of {sum(buffer.numel() for buffer in self.buffers()):,} elements'
-
-
-def buffer_tree(tensors: Mapping[str, Tensor], persistent: bool = True) -> BufferTree:
-    """A module whose buffers (or parameters) are the values of ``tensors``, with its keys as their dotted names.
-
-    This lets tensors that belong to weights move with a network: to a device, into a state dict
-    (``level_map.body.0.conv1.weight``) and back.
-    """
-    root = BufferTree()
-    for name, tensor in tensors.items():
-        *path, leaf = name.split('.')
-        node: nn.Module = root
-        for part in path:
-            if part not in node._modules:
-                node.add_module(part, nn.Module())
-            node = node.get_submodule(part)
-        if isinstance(tensor, nn.Parameter):
-            node.register_parameter(leaf, tensor)
-        else:
-            node.register_buffer(leaf, tensor, persistent)
-    return root
 
 
 def num_kept(total: int, sparsity: float) -> int:

@@ -14,9 +14,9 @@ import xxhash
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mssr_basicsr.foundation.buffers import buffer_tree
 from mssr_basicsr.foundation.checks import known_as
 from mssr_basicsr.foundation.on_demand import require_basicsr
-from mssr_basicsr.method.level_map import buffer_tree
 from mssr_basicsr.scalable.errors import ScalableFileError
 from mssr_basicsr.scalable.header import Header
 from mssr_basicsr.scalable.values import DTYPE_NAMES, TORCH_DTYPES

@@ -25,9 +25,7 @@ import PIL.Image
 import tifffile
 from PIL import ImageCms, features
 
-from mssr_basicsr.foundation.on_demand import require_basicsr
 from mssr_basicsr.foundation.saving import write_whole
-from mssr_basicsr.scalable.metrics import smallest_side
 from mssr_basicsr.scalable.pixels import Image, as_colours, to_depth, white, without_alpha
 
 PIL.Image.init()  # lets Pillow find out which formats it was built with
@@ -468,49 +466,3 @@ def _encode_deep_png(image: Image, icc: bytes | None) -> bytes:
         chunk = b'iCCP' + b'ICC profile\0\0' + zlib.compress(icc)
         data = data[:33] + struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk)) + data[33:]
     return data
-
-
-# ------------------------------ pairs to evaluate on ------------------------------ #
-
-
-def resize_bicubic(image: Image, factor: float) -> Image:
-    """A uint8 image resized with BasicSR's ``imresize`` (MATLAB's bicubic) and rounded to uint8."""
-    require_basicsr('to resize as MATLAB does')
-    from basicsr.utils.matlab_functions import imresize
-
-    resized: Image = (imresize(image / 255.0, factor) * 255.0).round().clip(0, 255).astype(np.uint8)
-    return resized
-
-
-def validation_pairs(
-    gt: str | os.PathLike[str], lq: str | os.PathLike[str] | None, scale: int
-) -> Iterator[tuple[Image, Image]]:
-    """For each image in the folder ``gt``: (LR, ground truth cropped to a multiple of the scale), both grey or BGR.
-
-    The LR image is the one with the same name in ``lq``, or made by :func:`resize_bicubic`.
-
-    Raises:
-        ValueError: an image cannot be read or is too small to be compared, or an LR image is missing, or does not fit
-            its ground truth; the text names the file, or both.
-    """
-    least = -(-smallest_side(scale) // scale) * scale
-    for file in list_images(gt)[0]:
-        truth = read_eight_bits(file)
-        if min(truth.shape[:2]) < least:
-            found = f'{truth.shape[1]}x{truth.shape[0]}'
-            raise ValueError(f'{file}: found {found} pixels; allowed: at least {least} per side, to be compared')
-        height, width = (size - size % scale for size in truth.shape[:2])
-        truth = truth[:height, :width]
-        if lq is None:
-            yield resize_bicubic(truth, 1 / scale), truth
-            continue
-        lr_file = Path(lq, file.name)
-        if not lr_file.is_file():
-            raise ValueError(f'{lr_file}: the LR image of {file} is missing')
-        small = read_eight_bits(lr_file)
-        if truth.ndim > small.ndim:
-            raise ValueError(f'{lr_file}: found a grey image; allowed: a colour one, like {file}')
-        if small.shape[:2] != (height // scale, width // scale):
-            found, allowed = f'{small.shape[1]}x{small.shape[0]}', f'{width // scale}x{height // scale}'
-            raise ValueError(f'{lr_file}: found {found} pixels; allowed: {allowed}, like {file} / {scale}')
-        yield small if small.ndim == truth.ndim else small[..., 0], truth

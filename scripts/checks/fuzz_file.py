@@ -30,8 +30,8 @@ import zstandard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mssr_basicsr.archs.mssr_arch import MSSR
+from mssr_basicsr.commands.info import level_table
 from mssr_basicsr.scalable.container import _PREAMBLE, ScalableFile, join_file
-from mssr_basicsr.scalable.description import level_table
 from mssr_basicsr.scalable.errors import ScalableFileError
 from mssr_basicsr.scalable.frames import compress_parts, compress_text, decompress
 from mssr_basicsr.scalable.model import ScalableModel

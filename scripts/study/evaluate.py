@@ -20,7 +20,7 @@ from study import RESULTS, read_results
 
 from mssr_basicsr import ScalableModel
 from mssr_basicsr.foundation.saving import write_whole
-from mssr_basicsr.scalable.images import resize_bicubic, validation_pairs
+from mssr_basicsr.scalable.evaluation import resize_bicubic, validation_pairs
 from mssr_basicsr.scalable.metrics import published_metrics
 
 
