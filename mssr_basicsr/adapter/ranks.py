@@ -11,6 +11,8 @@ from basicsr.utils.dist_util import get_dist_info
 from torch import Tensor
 from torch import distributed as dist
 
+from mssr_basicsr.foundation.checkpoints import non_finite
+
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """A SHA-256, in hex, of names, dtypes, shapes and all bits of the values: equal if and only if they are."""
@@ -56,18 +58,18 @@ def wait_for_all() -> None:
 
 def require_finite(tensors: Mapping[str, Tensor], when: str) -> None:
     """Raise FloatingPointError on every rank if a value on any of them is NaN or infinite; it names the tensor."""
-    found = gather([name for name, tensor in tensors.items() if not tensor.isfinite().all()])
+    found = gather(non_finite(tensors))
     for rank, names in enumerate(found):
         if names:
             where = f' on rank {rank}' if len(found) > 1 else ''
             raise FloatingPointError(f'{when}: {names[0]} is not finite{where}; the training has diverged')
 
 
-def require_agreement(tensors: Mapping[str, Tensor], what: str) -> None:
+def require_agreement(tensors: Mapping[str, Tensor], when: str) -> None:
     """Raise RuntimeError on every rank unless all ranks hold the same ``tensors``, bit for bit."""
     if get_dist_info()[1] == 1:
         return
     digests = gather(digest(tensors))
     different = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if different:
-        raise RuntimeError(f'{what}: ranks {different} differ from rank 0; stopping before anything else is written')
+        raise RuntimeError(f'{when}: ranks {different} differ from rank 0; stopping before anything else is written')

@@ -5,7 +5,7 @@ BasicSR's own options and those of the base model class are unaffected.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,16 +27,8 @@ def _first_level(name: str, found: Any) -> int:
     return require_int(name, found, 0, 1)
 
 
-def _criterion(name: str, found: Any) -> str:
-    return require_one_of(name, found, CRITERION_REGISTRY)
-
-
-def _rewind(name: str, found: Any) -> str:
-    return require_one_of(name, found, ('weights', 'lr', 'none'))
-
-
-def _recover(name: str, found: Any) -> str:
-    return require_one_of(name, found, RECOVERY_STARTS)
+def _one_of(allowed: Iterable[str]) -> Callable[[str, Any], str]:
+    return lambda name, found: require_one_of(name, found, allowed)
 
 
 @dataclass(frozen=True)
@@ -78,14 +70,14 @@ class ForwardOptions(StageOptions):
     )
     criterion: str = option(
         'Which weights are pruned: global_magnitude, layer_magnitude, lamp, random, or one of your own.',
-        _criterion,
+        _one_of(CRITERION_REGISTRY),
         'global_magnitude',
     )
     rewind: str = option(
         'What happens to the weights that survive pruning: weights sets them to the rewind point (the paper); lr keeps '
         'them and restarts the learning-rate schedule (Renda et al. 2020); none keeps them and continues with the last '
         'learning rate of the first trained level (fine-tuning).',
-        _rewind,
+        _one_of(('weights', 'lr', 'none')),
         'weights',
     )
     rewind_iter: int | None = option(
@@ -108,7 +100,7 @@ class BackwardOptions(StageOptions):
     recover: str = option(
         'What recovered weights start from: ticket (the value that a weight was pruned with), rewind (its value at the '
         'rewind point) or zero.',
-        _recover,
+        _one_of(RECOVERY_STARTS),
         'ticket',
     )
     ticket_opt: Any = option(

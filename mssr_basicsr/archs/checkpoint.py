@@ -10,7 +10,13 @@ from typing import Any
 from mssr_basicsr.adapter.option_files import read_yaml
 from mssr_basicsr.adapter.records import LAST_CHECKPOINT, RECORDS
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain, require_levels, require_nested
-from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
+from mssr_basicsr.foundation.checkpoints import (
+    CheckpointError,
+    non_finite,
+    read_checkpoint,
+    require_same_entries,
+    state_dict_of,
+)
 from mssr_basicsr.foundation.checks import OptionError, first_line, require_int
 from mssr_basicsr.scalable.architectures import check_scale
 from mssr_basicsr.scalable.building import without_weight_files
@@ -52,9 +58,9 @@ def load_checkpoint(
         require_same_entries(state, network.state_dict())
         require_levels(state, network.smallest_level)
         network.load_state_dict(state)
-        for name, parameter in network.backbone.named_parameters():
-            if not parameter.isfinite().all():
-                raise CheckpointError(f'{name} in it is not finite (NaN or infinity)')
+        bad = non_finite(dict(network.backbone.named_parameters()))
+        if bad:
+            raise CheckpointError(f'{bad[0]} in it is not finite (NaN or infinity)')
     except CheckpointError as error:
         raise CheckpointError(f'{checkpoint}: {error}') from error
     scale = check_scale(network.backbone, network.backbone_options, scale)

@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from mssr_basicsr.commands import info
 from mssr_basicsr.foundation.checks import OptionError, require_folder
 from mssr_basicsr.foundation.json_text import as_json
 
+if TYPE_CHECKING:
+    from mssr_basicsr.scalable.pixels import Image
+
 HELP = 'turn a checkpoint into a .mssr file'
 EXAMPLES = ('mssr pack net_g_latest.pth --opt backward.yml -o net_g.mssr --dtype int8 --gt Set5/ --gt Set14/',)
 
+_Metrics = dict[str, dict[str, dict[str, float]]]  # by level, validation set and metric
 _DTYPES = {'fp32': 'F32', 'fp16': 'F16', 'bf16': 'BF16', 'int8': 'I8'}
 
 
@@ -89,20 +95,12 @@ def run(arguments: argparse.Namespace) -> int:
     if dtype != 'F32':
         metrics = {}  # they are of the exact values
     data = pack(network, scale, metrics, dtype, metadata)
-    changes: dict[str, dict[str, dict[str, float]]] = {}  # what rounding does: by level, set and metric
-    exact = pack(network, scale) if sets and dtype != 'F32' else None
-    for name in sets:
-        measured = evaluate_on(pairs[name], ScalableModel(io.BytesIO(data)))
-        of_exact = evaluate_on(pairs[name], ScalableModel(io.BytesIO(exact))) if exact else {}
+    changes: _Metrics = {}
+    if pairs:
+        exact = None if dtype == 'F32' else pack(network, scale)
+        measured, changes = _measure(pairs, data, exact, dtype, sys.stderr if arguments.json else sys.stdout)
         for level, values in measured.items():
-            metrics.setdefault(level, {})[name] = values
-            said = f'level {level}: PSNR {values["psnr"]:.4f} dB on {name}'
-            if of_exact:
-                change = {key: _difference(value, of_exact[level][key]) for key, value in values.items()}
-                changes.setdefault(level, {})[name] = change
-                said += f' as {dtype}, {change["psnr"]:+.4f} dB compared with F32'
-            print(said, file=sys.stderr if arguments.json else sys.stdout)
-    if sets:
+            metrics.setdefault(level, {}).update(values)
         data = pack(network, scale, metrics, dtype, metadata)
     write_whole(output, data)
     found = info.describe(output)
@@ -110,6 +108,33 @@ def run(arguments: argparse.Namespace) -> int:
         found['levels'][int(level)]['compared_with_F32'] = change_by_set
     print(as_json(found) if arguments.json else info.as_text(found))
     return 0
+
+
+def _measure(
+    pairs: Mapping[str, Sequence[tuple[Image, Image]]], data: bytes, exact: bytes | None, dtype: str, out: TextIO
+) -> tuple[_Metrics, _Metrics]:
+    """Measure every level of the file ``data``, with values of ``dtype``, and print each result to ``out``.
+
+    Returns:
+        The metrics, and how they differ from those of the file ``exact``, if there is one.
+    """
+    from mssr_basicsr import ScalableModel
+    from mssr_basicsr.scalable.evaluation import evaluate_on
+
+    metrics: _Metrics = {}
+    changes: _Metrics = {}
+    for name, images in pairs.items():
+        measured = evaluate_on(images, ScalableModel(io.BytesIO(data)))
+        of_exact = {} if exact is None else evaluate_on(images, ScalableModel(io.BytesIO(exact)))
+        for level, values in measured.items():
+            metrics.setdefault(level, {})[name] = values
+            said = f'level {level}: PSNR {values["psnr"]:.4f} dB on {name}'
+            if of_exact:
+                change = {key: _difference(value, of_exact[level][key]) for key, value in values.items()}
+                changes.setdefault(level, {})[name] = change
+                said += f' as {dtype}, {change["psnr"]:+.4f} dB compared with F32'
+            print(said, file=out)
+    return metrics, changes
 
 
 def _validation_sets(gt: list[Path], lq: list[Path]) -> dict[str, tuple[Path, Path | None]]:

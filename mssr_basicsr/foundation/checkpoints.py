@@ -71,10 +71,16 @@ def _is_state_dict(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(name, str) and isinstance(t, Tensor) for name, t in value.items())
 
 
+def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the ``tensors`` in which a value is NaN or infinite."""
+    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+
+
 def require_same_entries(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless ``state`` has the ``expected`` names and shapes."""
-    missing, unknown = ([n for n in one if n not in other] for one, other in ((expected, state), (state, expected)))
-    reshaped = [n for n in expected if n in state and state[n].shape != expected[n].shape]
+    missing = [name for name in expected if name not in state]
+    unknown = [name for name in state if name not in expected]
+    reshaped = [name for name in expected if name in state and state[name].shape != expected[name].shape]
     faults = []
     if missing:
         faults.append(f'{len(missing)} tensors are missing, such as {missing[0]}')

@@ -82,7 +82,8 @@ class ForwardStage(LevelwiseTraining):
     def init_training_settings(self) -> None:
         super().init_training_settings()
         self.rewind_point = frozen_copy(self.network.backbone)
-        self.self_distillation, self._tried_out = self._build_self_distillation(), False
+        self.self_distillation = self._build_self_distillation()
+        self._tried_out = False
         if self.self_distillation is not None:
             self.distil_by('ssd_opt', self._ssd_term)
 
