@@ -36,7 +36,7 @@ from basicsr.utils.lmdb_util import LmdbMaker
 from tqdm import tqdm
 
 from mssr_basicsr.scalable.evaluation import resize_bicubic
-from mssr_basicsr.scalable.images import list_images, read_eight_bits, skipped
+from mssr_basicsr.scalable.images import list_images, read_eight_bits, skipped_message
 
 PNG_LEVEL = 1  # BasicSR's default: higher ones decode no faster
 
@@ -106,7 +106,7 @@ def _list_images(source: Path) -> list[Path]:
     except ValueError as error:
         raise DataError(str(error)) from error
     if others:
-        print(f'prepare_data: {skipped(source, others)}', file=sys.stderr)
+        print(f'prepare_data: {skipped_message(source, others)}', file=sys.stderr)
     bad = []
     count = Counter(p.stem for p in paths)
     for path in paths:

@@ -144,7 +144,7 @@ def test_layers_that_run_again_without_their_masks_are_refused(kind: Any, monkey
         "network_g.backbone: found 'Checkpointing'; allowed: a network whose layers run in its forward pass, and again "
         'only by torch.utils.checkpoint without contexts of its own.'
     )
-    with network.run_as_a_whole(), pytest.raises(OptionError) as error:
+    with network.refuse_unmasked_layers(), pytest.raises(OptionError) as error:
         network(torch.rand(1, 3, 16, 16).requires_grad_()).sum().backward()
     assert str(error.value) == expected
 

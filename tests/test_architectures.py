@@ -96,7 +96,7 @@ def test_registered_facts_match_what_is_detected(name: str, monkeypatch: pytest.
 def test_trunks() -> None:
     taps = {name: find_feature_taps(build_network(deepcopy(options))) for name, options in BACKBONES.items()}
     for name, options in BACKBONES.items():
-        trunk = architectures.known_of(name).trunk
+        trunk = architectures.facts_about(name).trunk
         assert find_feature_taps(build_network(deepcopy(options)), trunk=trunk) == taps[name]
     assert find_feature_taps(Grey(), trunk='blocks') == ['blocks.0', 'blocks.1']
 

@@ -22,7 +22,7 @@ from conftest import HANGING, network
 from mssr_basicsr import pack
 from mssr_basicsr.commands.batch import plan_batch
 from mssr_basicsr.commands.main import main
-from mssr_basicsr.scalable.images import skipped
+from mssr_basicsr.scalable.images import skipped_message
 
 # A Python that hears Ctrl-C, which a background job and all that it starts ignore, and the end of the terminal, which
 # nohup lets them ignore; and then becomes another command.
@@ -90,7 +90,7 @@ def test_pipes_are_not_read_but_links_to_files_are(here: Path) -> None:
     batch = plan_batch(Path('in'), 'out')
     assert batch.jobs == [(Path('in/a.png'), Path('out/a.png'))]
     assert batch.passed_over == [Path('in/p.png'), Path('in/q.png')]
-    assert skipped('in', batch.passed_over).endswith(': p.png (no regular file), q.png (no regular file)')
+    assert skipped_message('in', batch.passed_over).endswith(': p.png (no regular file), q.png (no regular file)')
 
 
 def test_names_that_differ_only_in_the_extension_keep_it(here: Path) -> None:

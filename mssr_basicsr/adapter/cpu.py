@@ -104,7 +104,7 @@ def classes_on_cpu(get: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     found = get(*args, **kwargs)
     for owner in found.__mro__ if isinstance(found, type) else ():
-        if owner not in (BaseModel, torch.nn.Module):  # which do as they are told
+        if owner not in (BaseModel, torch.nn.Module):  # these use the device that they are given
             for name, method in list(vars(owner).items()):
                 if isinstance(method, FunctionType) and _names_cuda(method):
                     patch(owner, name, method_on_cpu)
@@ -138,6 +138,8 @@ def _names_cuda(function: FunctionType) -> bool:
 
 
 class _CUDAMeansCPU(TorchFunctionMode):
+    """While it is entered, ``.cuda()`` and every argument that names a CUDA device mean the CPU."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.device and sys._getframe(1).f_globals['__name__'].partition('.')[0] == 'torch':
             # By this torch finds the module torch.cuda, which it keeps for the whole process.

@@ -14,7 +14,11 @@ _INIT, _GETITEM = '__init__', '__getitem__'
 
 
 class UnreadableImageError(ValueError):
-    """The text names the files. A loader's worker sends the type and the text alone, of which this is made anew."""
+    """An image that cannot be read; the text names its files.
+
+    A data loader's worker sends only an exception's type and text, from which it is built anew: there is nothing else
+    in it.
+    """
 
 
 def datasets_name_files(get: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -66,7 +66,7 @@ def _options_of_pool(model: Any) -> dict[str, Any]:
 
 
 def in_python_numbers(state: Any) -> Any:
-    """``state`` with NumPy's numbers, as a scheduler may have, as Python's: torch reads no others back.
+    """``state`` with NumPy's numbers, which a scheduler may have, turned into Python's: torch loads no others.
 
     An array becomes a list, and stays one when the run is resumed.
     """

@@ -22,7 +22,7 @@ from basicsr.utils.registry import DATASET_REGISTRY, METRIC_REGISTRY
 from mssr_basicsr.adapter.compat import NUM_BATCHES
 from mssr_basicsr.adapter.stage_options import BackwardOptions, ForwardOptions, ValidationOptions
 from mssr_basicsr.foundation.bytecode import codes_in
-from mssr_basicsr.foundation.checks import OptionError, closest, known_as, without_suffix
+from mssr_basicsr.foundation.checks import OptionError, closest, find_registered, without_suffix
 
 # YAML reads 1e-4 as a string: a number with an exponent needs a point, 1.0e-4.
 _NUMBER = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+')
@@ -87,7 +87,7 @@ def report_unread_options(opt: Mapping[str, Any], model_type: str, base: type) -
     ]
     read_of_data = read | {NUM_BATCHES} | set(_strings_in_code(_modules(_DATA_PIPELINES)))
     for phase, data in (opt.get('datasets') or {}).items():
-        dataset = known_as(DATASET_REGISTRY, data.get('type'))
+        dataset = find_registered(DATASET_REGISTRY, data.get('type'))
         if inspect.isclass(dataset):
             unread += _unread(f'datasets.{phase}.', data, read_of_data | set(_strings_in_code(_modules_of(dataset))))
     for name, metric_opt in ((opt.get('val') or {}).get('metrics') or {}).items():
@@ -130,7 +130,7 @@ def _unread_by_metric(section: str, found: Any, of_model: Set[str]) -> Iterator[
     """
     if not isinstance(found, Mapping):
         raise OptionError(section[:-1], found, 'a mapping with the type and the options of a metric')
-    metric = known_as(METRIC_REGISTRY, found.get('type'))
+    metric = find_registered(METRIC_REGISTRY, found.get('type'))
     if metric is None:
         nearest = closest(str(found.get('type')), without_suffix(name for name, _ in METRIC_REGISTRY))
         if nearest is not None and found['type'] not in of_model:
@@ -172,7 +172,7 @@ def _strings_in_code(modules: Iterable[ModuleType]) -> Iterator[str]:
             if getattr(value, '__module__', None) == vars(module)['__name__']:
                 functions = vars(value).values() if inspect.isclass(value) else [value]
                 for function in functions:
-                    # Of what is no function itself: a property, a class or static method, a partial.
+                    # Properties, class and static methods and partials are not functions, but contain one.
                     inner = (getattr(function, name, None) for name in ('fget', '__func__', 'func'))
                     function = next((one for one in inner if one is not None), function)
                     code = getattr(inspect.unwrap(function) if callable(function) else function, '__code__', None)

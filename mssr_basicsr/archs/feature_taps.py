@@ -59,12 +59,16 @@ def _is_activation(layer: nn.Module) -> bool:
 def record_outputs(network: nn.Module, taps: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
     """While the context is open, keep what each of the ``taps`` returns, by its name and in the order of its runs.
 
-    Once what it gives is cleared, nothing is kept any more.
+    Once the caller has cleared the mapping, nothing more is kept.
     """
     outputs: dict[str, list[Any]] = {tap: [] for tap in taps}
 
     def hook_of(name: str) -> Any:
-        return lambda module, inputs, output: outputs[name].append(output) if name in outputs else None
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            if name in outputs:  # no longer, once the caller has cleared them
+                outputs[name].append(output)
+
+        return keep
 
     handles = [network.get_submodule(name).register_forward_hook(hook_of(name)) for name in taps]
     try:
@@ -170,9 +174,10 @@ class ImageFinisher:
         return [module for _, module in siblings[: [name for name, _ in siblings].index(index)]]
 
     def _gives(self, image: Tensor, x: Tensor, features: Mapping[str, Tensor], skipped: Sequence[nn.Module]) -> bool:
+        """Whether the network makes ``image`` of ``x`` if its taps return ``features`` and ``skipped`` do not run."""
         try:
             images = self._run(x, features, skipped)
-        except (RuntimeError, TypeError):  # a module that does more than to pass its features on
+        except (RuntimeError, TypeError):  # a module that does more than pass its features on
             return False
         return all(torch.allclose(one, image, rtol=1e-4, atol=1e-5) for one in images.chunk(len(features)))
 

@@ -1,4 +1,4 @@
-"""What a network is given in training: another one, from which it learns, is then given the same."""
+"""Recording a network's forward passes, so that the network from which it learns can be given the same inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ForwardPass:
     """The inputs of one forward pass, as the model class gave them: padded, or under torch's autocast."""
 
     inputs: tuple[Any, ...]
-    others: dict[str, Any]  #: inputs by keyword
+    keywords: dict[str, Any]  #: inputs by keyword
     device_type: str
     autocast: bool
 
@@ -27,7 +27,7 @@ class ForwardPass:
     def repeated_by(self, network: nn.Module) -> Any:
         """What ``network`` makes of the same inputs."""
         with self.precision():
-            return network(*self.inputs, **self.others)
+            return network(*self.inputs, **self.keywords)
 
 
 @contextmanager
@@ -35,9 +35,9 @@ def record_passes(network: nn.Module) -> Iterator[list[ForwardPass]]:
     """While the context is open, keep every forward pass of ``network``."""
     passes: list[ForwardPass] = []
 
-    def keep(network: nn.Module, inputs: tuple[Any, ...], others: dict[str, Any]) -> None:
+    def keep(network: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         device_type = next(network.parameters()).device.type
-        passes.append(ForwardPass(inputs, others, device_type, torch.is_autocast_enabled(device_type)))
+        passes.append(ForwardPass(inputs, keywords, device_type, torch.is_autocast_enabled(device_type)))
 
     handle = network.register_forward_pre_hook(keep, with_kwargs=True)
     try:

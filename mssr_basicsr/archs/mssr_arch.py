@@ -25,7 +25,7 @@ from mssr_basicsr.foundation.checks import (
     OptionError,
     arguments_checked,
     closest,
-    known_as,
+    find_registered,
     match_names,
     nearest_first,
     require_int,
@@ -33,7 +33,7 @@ from mssr_basicsr.foundation.checks import (
 from mssr_basicsr.method import MAX_LEVELS
 from mssr_basicsr.method.criteria import Criterion, scores_of
 from mssr_basicsr.method.level_map import LevelMap, count, mask_of, num_kept, prune
-from mssr_basicsr.scalable.architectures import known_of
+from mssr_basicsr.scalable.architectures import facts_about
 from mssr_basicsr.scalable.building import without_weight_files
 
 
@@ -162,7 +162,7 @@ class MSSR(nn.Module):
         self._level = require_int('network_g.level', level, 0, self.smallest_level)
         if not isinstance(backbone, Mapping) or 'type' not in backbone:
             raise OptionError('network_g.backbone', backbone, 'the options of an architecture, with its type')
-        architecture = known_as(ARCH_REGISTRY, backbone['type'])
+        architecture = find_registered(ARCH_REGISTRY, backbone['type'])
         if architecture is None:
             allowed = nearest_first(backbone['type'], [name for name, _ in ARCH_REGISTRY if name != 'MSSR'])
             allowed += '; others must be imported first: by their own train.py, or by mssr COMMAND --import MODULE'
@@ -174,7 +174,7 @@ class MSSR(nn.Module):
         self.prunable_names = find_prunable(
             self.backbone, ('*',) if prunable is None else prunable, () if unprunable is None else unprunable
         )
-        self.feature_taps = find_feature_taps(self.backbone, feature_taps, known_of(backbone['type']).trunk)
+        self.feature_taps = find_feature_taps(self.backbone, feature_taps, facts_about(backbone['type']).trunk)
         weights = self.prunable_weights()
         self.level_map = buffer_tree(self.whole_level_map())
         # Of the weights' dtype: a product with a bool tensor takes several times as long.
@@ -255,14 +255,14 @@ class MSSR(nn.Module):
             state[name][~mask] = 0
         return state
 
-    def forward(self, *inputs: Any, **others: Any) -> Any:
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """What the backbone makes of its inputs with the sub-network at the current level.
 
         Most take one tensor, (N, C, H, W), and return the upscaled images.
         """
         masked = {} if self._level == 0 else dict(zip(self.prunable_names, self._mask_weights()))
         with recomputed_within(lambda: self._with_weights(masked), self.backbone):
-            return self.backbone(*inputs, **others)
+            return self.backbone(*inputs, **keywords)
 
     @contextmanager
     def _with_weights(self, weights: dict[str, Tensor]) -> Iterator[None]:
@@ -274,8 +274,8 @@ class MSSR(nn.Module):
             self._num_running -= 1
 
     @contextmanager
-    def run_as_a_whole(self) -> Iterator[None]:
-        """While the context is open, the layers run only where their weights are masked.
+    def refuse_unmasked_layers(self) -> Iterator[None]:
+        """While the context is open, a prunable layer that runs with unmasked weights is an error.
 
         Raises:
             OptionError: when a prunable layer runs neither in a forward pass of this network nor again by

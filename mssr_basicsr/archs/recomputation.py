@@ -45,7 +45,10 @@ def recomputed_within(condition: Callable[[], AbstractContextManager[None]], net
 
 
 class _Repeatable(AbstractContextManager[None]):
-    """A context as often as needed: torch enters the same one each time, as for a second backward pass."""
+    """A context manager that can be entered repeatedly, as torch does for a second backward pass.
+
+    Each time it opens a new ``make()``.
+    """
 
     def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
         self._make = make
@@ -61,7 +64,7 @@ class _Repeatable(AbstractContextManager[None]):
 
 
 class _WithoutReentrance:
-    """While it is entered, in any thread, ``torch.utils.checkpoint`` has other defaults.
+    """While it is entered, in any thread, ``torch.utils.checkpoint`` has our defaults.
 
     They are changed, and not the function, because architectures have bound it by names of their own.
     """

@@ -20,6 +20,6 @@ def one_line(error: BaseException) -> str:
 
 
 def say_where_it_ends(file: str | os.PathLike[str], level: int) -> None:
-    """Warn that no level larger than ``level``, the one used for want of a choice, is in the file; not for level 0."""
+    """Warn that the file ends before any level larger than ``level``, which is used because none was asked for."""
     if level > 0:
         print(f'mssr: {os.fspath(file)} ends before level {level - 1} does: using level {level}', file=sys.stderr)

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     from mssr_basicsr.adapter.records import RECORDS
     from mssr_basicsr.foundation.saving import require_output, write_whole
     from mssr_basicsr.scalable.evaluation import validation_pairs
-    from mssr_basicsr.scalable.images import list_images, skipped
+    from mssr_basicsr.scalable.images import list_images, skipped_message
 
     metadata = dict(arguments.metadata)
     if len(metadata) < len(arguments.metadata):
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     for folder in arguments.gt:
         passed_over = list_images(folder)[1]
         if passed_over:
-            print(f'mssr: {skipped(folder, passed_over)}', file=sys.stderr)
+            print(f'mssr: {skipped_message(folder, passed_over)}', file=sys.stderr)
     network, scale, metrics = load_checkpoint(arguments.checkpoint, arguments.opt)
     pairs = {name: list(validation_pairs(gt, lq, scale)) for name, (gt, lq) in sets.items()}  # before any is upscaled
     dtype = _DTYPES[arguments.dtype]

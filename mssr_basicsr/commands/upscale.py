@@ -109,7 +109,7 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
     from tqdm import tqdm
 
     from mssr_basicsr.commands.batch import plan_batch
-    from mssr_basicsr.scalable.images import skipped
+    from mssr_basicsr.scalable.images import skipped_message
 
     if arguments.tile is not None:
         require_int('--tile', arguments.tile, 0)
@@ -117,7 +117,7 @@ def _upscale(arguments: argparse.Namespace, source: Path, output: str, names: Ma
     others = [arguments.file, *(arguments.gt.iterdir() if arguments.gt is not None else ())]
     jobs, passed_over = plan_batch(source, output, others)
     if passed_over:
-        print(f'mssr: {skipped(source, passed_over)}', file=sys.stderr)
+        print(f'mssr: {skipped_message(source, passed_over)}', file=sys.stderr)
     model = _load(arguments)  # imports torch, which takes seconds: only once the paths are known to be right
 
     def work(source: Path, target: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: the file is missing, truncated, damaged, not a checkpoint, or contains code.
     """
     try:
-        if zipfile.is_zipfile(path):  # of whose checksums torch takes no notice
+        if zipfile.is_zipfile(path):  # torch does not verify the checksums in it
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
@@ -49,9 +49,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def state_dict_of(checkpoint: Mapping[str, Any], key: str | None, if_bare: str = '') -> dict[str, Tensor]:
     """The network under ``key`` (BasicSR's ``param_key_g``), else under ``params``; CheckpointError if there is none.
 
-    Without a ``key`` the checkpoint is itself the state dict, as it is for BasicSR; ``if_bare`` says in the error of a
-    checkpoint that is one, although a ``key`` was given, what to do. The prefix of all names that a DDP wrapper adds is
-    removed.
+    Without a ``key`` the checkpoint is itself the state dict, as it is for BasicSR. If it is one although a ``key`` was
+    given, ``if_bare``, which says what to do, is appended to the error. The prefix that a DDP wrapper adds to all names
+    is removed.
     """
     if key is None:
         state: Any = checkpoint
@@ -64,7 +64,7 @@ def state_dict_of(checkpoint: Mapping[str, Any], key: str | None, if_bare: str =
         raise CheckpointError(f'it has no network under {key or "its root"} (it has {found or "nothing"})')
     if any(name.startswith(_OF_DDP) for name in state):
         return {name.removeprefix(_OF_DDP): tensor for name, tensor in state.items()}
-    return state  # type: ignore[no-any-return]  # as it is: torch keeps the format's version with it
+    return state  # type: ignore[no-any-return]  # itself, not a copy: torch keeps the format's version as an attribute of it
 
 
 def _is_state_dict(value: Any) -> bool:

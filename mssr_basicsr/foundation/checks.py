@@ -74,8 +74,8 @@ def nearest_first(found: Any, registered: Iterable[str]) -> str:
     return ', '.join(names) if nearest is None else f'{nearest}; or else {", ".join(names)}'
 
 
-def known_as(registry: Any, name: Any) -> Any:
-    """The class that one of BasicSR's registries knows as ``name``, with or without BasicSR's suffix; or None."""
+def find_registered(registry: Any, name: Any) -> Any:
+    """The class or function that one of BasicSR's registries has as ``name``, with or without its suffix; or None."""
     return next((registry.get(key) for key in (name, f'{name}{_SUFFIX}') if key in registry), None)
 
 

@@ -34,7 +34,7 @@ def saved_whole(path_options: MutableMapping[str, Any], key: str) -> Iterator[Pa
         path_options[key] = temporary
         try:
             yield Path(temporary)
-            for file in written_whole(Path(temporary)):
+            for file in complete_files(Path(temporary)):
                 with open(file, 'rb') as written:
                     os.fsync(written.fileno())
                 os.replace(file, folder / file.name)
@@ -43,13 +43,13 @@ def saved_whole(path_options: MutableMapping[str, Any], key: str) -> Iterator[Pa
             path_options[key] = str(folder)
 
 
-def written_whole(folder: Path) -> list[Path]:
+def complete_files(folder: Path) -> list[Path]:
     """The files in ``folder``; OSError if there is none or a checkpoint is truncated."""
     files = list(folder.iterdir())
     if not files:
         raise OSError('nothing could be written')
     for file in files:
-        # torch.save writes a zip archive, whose directory comes last: where it is there, all is.
+        # torch.save writes a zip archive, whose directory comes last: if that is there, so is everything else.
         if file.suffix in ('.pth', '.state') and not zipfile.is_zipfile(file):
             raise OSError(f'{file.name} is truncated')
     return files

@@ -16,7 +16,7 @@ class PixelAndDistillationLoss(nn.Module):
 
     Args:
         pixel_loss: the loss that the YAML names, or None.
-        option: what asks for the term under ``train``, such as ``ssd_opt``; the log then has it as ``l_ssd``.
+        option: the option under ``train`` that asks for the term, such as ``ssd_opt``; the log calls it ``l_ssd``.
         term: ``term(output, gt)`` is a scalar, or None where there is nothing to distil.
     """
 

@@ -32,7 +32,7 @@ class SelfDistillation:
     def load_teacher(self, weights: Mapping[str, Tensor]) -> None:
         """Give the teacher the ``weights`` of the next network to learn from."""
         self.teacher.load_state_dict(weights)
-        self._finisher = ImageFinisher(self.teacher, self.taps)  # what need not run may be another part with these
+        self._finisher = ImageFinisher(self.teacher, self.taps)  # with other weights, other modules may be skipped
 
     @contextmanager
     def watching(self, student: nn.Module, seed: str) -> Iterator[None]:
@@ -64,8 +64,8 @@ class SelfDistillation:
         seed, recorded, given = self._seed, features_of(self._outputs), only_pass(self._passes)
         self._seed = None
         self._outputs.clear()  # with gradient checkpointing, the taps will run again
-        if len(given.inputs) != 1 or given.others:
-            raise RuntimeError(f'the network takes {len(given.inputs) + len(given.others)} inputs')
+        if len(given.inputs) != 1 or given.keywords:
+            raise RuntimeError(f'the network takes {len(given.inputs) + len(given.keywords)} inputs')
         x = given.inputs[0]
         if not isinstance(x, Tensor):
             raise TypeError(f'the network takes a {type(x).__name__}, not a tensor')

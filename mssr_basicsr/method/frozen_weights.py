@@ -1,4 +1,4 @@
-"""Frozen weights: undoes, bit for bit, what an optimizer, its momentum, weight decay or an EMA did to them."""
+"""Frozen weights: whatever an optimizer, its momentum, weight decay or an EMA does to them is undone, bit for bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FrozenWeights:
             if name not in trainable:
                 if not others_train:
                     self._values[name] = parameter.detach().clone()
-            elif not trainable[name].all():  # else there is nothing to keep, nor work in each iteration
+            elif not trainable[name].all():  # otherwise there is nothing to keep or to do
                 bits = _bits(parameter)
                 self._trainable[name] = torch.where(trainable[name], bits.new_tensor(-1), bits.new_tensor(0))
                 self._frozen[name] = bits & ~self._trainable[name]

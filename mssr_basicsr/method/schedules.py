@@ -54,7 +54,7 @@ class SequentialExpansion:
         return [LevelTraining(level, num_iter) for level, num_iter in zip(levels, level_iter)]
 
 
-def build_expansion(options: Any, delta_sizes: Sequence[int]) -> list[LevelTraining]:
+def plan_expansion(options: Any, delta_sizes: Sequence[int]) -> list[LevelTraining]:
     """The plan of the schedule that ``options`` (``train.expansion``) name.
 
     Raises:

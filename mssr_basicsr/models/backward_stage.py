@@ -20,7 +20,7 @@ from mssr_basicsr.foundation.saving import write_whole
 from mssr_basicsr.method.frozen_weights import FrozenWeights
 from mssr_basicsr.method.level_map import count, delta_of
 from mssr_basicsr.method.recovery import recover_weights
-from mssr_basicsr.method.schedules import LevelTraining, build_expansion
+from mssr_basicsr.method.schedules import LevelTraining, plan_expansion
 from mssr_basicsr.models.distilling_model import frozen_copy
 from mssr_basicsr.models.levelwise_training import LevelwiseTraining, start_from_ema
 
@@ -57,7 +57,7 @@ class BackwardStage(LevelwiseTraining):
                     lacking = done if level > 1 else 'nothing is pruned in this one'
                 allowed = f"the forward stage's last checkpoint ({lacking})"
                 raise OptionError('path.pretrain_network_g', self.opt['path']['pretrain_network_g'], allowed)
-        return build_expansion(self.options.expansion, delta_sizes)
+        return plan_expansion(self.options.expansion, delta_sizes)
 
     def init_training_settings(self) -> None:
         super().init_training_settings()

@@ -15,7 +15,7 @@ from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
 
 from mssr_basicsr.foundation.bytecode import codes_in
-from mssr_basicsr.foundation.checks import OptionError, arguments_checked, first_line, known_as, require_type
+from mssr_basicsr.foundation.checks import OptionError, arguments_checked, find_registered, first_line, require_type
 from mssr_basicsr.losses.pixel_and_distillation_loss import PixelAndDistillationLoss
 from mssr_basicsr.models.nested_levels import NestedLevels
 
@@ -47,7 +47,7 @@ class DistillingModel(NestedLevels):
         if not found:
             return None
         require_type(f'train.{key}', found, LOSS_REGISTRY.keys(), 'the options of a loss, with its type')
-        pixel_opt, built = self._train_opt.get('pixel_opt') or {}, known_as(LOSS_REGISTRY, found['type'])
+        pixel_opt, built = self._train_opt.get('pixel_opt') or {}, find_registered(LOSS_REGISTRY, found['type'])
         if 'loss_weight' in inspect.signature(built).parameters:
             found = {'loss_weight': pixel_opt.get('loss_weight', 1.0), **found}
         with arguments_checked(f'train.{key}', found, built):
@@ -60,7 +60,7 @@ class DistillingModel(NestedLevels):
             OptionError: in the first iteration, if the term cannot be computed.
         """
 
-        def tried_out(output: Tensor, gt: Tensor) -> Tensor | None:
+        def checked_term(output: Tensor, gt: Tensor) -> Tensor | None:
             try:
                 return term(output, gt)
             except (RuntimeError, TypeError, ValueError) as error:
@@ -71,7 +71,7 @@ class DistillingModel(NestedLevels):
                 allowed = f'nothing, since it cannot be computed with {both} ({first_line(error)})'
                 raise OptionError(f'train.{key}', self._train_opt[key], allowed) from error
 
-        loss = PixelAndDistillationLoss(getattr(self, 'cri_pix', None), key, tried_out)
+        loss = PixelAndDistillationLoss(getattr(self, 'cri_pix', None), key, checked_term)
         self.cri_pix = self._distillation_loss = loss
 
     def _require_distillation(self) -> None:

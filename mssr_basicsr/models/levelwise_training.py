@@ -155,7 +155,7 @@ class LevelwiseTraining(DistillingModel):
 
     def optimize_parameters(self, current_iter: int) -> None:  # type: ignore[override]  # as SRModel's
         """The model class's iteration, after which the frozen weights are restored."""
-        watched = self.network.run_as_a_whole() if self.step == 1 else nullcontext()
+        watched = self.network.refuse_unmasked_layers() if self.step == 1 else nullcontext()
         with self.distilling(current_iter), self._computing_in_training(), watched:
             super().optimize_parameters(self.step)
         self.frozen.put_back(self.network.backbone)
@@ -252,7 +252,7 @@ class LevelwiseTraining(DistillingModel):
             self._require_all_iterations()
             self.end_level(self.plan.last)
         if self.opt['rank'] == 0:
-            # A run that was resumed from an earlier state may find one here that does not belong to its weights.
+            # A run resumed from an earlier state may find a later run's state here, which does not fit its weights.
             Path(self.opt['path']['training_states'], f'{current_iter}.state').unlink(missing_ok=True)
         super().save(epoch, current_iter)
         if current_iter == -1:
@@ -265,7 +265,7 @@ class LevelwiseTraining(DistillingModel):
         if self.current_iter >= total_iter:
             return
         if self.current_iter > 0:
-            self.save(0, self.current_iter)  # epoch 0: which one is to follow depends on how long they will be
+            self.save(0, self.current_iter)  # epoch 0: epoch_to_resume finds the right one
         allowed = (
             f'a larger one: the training ended after iteration {self.current_iter} of {total_iter}, since all epochs '
             'that the training script plans are done. Then resume it'

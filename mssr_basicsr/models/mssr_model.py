@@ -14,7 +14,7 @@ from mssr_basicsr.adapter.unread_options import (
     report_comparison_of_type,
     report_unread_options,
 )
-from mssr_basicsr.foundation.checks import OptionError, known_as, nearest_first
+from mssr_basicsr.foundation.checks import OptionError, find_registered, nearest_first
 from mssr_basicsr.models.backward_stage import BackwardStage
 from mssr_basicsr.models.forward_stage import ForwardStage
 from mssr_basicsr.models.levelwise_training import LevelwiseTraining
@@ -48,8 +48,8 @@ def build_extended(stage: type[NestedLevels], name: str, opt: dict[str, Any]) ->
         opt: the whole YAML, as parsed by BasicSR.
 
     Raises:
-        OptionError: a class that cannot be extended, an option that is wrong, or a stage in a test, which it would do
-            at some of the levels only.
+        OptionError: a class that cannot be extended, an option that is wrong, a stage that is asked to test, or
+            MSSRModel that is asked to train.
     """
     trains = issubclass(stage, LevelwiseTraining)
     if trains and not opt['is_train']:
@@ -76,7 +76,7 @@ def find_base_model(name: Any) -> type:
         OptionError: none is registered under that name, or it does not derive from BasicSR's SRModel.
     """
     allowed = nearest_first(name, [key for key, model in MODEL_REGISTRY if _can_be_extended(model)])
-    model_class = known_as(MODEL_REGISTRY, name)
+    model_class = find_registered(MODEL_REGISTRY, name)
     if model_class is None:
         allowed += '; to use another, import the package that registers it first, as its own train.py does'
         raise OptionError('base_model_type', name, allowed)

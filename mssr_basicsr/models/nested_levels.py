@@ -70,7 +70,7 @@ class NestedLevels(Base):
 
     @property
     def result(self) -> MSSR:
-        """The network whose weights are validated and exported: the EMA if there is one."""
+        """The network whose weights are validated and packed: the EMA if there is one."""
         return getattr(self, 'net_g_ema', self.network)
 
     @property

@@ -45,12 +45,12 @@ def computing(
 def _forward_computing(network: nn.Module, device: torch.device, precision: str, channels_last: bool) -> Any:
     original = network.forward
 
-    def forward(*inputs: Any, **others: Any) -> Any:
+    def forward(*inputs: Any, **keywords: Any) -> Any:
         if channels_last:
             inputs = _in_channels_last(network, inputs)
         try:
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'):
-                output = original(*inputs, **others)
+                output = original(*inputs, **keywords)
         except RuntimeError as error:
             if channels_last and 'view size is not compatible' in str(error):
                 allowed = f'false for this network (a tensor.view() in the code of {_type(network)} requires it)'

@@ -75,7 +75,7 @@ def reference_tensor(network: nn.Module) -> Tensor:
     return next(network.parameters(), torch.empty(0, dtype=torch.float32, device='cpu'))
 
 
-def known_of(name: str) -> Architecture:
+def facts_about(name: str) -> Architecture:
     """What is known about the architecture ``name``, possibly nothing."""
     return _KNOWN.get(name, Architecture())
 
@@ -102,7 +102,7 @@ def find_image_spec(network: nn.Module, options: Mapping[str, Any]) -> ImageSpec
         ValueError: it does not run on (1, C, H, W) with any of the channels and sizes tried, or its output is not an
             image with C channels and an integer multiple of the size; the text names the architecture.
     """
-    known = known_of(options['type'])
+    known = facts_about(options['type'])
     all_channels = _CHANNELS if known.channels is None else (known.channels(options),)
     multiples = _MULTIPLES if known.multiple is None else (known.multiple(options),)
     refused = ''
@@ -173,7 +173,7 @@ def for_spandrel(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dic
     Raises:
         OptionError: a backbone or an option that spandrel is not known to support.
     """
-    rename = known_of(options['type']).spandrel
+    rename = facts_about(options['type']).spandrel
     if rename is None:
         allowed = ', '.join(sorted(name for name, known in _KNOWN.items() if known.spandrel is not None))
         raise OptionError('--spandrel', options['type'], f'{allowed}, which spandrel supports')

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mssr_basicsr.foundation.buffers import buffer_tree
-from mssr_basicsr.foundation.checks import known_as
+from mssr_basicsr.foundation.checks import find_registered
 from mssr_basicsr.foundation.on_demand import require_basicsr
 from mssr_basicsr.scalable.errors import ScalableFileError
 from mssr_basicsr.scalable.header import Header
@@ -40,7 +40,7 @@ def build_backbone(options: Mapping[str, Any]) -> nn.Module:
     _refuse_paths(options)
     arguments = dict(options)
     name = arguments.pop('type')
-    architecture = known_as(ARCH_REGISTRY, name)
+    architecture = find_registered(ARCH_REGISTRY, name)
     if architecture is None:
         message = f'backbone: {name} is not registered with BasicSR; first import the package that registers it'
         raise ScalableFileError(f'{message} (mssr ... --import MODULE)')
@@ -82,7 +82,7 @@ def build_for(header: Header, size: int) -> nn.Module:
         ScalableFileError: as :func:`build_backbone`; or the network that the header describes is implausibly large for
             the file, or is not the one that the options give.
     """
-    elements = _believed_elements(header, size)
+    elements = _plausible_elements(header, size)
     largest = max(tensor.numel for tensor in header.weights + header.others)
     computed = MAX_COMPUTED_BYTES if header.computed else 0
     listed = len(header.weights + header.others) + len(header.computed)
@@ -104,7 +104,7 @@ def tensors_of(header: Header, size: int) -> nn.Module:
     Raises:
         ScalableFileError: implausibly large for the file, or with names that no network can have.
     """
-    _believed_elements(header, size)
+    _plausible_elements(header, size)
     with _torchs_own_defaults():
         zeros = {info.name: torch.zeros(info.shape) for info in header.weights}
         zeros |= {info.name: torch.zeros(info.shape, dtype=TORCH_DTYPES[info.dtype]) for info in header.others}
@@ -114,7 +114,8 @@ def tensors_of(header: Header, size: int) -> nn.Module:
         raise ScalableFileError(f'weights, others: no network can have such names ({error})') from error
 
 
-def _believed_elements(header: Header, size: int) -> int:
+def _plausible_elements(header: Header, size: int) -> int:
+    """The number of elements that the header lists; ScalableFileError if it is implausible for so short a file."""
     elements = sum(tensor.numel for tensor in header.weights + header.others)
     # A whole file has every weight. What precedes the larger levels of a file may be small, but not arbitrarily.
     if elements > 256 * size:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mssr_basicsr.foundation.on_demand import require_basicsr
 from mssr_basicsr.scalable.container import Source
-from mssr_basicsr.scalable.images import list_images, read_eight_bits, skipped
+from mssr_basicsr.scalable.images import list_images, read_eight_bits, skipped_message
 from mssr_basicsr.scalable.metrics import metrics, smallest_side
 from mssr_basicsr.scalable.model import ScalableModel
 from mssr_basicsr.scalable.pixels import Image
@@ -35,7 +35,7 @@ def evaluate(
     """
     passed_over = list_images(gt)[1]
     if passed_over:
-        warnings.warn(skipped(gt, passed_over), stacklevel=2)
+        warnings.warn(skipped_message(gt, passed_over), stacklevel=2)
     with ScalableModel(source) as model:
         return evaluate_on(list(validation_pairs(gt, lq, model.header.scale)), model)
 

@@ -124,7 +124,7 @@ def list_images(source: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]
     return images, others
 
 
-def skipped(source: str | os.PathLike[str], others: Sequence[Path]) -> str:
+def skipped_message(source: str | os.PathLike[str], others: Sequence[Path]) -> str:
     """What to say about ``others``, of which there is at least one, that :func:`list_images` found in a folder."""
     kinds = ['/' if path.is_dir() else ' (no regular file)' if _is_special(path) else '' for path in others[:3]]
     some = [path.name + kind for path, kind in zip(others, kinds)] + ['...'] * (len(others) > 3)

@@ -82,7 +82,7 @@ def _measure(network: nn.Module, dense: Any, x: Tensor, rounds: int) -> dict[str
 
 
 def calm_down() -> None:
-    """Wait until earlier threads stop spinning, without sleeping, which would cool the caches."""
+    """Wait until the threads of earlier work have stopped spinning; busily, since the caches go cold during a sleep."""
     until = time.perf_counter() + 0.03
     while time.perf_counter() < until:
         pass

@@ -93,7 +93,7 @@ def plot(
         for name, rows in sets.items():
             places = [milliseconds[row['level']] if time else row['cumulative_bytes'] / 1000 for row in rows]
             points = [(place, row['metrics'][name]['psnr']) for place, row in zip(places, rows)]
-            draw_psnr(axis, {_as_it_is(f'{name}, {label}'): points}, sizes)
+            draw_psnr(axis, {_literal(f'{name}, {label}'): points}, sizes)
             for row, point in zip(rows, points):
                 axis.annotate(f'{row["level"]}', point, textcoords='offset points', xytext=(4, 5))
     for set_formatter in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
@@ -102,11 +102,11 @@ def plot(
     save_figure(figure, output)
 
 
-def _as_it_is(text: str) -> str:
-    """The text for matplotlib.
+def _literal(text: str) -> str:
+    """The text, to be shown literally.
 
-    It takes what is between dollars for mathematics, fails at bytes of no text, and leaves what begins with an
-    underscore out of the legend.
+    Matplotlib takes what is between dollar signs for mathematics, fails on bytes that are not text, and leaves labels
+    that begin with an underscore out of the legend.
     """
     text = f' {text}' if text.startswith('_') else text
     return text.encode('utf-8', 'backslashreplace').decode().replace('$', r'\$')

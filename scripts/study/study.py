@@ -36,9 +36,9 @@ from training_logs import iteration_seconds, read_logs, wall_seconds
 
 RESULTS = ROOT / 'docs' / 'results.json'
 
-# For glibc: memory that is freed stays with the process, which else gets it back page by page. On a CPU that takes a
-# tenth to a fifth off an iteration of the 8x32 network, and off its validation; the results are the same bits. The pad
-# alone would hold the threshold down, above which glibc gives each freed tensor back at once.
+# For glibc: memory that is freed stays with the process, which otherwise gets it back page by page. On a CPU that takes
+# a tenth to a fifth off an iteration of the 8x32 network, and off its validation; the results are the same bits. The
+# pad alone would hold the threshold down, above which glibc gives each freed tensor back at once.
 KEEP_FREED_MEMORY = {
     'MALLOC_TOP_PAD_': '100000000',
     'MALLOC_TRIM_THRESHOLD_': '1000000000',
