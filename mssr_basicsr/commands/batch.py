@@ -51,13 +51,14 @@ def plan_batch(source: Path, output: str, others: Sequence[Path] = ()) -> Batch:
         targets = [target]
     if target.is_file() and targets != [target]:
         raise OptionError('--output', output, 'a folder; this is a file')
-    taken = {os.path.realpath(path): path for path in (*inputs, *others)}
+    by_path = {os.path.realpath(path): path for path in (*inputs, *others)}
+    # An output may be another name of an input: a hard link, or one on a disk that ignores case.
+    by_inode = {_inode(path): path for path in (*inputs, *others) if path.exists()}
     for path in targets:
         require_regular_file(path)
-        if os.path.realpath(path) in taken:
-            require_other_file(path, taken[os.path.realpath(path)])
-        if path.exists():  # it may be another name of an input: a hard link, or one on a disk that ignores case
-            require_other_file(path, *inputs, *others)
+        same = by_path.get(os.path.realpath(path)) or (by_inode.get(_inode(path)) if path.exists() else None)
+        if same is not None:
+            require_other_file(path, same)
     for path in {path.parent: path for path in reversed(targets)}.values():  # the first in each folder
         require_writable_folder(path)
     passed_over = [path for path in passed_over if os.path.realpath(path) != os.path.realpath(target)]
@@ -68,6 +69,12 @@ def is_folder(output: str) -> bool:
     """Whether an output of this name is a folder, existing or not."""
     separators = (os.sep, os.altsep or os.sep)
     return output.endswith(separators) or Path(output).is_dir() or not Path(output).suffix
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    """What all names of one file have in common."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def _names_in(folder: Path, inputs: Sequence[Path]) -> list[Path]:
