@@ -20,9 +20,10 @@ from basicsr.utils import img2tensor, tensor2img
 from basicsr.utils.registry import ARCH_REGISTRY
 from conftest import BACKBONES, assert_same, needs_onnx_export, network, pruned_mssr
 
-from mssr_basicsr import ScalableModel, pack
+from mssr_basicsr import ScalableModel, extract, pack
 from mssr_basicsr.commands.main import main
 from mssr_basicsr.commands.upscale import parse_size
+from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.scalable import measuring, plotting, upscaling
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'scripts'))
@@ -422,6 +423,30 @@ def test_extracted_levels_open_in_spandrel(name: str, tmp_path: Path) -> None:
     ours = ScalableModel(file, level=1).network
     with torch.no_grad():
         assert torch.allclose(loaded.model.eval()(x.clone()), ours(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('name', 'option', 'value', 'allowed'),
+    [
+        ('RCAN', 'img_range', 1.0, '255.0'),
+        ('RRDBNet', 'num_grow_ch', 4, '32'),
+        ('SRVGGNetCompact', 'act_type', 'relu', 'prelu'),
+        ('SwinIR', 'img_range', 255.0, '1'),
+        ('SwinIR', 'ape', True, 'False'),
+        ('SwinIR', 'patch_norm', False, 'True'),
+        ('SwinIR', 'qkv_bias', False, 'True'),
+        ('SwinIR', 'qk_scale', 0.5, 'None'),
+    ],
+)
+def test_networks_that_spandrel_would_run_otherwise_are_refused(
+    name: str, option: str, value: Any, allowed: str, tmp_path: Path
+) -> None:
+    file = tmp_path / 'model.mssr'
+    file.write_bytes(pack(network({**BACKBONES[name], option: value}), 2))
+    extract(file, tmp_path / 'level.pth')
+    with pytest.raises(OptionError) as error:
+        extract(file, tmp_path / 'level.pth', spandrel=True)
+    assert str(error.value) == f"--spandrel: found '{option} = {value}'; allowed: {allowed}."
 
 
 @pytest.mark.parametrize('name', ['SRVGGNetCompact_10x32_x2_291', 'SRVGGNetCompact_10x32_x2_291_int8'])

@@ -180,8 +180,21 @@ def for_spandrel(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dic
     return rename(state, options)
 
 
-def _same_names(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Tensor]:
-    return dict(state)
+def _same_names(**fixed: Any) -> Rename:
+    """Of a network that has the same names in spandrel, where the options ``fixed`` always have these values."""
+
+    def rename(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Tensor]:
+        _require_fixed(options, fixed)
+        return dict(state)
+
+    return rename
+
+
+def _require_fixed(options: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """OptionError if one of the options has another value than the one that it has in spandrel."""
+    for option, value in fixed.items():
+        if options.get(option, value) != value:
+            raise OptionError('--spandrel', f'{option} = {options[option]}', str(value))
 
 
 # BasicSR's name, and the authors', which spandrel knows. {groups} and {blocks} are how many there are: a body ends with
@@ -196,15 +209,11 @@ _RCAN = {
     r'upsample\.(\d+)': r'tail.0.\1',
     r'conv_last': 'tail.1',
 }
-# In spandrel's RCAN these are fixed.
-_RCAN_FIXED = {'img_range': 255.0, 'res_scale': 1}
 
 
 def _rcan_names(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Tensor]:
     """RCAN's tensors by its authors' names; its mean colour becomes two fixed convolutions, as it is there."""
-    for option, value in _RCAN_FIXED.items():
-        if options.get(option, value) != value:
-            raise OptionError('--spandrel', f'{option} = {options[option]}', str(value))
+    _require_fixed(options, {'img_range': 255.0, 'res_scale': 1})
     groups, blocks = options.get('num_group', 10), options.get('num_block', 16)
     renamed = {}
     for name, tensor in state.items():
@@ -237,13 +246,19 @@ register_architecture(
     channels=_num_in_ch,
     multiple=lambda options: {1: 4, 2: 2}.get(options.get('scale', 4), 1),  # it begins with a pixel unshuffle
     trunk='body',
-    spandrel=_same_names,
+    spandrel=_same_names(num_grow_ch=32),
 )
-register_architecture('SRVGGNetCompact', channels=_num_in_ch, multiple=_any_size, trunk='body', spandrel=_same_names)
+register_architecture(
+    'SRVGGNetCompact',
+    channels=_num_in_ch,
+    multiple=_any_size,
+    trunk='body',
+    spandrel=_same_names(act_type='prelu'),
+)
 register_architecture(
     'SwinIR',
     channels=lambda options: int(options.get('in_chans', 3)),
     multiple=lambda options: int(options.get('window_size', 7)),
     trunk='layers',
-    spandrel=_same_names,
+    spandrel=_same_names(img_range=1, ape=False, patch_norm=True, qkv_bias=True, qk_scale=None),
 )
