@@ -585,3 +585,24 @@ def test_benchmark(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
     assert 'speed-up' in capsys.readouterr().out
     assert main(['benchmark', str(file), '--size', '24']) == 1
     assert "--size: found '24'; allowed: width x height" in capsys.readouterr().err
+
+
+@needs_kernel
+def test_a_level_that_adds_to_a_dense_layer_alone_is_seen() -> None:
+    """A program has the weights of small dense layers in an order of its own, which it then has to make anew."""
+    packed = network({'type': 'SRVGGNetCompact', 'num_feat': 16, 'num_conv': 2, 'upscale': 2})
+    random = np.random.default_rng(0)
+    for i, levels in enumerate(packed.get_level_map().values()):
+        shares = random.random(levels.shape)
+        found = np.where(shares < 0.95, 2, np.where(shares < 0.98, 1, 0)) if i == 0 else np.where(shares < 0.2, 2, 0)
+        levels.copy_(torch.from_numpy(found))
+    file, image = pack(packed, 2), random.random((20, 24, 3)).astype(np.float32)
+    model = ScalableModel(io.BytesIO(file), 2)
+    assert [isinstance(layer, SparseConv2d) for layer in model.network.body if isinstance(layer, nn.Conv2d)][:2] == [
+        False,
+        True,
+    ]
+    model.upscale(image)
+    model.expand(1)
+    expected = ScalableModel(io.BytesIO(file), 1, engine='torch').upscale(image)
+    np.testing.assert_allclose(model.upscale(image), expected, atol=1e-6)

@@ -34,7 +34,7 @@ class LevelledWeight:
         self._module.__dict__.pop('dense_levels', None)  # of another model, which used the network before
         self._sparse = sparse and self._parameter == 'weight'
         weight = self._module.get_parameter(self._parameter)
-        weight.data.zero_()
+        weight.detach().zero_()
         self._numel = weight.numel()
         self._levels: npt.NDArray[np.uint8] = np.full(self._numel, ABSENT, np.uint8)
         self._settle()
@@ -116,7 +116,8 @@ class LevelledWeight:
 
 def _write(weight: Tensor, indices: Indices, values: Tensor) -> None:
     """Give the elements at ``indices`` of the flattened weight their values, in place."""
-    data = weight.data if weight.is_contiguous() else weight.contiguous()  # channels_last, for one, is not
+    # Not .data, whose changes no version counter sees: the sparse runtime would go on with what it has copied.
+    data = weight.detach() if weight.is_contiguous() else weight.contiguous()  # channels_last, for one, is not
     data.view(-1).scatter_(0, torch.from_numpy(indices).to(data.device), values.to(data))
     if data.data_ptr() != weight.data_ptr():
         weight.copy_(data)
