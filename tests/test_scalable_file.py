@@ -477,6 +477,50 @@ def test_a_section_that_cannot_be_read_leaves_the_level_before(tmp_path: Path) -
     assert_same(model.network.state_dict(), packed.export(1))
 
 
+class Interruption:
+    """Ctrl-C before the ``n``-th line of sparse/layers.py and scalable/placing.py that is run in the context."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __enter__(self) -> Interruption:
+        self._before = sys.gettrace()  # coverage's, for one
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _trace(self, frame: Any, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.endswith(('layers.py', 'placing.py')):
+            return None
+        if event == 'line':
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self._trace
+
+
+@pytest.mark.parametrize('engine', ['auto', 'torch'])
+@pytest.mark.parametrize(('start', 'target'), [(2, 1), (1, 2)])
+def test_an_interrupted_change_of_level_leaves_a_whole_level(start: int, target: int, engine: str) -> None:
+    packed = network()
+    data = pack(packed, 2)
+    for n in range(1, 10_000, 7):
+        model = ScalableModel(io.BytesIO(data), start, engine=engine)
+        try:
+            with Interruption(n):
+                model.expand(target) if target < start else model.shrink(target)
+            break
+        except KeyboardInterrupt:
+            assert model.level in (start, target)
+            assert_same(model.network.state_dict(), packed.export(model.level))
+            model.expand(0)
+            assert_same(model.network.state_dict(), packed.export(0))
+    assert n > 100
+
+
 def test_budgets_choose_the_largest_level_that_fits() -> None:
     data = pack(network(), 2)
     header = ScalableFile(io.BytesIO(data)).header

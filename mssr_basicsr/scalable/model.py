@@ -25,7 +25,7 @@ class ScalableModel:
 
     ``model.network`` is the plain backbone, a ``torch.nn.Module`` in eval mode with the weights of ``model.level``; all
     others are zero. Move it, convert it or use it like any module; :meth:`expand` and :meth:`shrink` still work in
-    place.
+    place, but not while another thread uses the network. Several threads may upscale at the same time.
 
     Args:
         source: a path, or a binary stream positioned at the file's first byte. It is kept open for expanding;
@@ -150,8 +150,8 @@ class ScalableModel:
     def expand(self, level: int | None = None) -> None:
         """Grow in place to a larger level (default: by one), by reading only the sections in between.
 
-        Weights already present keep their storage and their bits. If a section cannot be read, the network stays at the
-        last level that could.
+        Weights already present keep their storage and their bits. If a section cannot be read, or this is interrupted,
+        the network stays at the last level that was complete.
 
         Raises:
             ScalableFileError: the file does not have this level, or its section is corrupted.
@@ -162,13 +162,19 @@ class ScalableModel:
         if target > self._level:
             raise ValueError(f'expand: level {target} is smaller than {self._level}; use shrink')
         for next_level in range(self._level - 1, target - 1, -1):
-            self._place(next_level, self._read_section(next_level))
-            self._level = next_level
+            delta = self._read_section(next_level)
+            try:
+                self._place(next_level, delta)
+                self._level = next_level
+            except BaseException:
+                self._keep(self._level)
+                raise
 
     @torch.inference_mode(False)
-    @torch.no_grad()
     def shrink(self, level: int | None = None) -> None:
         """Shrink in place to a smaller level (default: by one): its weights stay, all others become zero.
+
+        Also if this is interrupted, the network is at that level.
 
         Raises:
             ScalableFileError: there is no such level.
@@ -178,9 +184,18 @@ class ScalableModel:
         self.header.section(target)
         if target < self._level:
             raise ValueError(f'shrink: level {target} is larger than {self._level}; use expand')
+        try:
+            self._keep(target)
+        except BaseException:
+            self._keep(target)
+            raise
+
+    @torch.no_grad()
+    def _keep(self, level: int) -> None:
+        """Set what ``level`` does not have to zero, which can be repeated."""
         for weight in self.weights:
-            weight.remove(target)
-        self._level = target
+            weight.remove(level)
+        self._level = level
 
     def _read_section(self, level: int) -> Delta:
         """What ``level`` adds, read and checked in full, so that no part of a damaged section is placed."""

@@ -47,12 +47,9 @@ class SparseConv2d(nn.Conv2d):
     def make_dense(self) -> None:
         """Become an ``nn.Conv2d`` with a dense weight; its weights' levels stay in :attr:`dense_levels`."""
         values, self.dense_levels = self.kept.dense()
-        weight = self._dense(values)
-        del self.kept
+        self._parameters = {'weight': nn.Parameter(self._dense(values)), **self._parameters}
         self.__class__ = nn.Conv2d  # type: ignore[assignment]
-        bias = self._parameters.pop('bias')
-        self.register_parameter('weight', nn.Parameter(weight))
-        self.register_parameter('bias', bias)
+        del self.__dict__['kept']
 
     def train(self, mode: bool = True) -> SparseConv2d:
         if mode:
@@ -179,9 +176,8 @@ def make_sparse(layer: nn.Conv2d, values: Array, levels: Array) -> None:
     using = kernel()
     assert using is not None
     kept = Kept((layer.out_channels, layer.in_channels, *layer.kernel_size), values, levels, using)
+    layer.__dict__['kept'] = kept
     if not isinstance(layer, SparseConv2d):
-        del layer._parameters['weight']
         layer.__dict__.pop('dense_levels', None)
+        del layer._parameters['weight']
         layer.__class__ = SparseConv2d
-    assert isinstance(layer, SparseConv2d)
-    layer.kept = kept
