@@ -17,7 +17,7 @@ from conftest import BACKBONES, assert_same, call, network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mssr_basicsr import ScalableFile, ScalableFileError, ScalableModel, level_state, pack
+from mssr_basicsr import ScalableFile, ScalableFileError, ScalableModel, level_state, pack, verify
 from mssr_basicsr.commands.main import main
 from mssr_basicsr.scalable.building import AllocationLimit, _TooLarge, build_backbone
 from mssr_basicsr.scalable.container import join_file
@@ -333,6 +333,7 @@ def test_sections_start_at_multiples_of_64_and_padding_is_zero() -> None:
         ({'dtype': 'F8'}, "dtype: found 'F8'; allowed: F32, F16, BF16, I8"),
         ({'scale': 0}, 'scale: found 0; allowed: 1 to 281474976710655'),
         ({'weights': []}, 'weights: there are none'),
+        ({'weights': [['a', [3, 0]]]}, 'weights: there are none, or none has an element'),
         ({'weights': [['a', [1] * 9]]}, 'shape: found 9 dimensions; allowed: 8'),
         ({'weights': [['a', [2**30, 2**30]]]}, 'shape: found 1152921504606846976; allowed'),
         ({'others': [['a', [1], 'C64']]}, "others: found 'C64'; allowed: F64, F32"),
@@ -348,6 +349,16 @@ def test_sections_start_at_multiples_of_64_and_padding_is_zero() -> None:
 def test_headers_that_contradict_the_specification_are_refused(changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(ScalableFileError, match=re.escape(problem)):
         ScalableFile(io.BytesIO(with_header(pack(network(), 2), **changes)))
+
+
+def test_scales_of_channels_without_elements_take_no_memory() -> None:
+    """Channels have an int8 file's scales even where a weight has no elements: 4 GB of them, compressed to nothing."""
+    file = pack(network(), 2, dtype='I8')
+    sections = header_of(file)['sections']
+    weights = [*header_of(file)['weights'], ['x', [1 << 30, 0]]]
+    hostile = with_header(file, weights=weights, sections=[{**one, 'counts': [*one['counts'], 0]} for one in sections])
+    with pytest.raises(ScalableFileError, match=r'a network of 1,073,7.* weights is implausible in a file of'):
+        verify(io.BytesIO(hostile))
 
 
 def test_a_header_may_not_unpack_to_much_more_than_itself() -> None:

@@ -117,6 +117,8 @@ def tensors_of(header: Header, size: int) -> nn.Module:
 def _plausible_elements(header: Header, size: int) -> int:
     """The number of elements that the header lists; ScalableFileError if it is implausible for so short a file."""
     elements = sum(tensor.numel for tensor in header.weights + header.others)
+    if header.dtype == 'I8':
+        elements += sum(weight.shape[0] for weight in header.weights)  # scales, even of channels without elements
     # A whole file has every weight. What precedes the larger levels of a file may be small, but not arbitrarily.
     if elements > 256 * size:
         raise ScalableFileError(f'a network of {elements:,} weights is implausible in a file of {size:,} bytes')

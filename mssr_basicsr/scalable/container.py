@@ -205,10 +205,11 @@ def require_no_pipe(path: str | os.PathLike[str]) -> None:
 
 def read_exactly(stream: BinaryIO, size: int) -> bytes:
     """Up to ``size`` bytes, fewer only at the stream's end; one read of a pipe or a socket may give fewer."""
-    data = b''
-    while len(data) < size and (more := stream.read(size - len(data))):
-        data += more
-    return data
+    parts: list[bytes] = []
+    while size > 0 and (more := stream.read(size)):
+        parts.append(more)
+        size -= len(more)
+    return b''.join(parts)
 
 
 def read_header(stream: BinaryIO, name: str) -> tuple[Header, bytes]:

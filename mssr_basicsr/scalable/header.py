@@ -142,8 +142,8 @@ def _parse(fields: Any, start: int) -> Header:
         raise ScalableFileError('backbone: it has no type')
     weights = tuple(_weight(entry) for entry in _field(fields, 'weights', list))
     others = tuple(_other(entry) for entry in _field(fields, 'others', list))
-    if not weights:
-        raise ScalableFileError('weights: there are none')
+    if not any(weight.numel for weight in weights):
+        raise ScalableFileError('weights: there are none, or none has an element')
     computed = _field(fields, 'computed', list, [])
     names = [tensor.name for tensor in weights + others] + computed
     if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
