@@ -79,17 +79,48 @@ def ended_with(folder: Path, name: str, rank: int) -> dict[str, Any]:
     return torch.load(folder / f'{name}_rank{rank}.pth', weights_only=True)  # type: ignore[no-any-return]
 
 
+def on_two_ranks(script: str, folder: Path) -> None:
+    (folder / 'script.py').write_text(script)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'script.py']
+    call(*command, cwd=folder, CUDA_VISIBLE_DEVICES='')
+
+
+def test_ranks_wait_longer_than_torchs_timeout(tmp_path: Path) -> None:
+    """Rank 0 validates every level while the others wait; torch ends the run after 10 minutes, here after 1 second."""
+    script = """
+import os, time
+from datetime import timedelta
+from torch import distributed as dist
+from basicsr.utils.dist_util import init_dist
+from mssr_basicsr.adapter.ranks import gather, gather_on_rank_0, wait_for_all
+init_dist('pytorch')
+rank = int(os.environ['RANK'])
+wait_for_all()
+set_timeout = getattr(dist, 'set_timeout', None) or dist.distributed_c10d._set_pg_timeout  # its older name
+set_timeout(timedelta(seconds=1))
+results = []
+for together in (wait_for_all, lambda: gather(rank), lambda: gather_on_rank_0(rank)):
+    time.sleep(0 if rank else 2)  # rank 1 waits
+    results.append(together())
+open(f'result{rank}', 'w').write(str(results))
+"""
+    on_two_ranks(script, tmp_path)
+    assert [(tmp_path / f'result{rank}').read_text() for rank in (0, 1)] == [
+        '[None, [0, 1], [0, 1]]',
+        '[None, [0, 1], []]',
+    ]
+
+
 def test_rank_0_alone_gathers_what_is_saved(tmp_path: Path) -> None:
     """Real-ESRGAN's pools are large: no other rank needs memory for them."""
-    (tmp_path / 'gathering.py').write_text("""
+    script = """
 import os
 from basicsr.utils.dist_util import init_dist
 from mssr_basicsr.adapter.ranks import gather_on_rank_0
 init_dist('pytorch')
 open('gathered' + os.environ['RANK'], 'w').write(str(gather_on_rank_0('of rank ' + os.environ['RANK'])))
-""")
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'gathering.py']
-    call(*command, cwd=tmp_path, CUDA_VISIBLE_DEVICES='')
+"""
+    on_two_ranks(script, tmp_path)
     assert (tmp_path / 'gathered0').read_text() == str(['of rank 0', 'of rank 1'])
     assert (tmp_path / 'gathered1').read_text() == '[]'
 

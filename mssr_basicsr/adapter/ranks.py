@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import gc
 import hashlib
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -30,13 +34,35 @@ def broadcast_from_rank_0(tensors: Mapping[str, Tensor]) -> None:
             dist.broadcast(tensor, 0)
 
 
+@functools.cache
+def patient_group() -> Any:
+    """All ranks, on the CPU, for what they wait for each other in; None in a single-process run.
+
+    While rank 0 validates every level, the others wait, for hours if need be. In BasicSR's own group torch would end
+    the run after 10 minutes, and what is gathered would be in the GPU's memory. All ranks must make the first call
+    together.
+    """
+    if get_dist_info()[1] == 1:
+        return None
+    atexit.register(_leave_patient_group)
+    return dist.new_group(backend='gloo', timeout=timedelta(days=7))
+
+
+def _leave_patient_group() -> None:
+    """End gloo's threads before Python exits: one that outlives it occasionally aborts the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group(patient_group())
+    patient_group.cache_clear()
+    gc.collect()  # the threads end with the last reference to the group
+
+
 def gather(item: Any) -> list[Any]:
     """The ``item`` of every rank, in order of rank, on every rank."""
     _, world_size = get_dist_info()
     if world_size == 1:
         return [item]
     items = [None] * world_size
-    dist.all_gather_object(items, item)
+    dist.all_gather_object(items, item, patient_group())
     return items
 
 
@@ -46,14 +72,14 @@ def gather_on_rank_0(item: Any) -> list[Any]:
     if world_size == 1:
         return [item]
     items = [None] * world_size if rank == 0 else None
-    dist.gather_object(item, items)
+    dist.gather_object(item, items, group=patient_group())
     return items or []
 
 
 def wait_for_all() -> None:
     """Wait until every rank has arrived here. Does nothing in a single-process run."""
     if get_dist_info()[1] > 1:
-        dist.barrier()
+        dist.barrier(patient_group())
 
 
 def require_finite(tensors: Mapping[str, Tensor], when: str) -> None:

@@ -15,7 +15,7 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from torch import Tensor, nn
 
-from mssr_basicsr.adapter.ranks import wait_for_all
+from mssr_basicsr.adapter.ranks import patient_group, wait_for_all
 from mssr_basicsr.adapter.records import RECORDS, LevelRecord, describe_level, level_file, level_table
 from mssr_basicsr.adapter.resuming import random_state, set_random_state
 from mssr_basicsr.adapter.stage_options import ValidationOptions
@@ -55,6 +55,7 @@ class NestedLevels(Base):
                 allowed = '1 (auto takes all that CUDA_VISIBLE_DEVICES leaves), or any number with torchrun'
                 raise OptionError('num_gpu', opt['num_gpu'], allowed)
             opt['num_gpu'] = 1  # BasicSR tests one image or clip at a time, so the other GPUs would do nothing
+        patient_group()  # made now, while no rank is ahead of the others
         self._val_precision = read_options(ValidationOptions, 'val', opt.get('val') or {}).precision
         self.records: dict[int, LevelRecord] = {}
         self.loaded: set[str] = set()  #: the paths of the checkpoints that have been loaded
