@@ -636,6 +636,69 @@ def test_an_optimizer_that_later_levels_would_not_have_is_refused(
     assert str(error.value) == expected
 
 
+class Freezing(SRModel):
+    """It trains a part of its network, ``body.0`` from iteration 3 on, and changes options."""
+
+    trained: ClassVar[list[set[str]]] = []  # in each iteration, those of PARTS that have changed
+    rates: ClassVar[list[float]] = []
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        super().__init__(opt)
+        self.train_part('conv_last', False)
+        self.opt['train']['noise'] = 0.5
+
+    def init_training_settings(self) -> None:
+        self.train_part('conv_first', False)
+        self.opt['train']['optim_g']['lr'] = 4e-3
+        super().init_training_settings()
+
+    def setup_optimizers(self) -> None:
+        self.opt['train']['optim_g']['lr'] /= 2
+        super().setup_optimizers()
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        if current_iter in (1, 3):
+            self.train_part('body.0', current_iter == 3)
+        before = {name: parameter.detach().clone() for name, parameter in self.net_g.named_parameters()}
+        self.rates.append(self.get_current_learning_rate()[0])
+        self.lq = self.lq + self.opt['train']['noise']
+        super().optimize_parameters(current_iter)
+        changed = [name for name, now in self.net_g.named_parameters() if not torch.equal(now, before[name])]
+        self.trained.append({part for part in PARTS if any(part in name for name in changed)})
+
+    def train_part(self, part: str, trains: bool) -> None:
+        for name, parameter in self.net_g.named_parameters():
+            if part in name:
+                parameter.requires_grad_(trains)
+
+
+PARTS = ('conv_first', 'body.0', 'body.1', 'conv_last')
+
+
+def test_what_the_model_class_freezes_and_changes_stays_so(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each level, and in a run resumed while ``body.0`` does not train: the parts that train, the learning rates."""
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Freezing', Freezing)
+    monkeypatch.setattr(Freezing, 'trained', [])
+    monkeypatch.setattr(Freezing, 'rates', [])
+    del forward_opt['train']['ssd_opt']
+    forward_opt['base_model_type'] = 'Freezing'
+    forward_opt['logger']['save_checkpoint_freq'] = 2
+    experiment = run(forward_opt)
+    of_a_level = [{'body.1'}] * 2 + [{'body.0', 'body.1'}] * 2
+    assert Freezing.trained == of_a_level * 3
+    cosine = [1e-5 + (2e-3 - 1e-5) * (1 + math.cos(math.pi * done / 4)) / 2 for done in range(4)]
+    assert Freezing.rates == pytest.approx(cosine * 3)
+
+    uninterrupted = contents(experiment / 'models')
+    forget_after(experiment, 6)
+    run(forward_opt, '--auto_resume')
+    assert Freezing.trained[12:] == of_a_level[2:] + of_a_level
+    assert Freezing.rates[12:] == pytest.approx((cosine * 3)[6:])
+    assert contents(experiment / 'models') == uninterrupted
+
+
 def test_a_stock_checkpoint_as_level_0(forward_opt: dict[str, Any], run: Run) -> None:
     torch.manual_seed(1)
     stock = build_network(TOY_EDSR).state_dict()

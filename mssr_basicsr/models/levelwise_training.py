@@ -56,7 +56,12 @@ class LevelwiseTraining(DistillingModel):
     options_class: ClassVar[type[StageOptions]] = StageOptions
     options: Any  #: an instance of :attr:`options_class`
     plan: TrainingPlan
-    _untrained_at_first: list[str]
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        self._before_setup: dict[str, Any] = {}
+        super().__init__(opt)
+        # As the model class has left it: no phase of it, such as EDVR's tsa_iter, has begun, even in a resumed run.
+        self._untrained_at_first = self._untrained()
 
     # ------------------------------ what a stage says ------------------------------ #
 
@@ -140,7 +145,7 @@ class LevelwiseTraining(DistillingModel):
         self.set_level(training.level)
         self.frozen = self.freeze_weights(training)
         self._set_untrained(self._untrained_at_first)
-        self.opt['train'] = deepcopy(self._train_opt)
+        self.opt['train'].update(deepcopy(self._before_setup))
         self.optimizers.clear()
         self.schedulers.clear()
         self.setup_optimizers()
@@ -150,6 +155,25 @@ class LevelwiseTraining(DistillingModel):
         if len(self.optimizers) < self._num_optimizers:
             allowed = f'a class that creates all of its optimizers in setup_optimizers ({self.base_name} does not)'
             raise OptionError('base_model_type', self.base_name, allowed)
+
+    def setup_optimizers(self) -> None:
+        with self._remembering_options():
+            super().setup_optimizers()
+
+    def setup_schedulers(self) -> None:
+        with self._remembering_options():
+            super().setup_schedulers()
+
+    @contextmanager
+    def _remembering_options(self) -> Iterator[None]:
+        """Remember those of the options under ``train`` that change while the context is open, for the next level.
+
+        BasicSR takes the types out of them, and a class may scale a learning rate in place.
+        """
+        before = deepcopy(self.opt['train'])
+        yield
+        changed = {key: value for key, value in before.items() if self.opt['train'].get(key) != value}
+        self._before_setup.update(changed)
 
     # ------------------------------ one iteration ------------------------------ #
 
@@ -193,15 +217,14 @@ class LevelwiseTraining(DistillingModel):
     # ------------------------------ before training ------------------------------ #
 
     def init_training_settings(self) -> None:
-        # BasicSR takes the types out of these options when it builds an optimizer, which here happens at each level.
         self._train_opt = deepcopy(self.opt['train'])
         self.options = read_options(self.options_class, 'train', self._train_opt)
         seed = torch.tensor([self.opt['manual_seed']], device=self.device)
         broadcast_from_rank_0({'manual_seed': seed})  # without one in the YAML each rank has drawn its own
         self.seed = int(seed.item())
         self.current_iter = self.step = 0
-        self._untrained_at_first = self._untrained()
         super().init_training_settings()
+        self._train_opt = deepcopy({**self.opt['train'], **self._before_setup})  # the model class may have changed some
         self._num_optimizers = len(self.optimizers)
         self.plan = TrainingPlan(self.make_plan())
         self.plan.check({**self.opt, 'train': self._train_opt}, self.scheduled_trainings())
