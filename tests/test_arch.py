@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 from threading import Event, Thread
 from typing import Any
@@ -350,6 +352,46 @@ def test_the_state_dict_holds_the_level_map_and_the_backbones_names() -> None:
     maps = {name: tensor for name, tensor in state.items() if name.startswith('level_map.')}
     assert {tensor.dtype for tensor in maps.values()} == {torch.uint8}
     assert len(maps) + len(stock) == len(state)
+
+
+@backbones
+def test_parameters_have_the_backbones_names_and_order(backbone: dict[str, Any]) -> None:
+    """A model class chooses by them what trains and how fast."""
+    network, stock = MSSR(backbone, SPARSITY), build_network(backbone)
+    assert [name for name, _ in network.named_parameters()] == [name for name, _ in stock.named_parameters()]
+    assert [name for name, _ in network.named_parameters('net')] == [
+        f'net.{name}' for name, _ in stock.named_parameters()
+    ]
+    assert list(network.named_parameters(recurse=False)) == []  # which DDP asks each module for
+    for name, parameter in network.named_parameters():
+        assert network.get_parameter(name) is parameter is network.backbone.get_parameter(name)
+
+
+class Knowing(nn.Module):
+    """It tells a model class which of its parameters are to have no weight decay."""
+
+    level = 'its own'
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 3, 3, 1, 1)
+
+    def no_weight_decay(self) -> set[str]:
+        return {'body.bias'}
+
+
+def test_what_mssr_does_not_have_is_the_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in copies, which exist for a moment without a backbone."""
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Knowing', Knowing)
+    network = MSSR({'type': 'Knowing'}, SPARSITY)
+    for one in (network, deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert one.no_weight_decay() == {'body.bias'}
+        assert one.body is one.backbone.body
+        assert one.level == 0
+        assert not hasattr(one, 'head') and not hasattr(one, '__len__')
+    with pytest.raises(AttributeError, match="'Knowing' object has no attribute 'head'"):
+        _ = network.head
+    assert not hasattr(MSSR.__new__(MSSR), 'body')
 
 
 def test_a_copy_for_data_parallel_masks_too() -> None:

@@ -636,6 +636,36 @@ def test_an_optimizer_that_later_levels_would_not_have_is_refused(
     assert str(error.value) == expected
 
 
+class ByName(SRModel):
+    """The last layer trains ten times as fast."""
+
+    def setup_optimizers(self) -> None:
+        options = self.opt['train']['optim_g']
+        named = dict(self.get_bare_model(self.net_g).named_parameters())
+        last = [named.pop(name) for name in ('conv_last.weight', 'conv_last.bias')]
+        groups = [{'params': list(named.values())}, {'params': last, 'lr': 10 * options['lr']}]
+        self.optimizer_g = self.get_optimizer(options.pop('type'), groups, **options)
+        self.optimizers.append(self.optimizer_g)
+
+
+def test_a_model_class_finds_parameters_by_their_own_names(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the learning rates that it gives them, a resumed run ends as an uninterrupted one."""
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'ByName', ByName)
+    forward_opt['base_model_type'] = 'ByName'
+    experiment = run(forward_opt)
+    (optimizer,) = load(experiment / 'training_states' / '4.state')['optimizers']
+    assert [(len(group['params']), group['initial_lr']) for group in optimizer['param_groups']] == [
+        (18, 1e-3),
+        (2, 1e-2),
+    ]
+    uninterrupted = contents(experiment / 'models')
+    forget_after(experiment, 4)
+    run(forward_opt, '--auto_resume')
+    assert contents(experiment / 'models') == uninterrupted
+
+
 class Freezing(SRModel):
     """It trains a part of its network, ``body.0`` from iteration 3 on, and changes options."""
 
@@ -838,6 +868,23 @@ def test_the_exported_weights_are_validated_whatever_the_model_class_validates(
         measured.append(load(models / 'net_g_latest.pth'))
     assert measured[0] == measured[2]
     assert all(equal(measured[1][key], measured[3][key]) for key in measured[1])
+
+
+class RunsLayers(SRModel):
+    """It reaches for the layers of its network in validation."""
+
+    def test(self) -> None:
+        super().test()
+        self.get_bare_model(self.net_g).conv_first(self.lq)
+
+
+def test_layers_without_their_masks_are_refused_in_validation_too(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every level would be measured as the dense network."""
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'RunsLayers', RunsLayers)
+    with pytest.raises(OptionError, match='a network whose layers run in its forward pass'):
+        run({**forward_opt, 'base_model_type': 'RunsLayers'})
 
 
 class OwnValidation(SRModel):

@@ -121,9 +121,11 @@ def refuse_unknown(unknown: Mapping[str, Any], backbone: Any) -> None:
 class MSSR(nn.Module):
     """An SR network that holds nested sub-networks of itself, its levels (Lin et al., CVPR 2023).
 
-    At each level it is the backbone with the weights outside the level's mask set to zero. The backbone's code and its
-    parameters' names stay as they are; a masked weight keeps its value and gets a gradient of exactly zero. In eval
-    mode without gradients, masking is done once, in the first forward pass, and again only after the weights, the
+    At each level it is the backbone with the weights outside the level's mask set to zero. The backbone's code stays as
+    it is, and so do the names in ``named_parameters``, by which a model class may choose what trains; whatever else a
+    class reads of its network and MSSR does not have, such as ``no_weight_decay``, is the backbone's. (What it sets is
+    not: ``network.backbone`` is the backbone.) A masked weight keeps its value and gets a gradient of exactly zero. In
+    eval mode without gradients, masking is done once, in the first forward pass, and again only after the weights, the
     level map or the level have changed.
 
     Args:
@@ -192,6 +194,22 @@ class MSSR(nn.Module):
         self._ddp_params_and_buffers_to_ignore = [
             name for name, _ in self.named_buffers() if not name.startswith('backbone.')
         ]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            backbone = self.__dict__.get('_modules', {}).get('backbone')  # None while this is built or unpickled
+            if backbone is None or (name.startswith('__') and name.endswith('__')):  # copy and pickle look for these
+                raise
+            return getattr(backbone, name)
+
+    def named_parameters(
+        self, prefix: str = '', recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As for ``nn.Module``, but by the backbone's own names. (MSSR itself has no parameters.)"""
+        if recurse:
+            yield from self.backbone.named_parameters(prefix, True, remove_duplicate)
 
     @property
     def smallest_level(self) -> int:
@@ -276,6 +294,8 @@ class MSSR(nn.Module):
     @contextmanager
     def refuse_unmasked_layers(self) -> Iterator[None]:
         """While the context is open, a prunable layer that runs with unmasked weights is an error.
+
+        A model class may reach the layers, or other methods that run them, as attributes of this network.
 
         Raises:
             OptionError: when a prunable layer runs neither in a forward pass of this network nor again by

@@ -97,7 +97,8 @@ class NestedLevels(Base):
         """
         name, levels = dataloader.dataset.opt['name'], self.levels_to_validate()
         self._pictures = {}
-        with self._validating(), computing([self.result], self.device, self._val_precision):
+        computes = computing([self.result], self.device, self._val_precision)
+        with self._validating(), computes, self.result.refuse_unmasked_layers():
             for level in levels:
                 self.set_level(level)
                 with self._reported_apart(dataloader.dataset.opt, level, len(levels) > 1):
