@@ -212,6 +212,17 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
         'train.ssd_opt.depths: found 2; allowed: num_depths (SSDLoss takes num_depths, criterion, ',
     ),
     (
+        'train.net_d_init_iters',
+        4,
+        'train.net_d_init_iters: found 4; allowed: a number below 4, the iterations of the shortest level: it restarts '
+        'at each level, and until then only the discriminator trains.',
+    ),
+    (
+        'train.tsa_iter',
+        100,
+        'train.tsa_iter: found 100; allowed: a number below 4, the iterations of the shortest level: ',
+    ),
+    (
         'train.scheduler.periods',
         [3],
         'train.scheduler.periods: found [3]; allowed: periods that add up to 4 or more (the schedule is for one',
@@ -538,6 +549,22 @@ def test_a_schedule_for_the_whole_training(forward_opt: dict[str, Any], run: Run
     forward_opt['name'] = 'fitting'
     forward_opt['train']['scheduler'] = {'type': 'MultiStepLR', 'milestones': [2, 4], 'gamma': 0.5}
     assert 'train.scheduler' not in warnings_of(forward_opt, run)
+
+
+@pytest.mark.usefixtures('no_training')
+def test_phases_that_last_as_long_as_a_level(forward_opt: dict[str, Any], run: Run) -> None:
+    """They restart at each level, so they would never be over; a warm-up only where the schedule restarts, too."""
+    plain = deepcopy(forward_opt['train'])
+    level_iter = {'level_iter': [8, 4, 4], 'total_iter': 16, 'scheduler': {'type': 'MultiStepLR', 'milestones': [4]}}
+    forward_opt['train'].update(level_iter, warmup_iter=4, fix_flow=3)
+    said = warnings_of(forward_opt, run)
+    assert 'train.warmup_iter: 4 is not below 4, the iterations of the shortest level: ' in said
+    assert 'train.fix_flow: ' not in said
+    forward_opt.update(name='keeps_the_rate', train={**plain, **level_iter, 'rewind': 'none'})
+    forward_opt['train'].update(warmup_iter=7, fix_flow=4)
+    said = warnings_of(forward_opt, run)
+    assert 'train.warmup_iter: ' not in said
+    assert 'train.fix_flow: 4 is not below 4, the iterations of the shortest level: it restarts at each level, ' in said
 
 
 def warnings_of(opt: dict[str, Any], run: Run) -> str:

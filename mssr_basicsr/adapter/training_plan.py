@@ -11,6 +11,17 @@ from basicsr.utils import get_root_logger
 from mssr_basicsr.foundation.checks import OptionError, require_int
 from mssr_basicsr.method.schedules import LevelTraining
 
+# What restarts at each level, with what it means until it is over. One of the first two that lasts as long as a level
+# makes the training of that level pointless; the other two leave most of it, and may be meant.
+_POINTLESS = {
+    'net_d_init_iters': 'until then only the discriminator trains',
+    'tsa_iter': 'until then only the TSA module trains',
+}
+_DOUBTFUL = {
+    'fix_flow': 'until then the flow network does not train',
+    'warmup_iter': "until then the learning rate is below the schedule's",
+}
+
 
 class TrainingPlan:
     """The levels that a stage trains, one by one.
@@ -70,7 +81,21 @@ class TrainingPlan:
                 raise OptionError('val.val_freq', val_freq, allowed)
         for key in ('print_freq', 'save_checkpoint_freq'):
             require_int(f'logger.{key}', opt['logger'].get(key), 1)
-        _check_schedule(train_opt['scheduler'], [training.num_iter for training in scheduled])
+        iterations_scheduled = [training.num_iter for training in scheduled]
+        _check_phases(train_opt, min(iterations), min(iterations_scheduled))
+        _check_schedule(train_opt['scheduler'], iterations_scheduled)
+
+
+def _check_phases(train_opt: Mapping[str, Any], shortest: int, shortest_scheduled: int) -> None:
+    """Refuse a phase of the model class after which a level has no iterations left, or warn of it."""
+    for key, meaning in {**_POINTLESS, **_DOUBTFUL}.items():
+        num_iter, below = train_opt.get(key), shortest_scheduled if key == 'warmup_iter' else shortest
+        if not isinstance(num_iter, (int, float)) or num_iter < below:
+            continue
+        reason = f'{below}, the iterations of the shortest level: it restarts at each level, and {meaning}'
+        if key in _POINTLESS:
+            raise OptionError(f'train.{key}', num_iter, f'a number below {reason}')
+        get_root_logger().warning(f'train.{key}: {num_iter} is not below {reason}.')
 
 
 def _check_schedule(scheduler: Mapping[str, Any], iterations: Sequence[int]) -> None:

@@ -43,7 +43,8 @@ an error that names the option, what was found and what is allowed. An option th
 ## `train`, both stages
 
 `total_iter` is the sum over the levels. `val.val_freq` must divide the iterations of each level, so that every level is
-validated at its end. Optimizers, EMA and the learning-rate schedule restart at each level: set them for one level.
+validated at its end. Optimizers, EMA, the learning-rate schedule and what BasicSR's model classes count in iterations
+(`warmup_iter`, `net_d_init_iters`, `tsa_iter`, `fix_flow`) restart at each level: set them for one level.
 
 {both}
 
