@@ -623,16 +623,23 @@ class OptimizerAtOnce(SRModel):
         self.optimizers.append(torch.optim.SGD(self.net_g.parameters(), lr=1e-3))
 
 
-def test_an_optimizer_that_later_levels_would_not_have_is_refused(
-    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+class SchedulerAtOnce(SRModel):
+    def __init__(self, opt: dict[str, Any]) -> None:
+        super().__init__(opt)
+        self.schedulers.append(torch.optim.lr_scheduler.LambdaLR(self.optimizer_g, lambda step: 0.5))
+
+
+@pytest.mark.parametrize(('base', 'what'), [(OptimizerAtOnce, 'optimizers'), (SchedulerAtOnce, 'schedulers')])
+def test_what_later_levels_would_not_have_is_refused(
+    base: type[SRModel], what: str, forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'OptimizerAtOnce', OptimizerAtOnce)
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, base.__name__, base)
     expected = (
-        "base_model_type: found 'OptimizerAtOnce'; allowed: a class that creates all of its optimizers in "
-        'setup_optimizers (OptimizerAtOnce does not).'
+        f'base_model_type: found {base.__name__!r}; allowed: a class that creates all of its {what} in setup_{what} '
+        f'({base.__name__} does not).'
     )
     with pytest.raises(OptionError) as error:
-        run({**forward_opt, 'base_model_type': 'OptimizerAtOnce'})
+        run({**forward_opt, 'base_model_type': base.__name__})
     assert str(error.value) == expected
 
 

@@ -62,6 +62,7 @@ class LevelwiseTraining(DistillingModel):
         super().__init__(opt)
         # As the model class has left it: no phase of it, such as EDVR's tsa_iter, has begun, even in a resumed run.
         self._untrained_at_first = self._untrained()
+        self._num_at_first = {name: len(getattr(self, name)) for name in ('optimizers', 'schedulers')}
 
     # ------------------------------ what a stage says ------------------------------ #
 
@@ -152,9 +153,10 @@ class LevelwiseTraining(DistillingModel):
         self.setup_schedulers()
         for optimizer in self.optimizers:
             optimizer.zero_grad()  # a class may add up the gradients of several iterations, which are another level's
-        if len(self.optimizers) < self._num_optimizers:
-            allowed = f'a class that creates all of its optimizers in setup_optimizers ({self.base_name} does not)'
-            raise OptionError('base_model_type', self.base_name, allowed)
+        for name, number in self._num_at_first.items():
+            if len(getattr(self, name)) < number:
+                allowed = f'a class that creates all of its {name} in setup_{name} ({self.base_name} does not)'
+                raise OptionError('base_model_type', self.base_name, allowed)
 
     def setup_optimizers(self) -> None:
         with self._remembering_options():
@@ -225,7 +227,6 @@ class LevelwiseTraining(DistillingModel):
         self.current_iter = self.step = 0
         super().init_training_settings()
         self._train_opt = deepcopy({**self.opt['train'], **self._before_setup})  # the model class may have changed some
-        self._num_optimizers = len(self.optimizers)
         self.plan = TrainingPlan(self.make_plan())
         self.plan.check({**self.opt, 'train': self._train_opt}, self.scheduled_trainings())
         self._warn_of_unprunable()
