@@ -23,7 +23,7 @@ from basicsr.data.prefetch_dataloader import CPUPrefetcher
 from basicsr.models.sr_model import SRModel
 from basicsr.models.srgan_model import SRGANModel
 from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
-from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, call, contents, forget_after, pruned_mssr
+from conftest import BACKBONES, SPARSITY, TOY_EDSR, Run, call, contents, forget_after, load, pruned_mssr
 from toy import add_degradation, add_discriminator, register_kernels_dataset
 
 from mssr_basicsr.adapter.run_state import in_python_numbers, kept_between_iterations, put_back_kept
@@ -347,6 +347,23 @@ def test_options_that_have_changed_are_reported(forward_opt: dict[str, Any], run
         ('train.rewind', 'weights', 'lr'),
     ):
         assert f'{name}: the run began with {before!r} and continues with {now!r}' in log
+
+
+def test_a_level_cannot_lose_its_schedule_when_it_is_resumed(forward_opt: dict[str, Any], run: Run) -> None:
+    """Nor get one; while level 0 trains, which has one in any case, either can still be chosen."""
+    for began, now, allowed in (('weights', 'none', 'weights, lr'), ('none', 'lr', 'none')):
+        forward_opt.update(name=f'from_{began}', train={**forward_opt['train'], 'rewind': began})
+        experiment = run(forward_opt)
+        forget_after(experiment, 8)
+        forward_opt['train']['rewind'] = now
+        with pytest.raises(OptionError) as error:
+            run(forward_opt, '--auto_resume')
+        expected = f'found {now!r}; allowed: {allowed} (level 1, which is resumed, began with {began}).'
+        assert str(error.value) == f'train.rewind: {expected}'
+        forget_after(experiment, 4)
+        run(forward_opt, '--auto_resume')
+        schedulers = load(experiment / 'training_states' / '12.state')['schedulers']
+        assert len(schedulers) == (0 if now == 'none' else 1)
 
 
 def chaos(kills: int, ranks: int) -> None:

@@ -155,6 +155,18 @@ class ForwardStage(LevelwiseTraining):
                 for group, rate in zip(optimizer.param_groups, rates):
                     group['lr'] = group['initial_lr'] = rate
 
+    def resume_training(self, resume_state: dict[str, Any]) -> None:
+        """As in both stages; OptionError if ``rewind`` would take the resumed level's schedule away, or give it one."""
+        training, _ = self.plan.locate(resume_state['iter'])
+        found = self.options.rewind
+        began = resume_state.get('mssr', {}).get('options', {}).get('train.rewind', found)
+        if training != self.plan.first and (began == 'none') != (found == 'none'):
+            allowed = 'none' if began == 'none' else 'weights, lr'
+            raise OptionError(
+                'train.rewind', found, f'{allowed} (level {training.level}, which is resumed, began with {began})'
+            )
+        super().resume_training(resume_state)
+
     # ------------------------------ one iteration ------------------------------ #
 
     def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
