@@ -338,6 +338,7 @@ def test_options_that_have_changed_are_reported(forward_opt: dict[str, Any], run
     forget_after(experiment, 8)
     forward_opt['network_g']['sparsity'] = [0, 0.5, 0.9]
     forward_opt['train'].update(criterion='lamp', rewind='lr')
+    del forward_opt['train']['ema_decay']
     run(forward_opt, '--auto_resume')
     log = max(experiment.glob('*.log'), key=os.path.getmtime).read_text()
     assert 'Options have changed. ' in log
@@ -345,6 +346,7 @@ def test_options_that_have_changed_are_reported(forward_opt: dict[str, Any], run
         ('network_g.sparsity', [0.0, 0.5, 0.75], [0.0, 0.5, 0.9]),
         ('train.criterion', 'global_magnitude', 'lamp'),
         ('train.rewind', 'weights', 'lr'),
+        ('train.ema_decay', 0.9, 0),
     ):
         assert f'{name}: the run began with {before!r} and continues with {now!r}' in log
 

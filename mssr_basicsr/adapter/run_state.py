@@ -110,9 +110,9 @@ def read_run_state(
         )
         raise OptionError('path.resume_state', path, f'a state of a run that began with {here}; this one: {there}')
     changed = [
-        f'{name}: the run began with {state.options.get(name)!r} and continues with {value!r}'
+        f'{name}: the run began with {state.options[name]!r} and continues with {value!r}'
         for name, value in options.items()
-        if state.options.get(name) != value
+        if state.options.get(name, value) != value  # an mssr-basicsr without the option has not saved it
     ]
     if changed:
         get_root_logger().warning('Options have changed. ' + '; '.join(changed) + '.')

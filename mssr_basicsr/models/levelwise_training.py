@@ -393,6 +393,7 @@ class LevelwiseTraining(DistillingModel):
     def decisive_options(self) -> dict[str, Any]:
         """As in :class:`NestedLevels`, with the stage's own, which should not change within a run."""
         own = {f'train.{name}': value for name, value in vars(self.options).items()}
+        own['train.ema_decay'] = self._train_opt.get('ema_decay', 0)  # BasicSR's: with an EMA, it is a level's result
         return deepcopy({**super().decisive_options(), **own})
 
 
