@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from basicsr.archs import build_network
+from basicsr.utils.registry import ARCH_REGISTRY
 from conftest import BACKBONES, network
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -378,6 +379,68 @@ def test_a_changed_network_is_noticed(change: Callable[[nn.Module], None]) -> No
         assert not torch.allclose(unchanged, expected, atol=1e-4)
         assert_close(before.network(x), expected)
         assert_close(after.network(x), expected)
+
+
+class Computes(nn.Module):
+    """Computes something besides the image at each call, which must not be taken for a constant of the network."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer('gate', torch.tensor(0.7))
+        self.a, self.b, self.c = (nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 20), (20, 20), (20, 3)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == 'constant':
+            x = x - torch.tensor([0.45, 0.44, 0.40]).view(1, 3, 1, 1)
+        x = self.a(x)
+        if self.kind == 'weight':  # of the sparse form, which has no dense one
+            x = nn.functional.pad(x, (1, 1, 1, 1), mode='replicate')
+            return self.c(nn.functional.conv2d(x, self.b.weight, self.b.bias))
+        factor: Any = {'number': self.gate.item, 'tensor': lambda: self.gate * 2}.get(self.kind, lambda: 1)()
+        return self.c(self.b(x) * factor)
+
+
+@needs_kernel
+@pytest.mark.parametrize('kind', ['constant', 'weight', 'number', 'tensor'])
+def test_what_a_forward_computes_anew_is_no_constant(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ARCH_REGISTRY, '_obj_map', {**ARCH_REGISTRY._obj_map, 'Computes': Computes})
+    file = pack(network({'type': 'Computes', 'kind': kind}), 1)
+    models = [ScalableModel(io.BytesIO(file), 2, engine=engine) for engine in ('auto', 'torch')]
+    assert any(isinstance(layer, SparseConv2d) for layer in models[0].network.modules())
+
+    def assert_same_images() -> None:
+        for size in (9, 17, 9):
+            x = torch.rand(1, 3, size, 20)
+            assert_close(*(model.network(x) for model in models))
+
+    with torch.no_grad():
+        assert_same_images()
+        for model in models:
+            model.expand()
+        assert_same_images()
+        for model in models:
+            model.network.gate.mul_(3)
+        assert_same_images()
+
+
+@needs_kernel
+def test_a_tensor_that_has_become_none_is_no_longer_that_of_the_trace() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean: torch.Tensor | None = torch.full((1, 3, 1, 1), 0.4)
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x if self.mean is None else x - self.mean)
+
+    sparse, x = Centred().eval(), torch.rand(1, 3, 9, 20)
+    dense = sparsify(sparse, 0.5)
+    with torch.no_grad():
+        assert_close(sparse(x), dense(x))
+        sparse.mean = dense.mean = None
+        assert_close(sparse(x), dense(x))
 
 
 @needs_kernel

@@ -11,6 +11,7 @@ from typing import Any, Union
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mssr_basicsr.foundation.unchanged import attributes_kept
 from mssr_basicsr.sparse import library
@@ -90,21 +91,29 @@ class _Tracer(fx.Tracer):
         return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
 
 
+class _NothingIsComputed(TorchDispatchMode):
+    """While it is active, tensors may be read, but not computed with; the symbols of a trace may.
+
+    A graph has the result of such an operation as a constant. But the network computes it anew at each call, and from
+    weights that another level has replaced, for instance in ``F.conv2d(x, 2 * self.conv.weight)``.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise ValueError(f'{func} does not depend on the image')
+
+
 def trace(network: nn.Module) -> fx.GraphModule | None:
     """The network's graph, or None if it cannot be traced: its forward depends on values or shapes, takes more than the
-    image, or modifies in place what is read again. One thread may trace at a time; others may run networks meanwhile.
+    image, computes something from weights alone, makes a constant, or modifies in place what is read again. One thread
+    may trace at a time; others may run networks meanwhile.
     """
     tracer = _Tracer()
     # An accelerated network has its class's own forward under this name.
     tracer.traced_func_name = 'plain_forward' if hasattr(type(network), 'plain_forward') else 'forward'
     try:
-        with attributes_kept(network):
-            # The graph module copies attributes: as they were before the trace, and the constants that it added.
-            with attributes_kept(network):
-                graph = tracer.trace(network)
-                constants = {key: v for key, v in network.__dict__.items() if key.startswith('_tensor_constant')}
-            network.__dict__.update(constants)
-            traced = fx.GraphModule(network, graph)
+        with attributes_kept(network), _NothingIsComputed():
+            graph = tracer.trace(network)
+        traced = fx.GraphModule(network, graph)  # AttributeError if it reads a tensor that the forward has made
     except Exception:  # whatever a forward does with symbols
         return None
     if sum(node.op == 'placeholder' for node in graph.nodes) > 1:

@@ -112,7 +112,7 @@ def _graph_of(network: nn.Module, x: Tensor) -> fx.GraphModule | None:
         known = _graphs.get(network)
         if known is not None:
             traced = known.traced
-            if traced is None or (_is_of(known, network) and _has_constants_of(traced, network)):
+            if traced is None or (_is_of(known, network) and _has_tensors_of(traced, network)):
                 return traced
         before, traced = _attributes_of(network), trace(network)
         if traced is not None and not _computes_the_same(traced, network, x):
@@ -153,13 +153,15 @@ def _comparable(value: Any) -> Any:
     return ref(value) if isinstance(value, _FUNCTIONS) else value  # a function may hold the network
 
 
-def _has_constants_of(traced: fx.GraphModule, network: nn.Module) -> bool:
-    for node in traced.graph.nodes:
-        if node.op == 'get_attr':
-            get = attrgetter(str(node.target))
-            now, then = get(network), get(traced)
-            if now is not then and (now.dtype != then.dtype or now.shape != then.shape or not torch.equal(now, then)):
-                return False
+def _has_tensors_of(traced: fx.GraphModule, network: nn.Module) -> bool:
+    """Whether the network still has the tensors that the graph reads, or others that are equal."""
+    for name in (str(node.target) for node in traced.graph.nodes if node.op == 'get_attr'):
+        try:
+            now, then = attrgetter(name)(network), attrgetter(name)(traced)
+        except AttributeError:
+            return False
+        if now is not then and not (isinstance(now, Tensor) and now.dtype == then.dtype and torch.equal(now, then)):
+            return False
     return True
 
 
