@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,21 +17,11 @@ from torch import Tensor, nn
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.scalable.architectures import ImageSpec, find_image_spec, reference_tensor
 from mssr_basicsr.scalable.pixels import Image, check_values, to_depth, white
+from mssr_basicsr.scalable.tiling import Span, Tiling, TilingFinder
+from mssr_basicsr.sparse.network import state_of_weights
 
 _SMALL = 128**2  # input pixels; what has no more is upscaled whole, however far the network looks
 _LARGEST_TILE = 512  # input pixels
-_FARTHEST = 1024  # a network that looks farther than this, in input pixels, is taken to look everywhere
-
-
-class _Window(NamedTuple):
-    """A part of an image that is passed to the network."""
-
-    top: int  # where the tile, whose surroundings it also shows, belongs
-    left: int
-    rows: slice  # the window in the input
-    columns: slice
-    inner_rows: slice  # the tile in the network's output
-    inner_columns: slice
 
 
 class Upscaler:
@@ -47,7 +37,8 @@ class Upscaler:
         self.network = network
         self.scale = scale
         self._options = options
-        self._reach: int | None = None
+        self._finder: TilingFinder | None = None
+        self._state: list[Any] = []
 
     @cached_property
     def spec(self) -> ImageSpec:
@@ -81,8 +72,9 @@ class Upscaler:
             image: (H, W) or (H, W, 1) grey, (H, W, 2) grey and alpha, (H, W, 3) colour, (H, W, 4) colour and alpha;
                 uint8, uint16 or float32 from 0 to 1. Alpha is upscaled bicubically, so that opaque areas stay
                 opaque (our choice).
-            tile: tile size in input pixels; 0 for no tiles. Tiles overlap by the network's receptive field, so that
-                their size only affects float32 rounding. Default: see :meth:`automatic_tile`.
+            tile: tile size in input pixels; 0 for no tiles. Tiles overlap by the network's receptive field and are cut
+                along its own grid, so that their size only affects rounding. Default: see :meth:`automatic_tile`; none
+                where that is not possible.
             bgr: whether the channel order is OpenCV's.
             progress: called with the list of tiles to iterate over, such as ``tqdm``.
 
@@ -90,8 +82,8 @@ class Upscaler:
             The image, ``scale`` times as high and wide, of the same dtype and number of channels.
 
         Raises:
-            ValueError: another kind of image; tiles for a network that looks at the whole image; or a network whose
-                output is not finite.
+            ValueError: another kind of image; tiles where they would change the image; or a network whose output is not
+                finite.
         """
         if image.ndim not in (2, 3) or 0 in image.shape:
             raise ValueError(f'image: found the shape {image.shape}; allowed: (H, W) or (H, W, 1 to 4)')
@@ -107,11 +99,11 @@ class Upscaler:
         padded = _pad(planes[..., :colours], -height % self.multiple, -width % self.multiple)
         if bgr and colours == 3:
             padded = padded[..., ::-1]
-        for window in progress(self._windows(padded.shape[0], padded.shape[1], tile)):
-            part = np.ascontiguousarray(padded[window.rows, window.columns])
-            found = self._upscale_colours(part)[window.inner_rows, window.inner_columns]
+        for rows, columns in progress(self._tiles(padded.shape[0], padded.shape[1], tile)):
+            part = np.ascontiguousarray(padded[rows.window, columns.window])
+            found = self._upscale_colours(part)[rows.inner, columns.inner]
             found = found[..., ::-1] if bgr and colours == 3 else found
-            target = result[window.top * s :, window.left * s :, :colours][: found.shape[0], : found.shape[1]]
+            target = result[rows.start * s :, columns.start * s :, :colours][: found.shape[0], : found.shape[1]]
             target[...] = found[: target.shape[0], : target.shape[1]]  # without the padding
         return result[..., 0] if image.ndim == 2 else result
 
@@ -136,7 +128,7 @@ class Upscaler:
         return found.transpose(1, 2, 0).astype(part.dtype)
 
     def automatic_tile(self) -> int | None:
-        """The default side of tiles in input pixels, None if the network looks at the whole image (our choice).
+        """The default side of tiles in input pixels, None if the network takes only whole images (our choice).
 
         As large as possible while a tile's largest feature map fits the processor's last-level cache. But at least 12
         times as wide as the network looks beyond a tile, so that computing overlaps more than once costs at most about
@@ -154,73 +146,42 @@ class Upscaler:
         in_cache = math.isqrt(_last_cache() // (4 * features * self.scale**2)) - 2 * reach
         return min(max(in_cache, 12 * reach, 16), _LARGEST_TILE)
 
-    def _windows(self, height: int, width: int, tile: int | None) -> list[_Window]:
-        """The windows of an image of that size that the network gets, one by one."""
-        whole = [_Window(0, 0, slice(None), slice(None), slice(None), slice(None))]
+    @torch.no_grad()
+    def reach(self) -> int | None:
+        """How many input pixels beyond a tile influence it; None if the network takes only whole images."""
+        tiling = self._tilings().tiling
+        return tiling.reach if isinstance(tiling, Tiling) else None
+
+    def _tilings(self) -> TilingFinder:
+        """What is known of tiles, as long as the weights stay: a level may have a part that smaller ones lack."""
+        state = state_of_weights(self.network)
+        if self._finder is None or state != self._state:
+            # Such differences change 8 bits by at most the last; or they are those of a less precise network.
+            tolerance = max(1e-3, 8 * torch.finfo(reference_tensor(self.network).dtype).eps)
+            self._state, self._finder = state, TilingFinder(self._run, self.spec, tolerance)
+        return self._finder
+
+    def _tiles(self, height: int, width: int, tile: int | None) -> list[tuple[Span, Span]]:
+        """The rows and columns of each tile of an image of that size, which the network gets one by one."""
+        whole = [(Span(0, slice(None), slice(None)), Span(0, slice(None), slice(None)))]
         if tile == 0 or (tile is None and height * width <= _SMALL):
             return whole
         if tile is not None and tile < 1:
             raise OptionError('tile', tile, '0 (none) or the side of tiles in pixels')
-        reach = self.reach()
+        tiling = self._tilings().tiling_of(height, width)
         side = self.automatic_tile() if tile is None else tile
-        if reach is None or side is None:
+        if isinstance(tiling, str) or side is None:
             if tile is None:
                 return whole
-            name = type(self.network).__name__
-            raise OptionError('tile', tile, f'0, since {name} looks at the whole image for each pixel')
-        if tile is None and height * width <= (side + 2 * reach) ** 2:
+            raise OptionError('tile', tile, f'0, since {type(self.network).__name__} {tiling}')
+        if tile is None and height * width <= (side + 2 * tiling.reach) ** 2:
             return whole
-        vertical, horizontal = (self._spans(length, side, reach) for length in (height, width))
-        return [
-            _Window(top, left, rows, columns, inner_rows, inner_columns)
-            for top, rows, inner_rows in vertical
-            for left, columns, inner_columns in horizontal
-        ]
-
-    def _spans(self, length: int, side: int, reach: int) -> list[tuple[int, slice, slice]]:
-        """Equally large tiles along one axis: where each starts, what the network sees, and the tile in its output."""
-        m, s = self.multiple, self.scale
-        even = -(-length // -(-length // side))
-        even = -(-even // m) * m
-        spans = []
-        for start in range(0, length, even):
-            end = min(start + even, length)
-            # Where the window ends at the image's edge, the network sees the edge as it does in the whole image.
-            first = max(start - reach, 0)
-            spans.append((start, slice(first, end + reach), slice((start - first) * s, (end - first) * s)))
-        return spans
+        vertical, horizontal = (tiling.spans(length, side, self.scale) for length in (height, width))
+        return [(rows, columns) for rows in vertical for columns in horizontal]
 
     def _run(self, x: Tensor) -> Tensor:
         result: Tensor = self.network(x.to(reference_tensor(self.network))).float().cpu()
         return result
-
-    @torch.no_grad()
-    def reach(self) -> int | None:
-        """How many input pixels beyond a tile influence it, a multiple of :attr:`multiple`; None for all.
-
-        Found with one NaN in the input: everything that it can influence becomes NaN, whatever the weights.
-        """
-        if self._reach is None:
-            self._reach = max(self._reach_along(2), self._reach_along(3))
-        return None if self._reach > _FARTHEST else self._reach
-
-    def _reach_along(self, axis: int) -> int:
-        m, s = self.multiple, self.scale
-        half = 16 * m
-        while half <= 2 * _FARTHEST:
-            shape = [1, self.channels, 2 * m, 2 * m]
-            shape[axis] = 2 * half
-            x = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device='cpu')
-            x.narrow(axis, half, m).fill_(torch.nan)
-            touched = self._run(x).isnan()[0].any(0).any(3 - axis).nonzero().flatten()
-            first, last = int(touched[0]) // s, int(touched[-1]) // s
-            farthest = max(half - first, last - (half + m - 1))
-            # Windows are cut anew at a tile's edge: there the one at the edge counts as touched, too.
-            farthest = -(-farthest // m) * m + (m if m > 1 else 0)
-            if farthest < half - m:
-                return farthest
-            half *= 2
-        return 2 * _FARTHEST
 
 
 def _pad(image: Image, bottom: int, right: int) -> Image:

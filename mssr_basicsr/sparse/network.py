@@ -61,17 +61,22 @@ _graphs_lock = threading.Lock()  # two tracers at once would each put back what 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
+def state_of_weights(module: nn.Module) -> list[Any]:
+    """What is no longer equal once a weight or bias has changed, except through ``.data``."""
+    state: list[Any] = []
+    for layer in module.modules():
+        kept = layer.__dict__.get('kept')
+        state.append(kept and ref(kept))
+        tensors = [tensor for tensor in layer._parameters.values() if tensor is not None]
+        state += [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
+    return state
+
+
 def _cache_of(module: nn.Module) -> _Cache:
     """The module's cache, cleared if its weights have changed."""
     cache = _local.caches.setdefault(module, _Cache())
-    state = []
-    for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.PReLU)):
-            tensors = layer._parameters.values()
-            state.append(getattr(layer, 'kept', None))
-            state.append([(t.data_ptr(), t._version) for t in tensors if t is not None])
-    same = cache.state is not None and len(state) == len(cache.state)
-    if not same or any(a is not b and a != b for a, b in zip(state, cache.state)):
+    state = state_of_weights(module)
+    if state != cache.state:
         cache.parts, cache.state = None, state
         cache.programs.clear()
         cache.given_up.clear()
