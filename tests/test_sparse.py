@@ -497,6 +497,32 @@ def test_inference_mode() -> None:
     assert np.array_equal(model.upscale(image), expected[0])
 
 
+class Twice(nn.Module):
+    """A network in a network, each of which runs on the runtime by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Functional(), nn.Conv2d(3, 20, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+@needs_kernel
+def test_a_network_in_a_network() -> None:
+    sparse, x = Twice().eval(), torch.rand(1, 3, 9, 20)
+    dense = sparsify(sparse, 0.3)
+    accelerate(sparse.first)
+
+    def run() -> bool:
+        with torch.no_grad():
+            assert_close(sparse(x), dense(x))
+            assert_close(sparse.first(x), dense.first(x))
+        return True
+
+    assert true_in_a_child(run)  # a thread that waits for itself would hang
+
+
 class Notes(nn.Module):
     """Writes down the size of each image."""
 
@@ -545,6 +571,21 @@ def test_copies_and_pickles() -> None:
             assert torch.equal(copied(x), expected)
 
 
+def true_in_a_child(run: Callable[[], bool]) -> bool:
+    """Whether it ends, with True, in a process that is forked."""
+    child = os.fork()
+    if child == 0:
+        failed = True
+        try:
+            signal.alarm(60)  # a child that hangs is one that fails
+            failed = not run()
+        except BaseException:
+            traceback.print_exc()
+        finally:  # so that it does not become a second pytest
+            os._exit(failed)
+    return os.waitpid(child, 0)[1] == 0
+
+
 @needs_kernel
 def test_from_several_threads_and_after_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     model, found = toy_model(), {}
@@ -564,19 +605,14 @@ def test_from_several_threads_and_after_fork(monkeypatch: pytest.MonkeyPatch) ->
         for i, image in enumerate(images):
             expected = model.network(image)
             assert all(torch.equal(result, expected) for result in found[i])
-        child = os.fork()
-        if child == 0:
-            failed = True
-            try:
-                signal.alarm(60)  # a child that hangs is one that fails
-                torch.set_num_threads(1)  # torch's own pool does not survive a fork
-                monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)  # the kernel's threads do
-                failed = not torch.equal(model.network(images[0]), found[0][0])
-            except BaseException:
-                traceback.print_exc()
-            finally:  # so that it does not become a second pytest
-                os._exit(failed)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def run_in_child() -> bool:
+        torch.set_num_threads(1)  # torch's own pool does not survive a fork
+        monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)  # the kernel's threads do
+        with torch.no_grad():
+            return torch.equal(model.network(images[0]), found[0][0])
+
+    assert true_in_a_child(run_in_child)
 
 
 @needs_kernel

@@ -57,7 +57,9 @@ class _Local(threading.local):
 
 _local = _Local()
 _graphs: WeakKeyDictionary[nn.Module, _Graph] = WeakKeyDictionary()
-_graphs_lock = threading.Lock()  # two tracers at once would each put back what the other has changed
+# Two tracers at once would each put back what the other has changed. But while a thread compares a graph with its
+# network, it may come to a network in it, which has a graph of its own.
+_graphs_lock = threading.RLock()
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
