@@ -30,6 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module
 
 from mssr_basicsr import ScalableModel, pack
 from mssr_basicsr.commands.main import main
@@ -441,6 +442,20 @@ def test_a_tensor_that_has_become_none_is_no_longer_that_of_the_trace() -> None:
         assert_close(sparse(x), dense(x))
         sparse.mean = dense.mean = None
         assert_close(sparse(x), dense(x))
+
+
+@needs_kernel
+@pytest.mark.parametrize('register', [module.register_module_forward_hook, module.register_module_forward_pre_hook])
+def test_hooks_of_all_modules_are_called(register: Callable[[Any], Any]) -> None:
+    network, x, called = toy_model().network, torch.rand(1, 3, 20, 30), []
+    with torch.no_grad():
+        expected = network(x)
+        handle = register(lambda layer, *_: called.append(layer))
+        try:
+            assert_close(network(x), expected)
+        finally:
+            handle.remove()
+    assert set(called) == set(network.modules())
 
 
 @needs_kernel

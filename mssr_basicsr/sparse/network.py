@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
 
 from mssr_basicsr.sparse.graph import Part, Segment, Step, names_read, plan, trace
 from mssr_basicsr.sparse.layers import SparseConv2d, eligible
@@ -20,6 +21,7 @@ from mssr_basicsr.sparse.library import CONVOLUTION, kernel
 from mssr_basicsr.sparse.program import Program
 from mssr_basicsr.sparse.table import is_small
 
+_hooks_of_all_modules = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _MAX_PROGRAMS = 64  # are kept: for a few sizes of images and tiles
 
@@ -233,7 +235,8 @@ def _run(network: nn.Module, x: Tensor) -> Tensor | None:
     layers = list(network.modules())
     if not any(isinstance(layer, SparseConv2d) for layer in layers) or not _finite(x):
         return None
-    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers if layer is not network):
+    hooks_of_submodules = [layer._forward_hooks or layer._forward_pre_hooks for layer in layers if layer is not network]
+    if any(hooks_of_submodules) or any(_hooks_of_all_modules):
         return None  # a graph would not call them; the network's own are called around this forward
     cache, traced = _cache_of(network), _graph_of(network, x)
     if traced is None or x.shape[1:] in cache.given_up:
