@@ -349,6 +349,29 @@ def test_changed_weights_are_noticed() -> None:
         assert_close(model.network(x), model.network.mean.expand(1, 3, 16, 16))
 
 
+@needs_kernel
+@pytest.mark.parametrize(('layer', 'name'), [(0, 'weight'), (0, 'bias'), (1, 'weight'), (2, 'bias'), (3, 'weight')])
+def test_changes_through_data_are_noticed(layer: int, name: str) -> None:
+    """They have no version: of a small convolution that stays dense, a slope for all channels, and slopes for each."""
+    sparse, x = (
+        nn.Sequential(nn.Conv2d(3, 20, 3, padding=1), nn.PReLU(), nn.Conv2d(20, 20, 3, padding=1)),
+        torch.rand(1, 3, 9, 20),
+    )
+    sparse.append(nn.PReLU(20)).eval()
+    dense = copy.deepcopy(sparse)
+    weight = sparse[2].weight.detach().numpy().ravel()
+    make_sparse(sparse[2], weight, np.zeros(len(weight), np.uint8))
+    accelerate(sparse)
+    assert runs_sparse(sparse[0])
+    with torch.no_grad():
+        before = sparse(x)
+        for model in (sparse, dense):
+            getattr(model[layer], name).data.mul_(3)
+        expected = dense(x)
+        assert (expected - before).abs().max() > 0.01
+        assert_close(sparse(x), expected)
+
+
 def replace_last(model: nn.Module) -> None:
     torch.manual_seed(1)
     model.conv_last = nn.Conv2d(model.conv_last.in_channels, 3, 3, padding=1)

@@ -66,7 +66,7 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def state_of_weights(module: nn.Module) -> list[Any]:
-    """What is no longer equal once a weight or bias has changed, except through ``.data``."""
+    """What is no longer equal once a weight or bias has changed, unless in place through ``.data``."""
     state: list[Any] = []
     for layer in module.modules():
         kept = layer.__dict__.get('kept')
@@ -76,10 +76,22 @@ def state_of_weights(module: nn.Module) -> list[Any]:
     return state
 
 
+def _copied_weights(module: nn.Module) -> list[bytes]:
+    """The few weights of which programs have copies, so that a change through ``.data``, too, is noticed.
+
+    All others are either used where they are or, in the sparse form, cannot be changed.
+    """
+    return [
+        layer.weight.detach().float().numpy().tobytes()
+        for layer in module.modules()
+        if isinstance(layer, nn.PReLU) or (type(layer) is nn.Conv2d and runs_sparse(layer))
+    ]
+
+
 def _cache_of(module: nn.Module) -> _Cache:
     """The module's cache, cleared if its weights have changed."""
     cache = _local.caches.setdefault(module, _Cache())
-    state = state_of_weights(module)
+    state = [*state_of_weights(module), *_copied_weights(module)]
     if state != cache.state:
         cache.parts, cache.state = None, state
         cache.programs.clear()
