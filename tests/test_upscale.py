@@ -19,8 +19,10 @@ from basicsr.archs.spynet_arch import SpyNet
 from basicsr.utils import img2tensor, tensor2img
 from basicsr.utils.registry import ARCH_REGISTRY
 from conftest import BACKBONES, assert_same, needs_onnx_export, network, pruned_mssr
+from torch import nn
+from torch.nn import functional as F
 
-from mssr_basicsr import ScalableModel, extract, pack
+from mssr_basicsr import ScalableModel, extract, pack, to_onnx
 from mssr_basicsr.commands.main import main
 from mssr_basicsr.commands.upscale import parse_size
 from mssr_basicsr.foundation.checks import OptionError
@@ -481,3 +483,45 @@ def test_exported_onnx_gives_the_same_image_at_any_size(name: str, tmp_path: Pat
         (image,) = session.run(None, {'input': x.numpy()})
         with torch.no_grad():
             assert np.abs(image - ours(x).numpy()).max() < 1e-5
+
+
+class Sized(nn.Module):
+    """Takes sizes that are multiples of 3; or any, from which it computes another."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.head, self.tail = nn.Conv2d(3 if kind == 'pooled' else 27, 8, 3, 1, 1), nn.Conv2d(8, 12, 3, 1, 1)
+        self.thirds = nn.Conv2d(8, 108, 3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == 'thirds':
+            return F.pixel_shuffle(self.thirds(self.head(F.pixel_unshuffle(x, 3))), 6)
+        h, w = x.shape[2:]
+        y = self.head(x)
+        y = y + F.interpolate(F.adaptive_max_pool2d(y, (h // 8, w // 8)), size=(h, w))
+        return F.pixel_shuffle(self.tail(y), 2)
+
+
+@pytest.mark.slow
+@needs_onnx_export
+@pytest.mark.parametrize('kind', ['thirds', 'pooled'])
+def test_an_onnx_model_that_is_right_at_one_size_alone_is_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(ARCH_REGISTRY, '_obj_map', {**ARCH_REGISTRY._obj_map, 'Sized': Sized})
+    file, output = tmp_path / 'model.mssr', tmp_path / 'level.onnx'
+    file.write_bytes(pack(network({'type': 'Sized', 'kind': kind}), 2))
+    if kind == 'pooled':  # torch makes a constant of the size to which it pools
+        allowed = 'one that torch exports for all sizes; its model is right for 24x16 pixels, but not for 26x17'
+        with pytest.raises(OptionError, match=f"backbone: found 'Sized'; allowed: {allowed}"):
+            to_onnx(file, output)
+        assert not output.exists()
+        return
+    assert to_onnx(file, output).multiple == 3
+    x = torch.rand(1, 3, 33, 12)
+    (image,) = onnxruntime.InferenceSession(output).run(None, {'input': x.numpy()})
+    with torch.no_grad():
+        assert np.abs(image - ScalableModel(file, engine='torch').network(x).numpy()).max() < 1e-5

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +66,11 @@ def to_onnx(
         opset: default: that of torch's exporter.
         network: as for :class:`ScalableModel`.
 
+    The model is run, by onnx, on an image of another size than that of the export, and compared with the network.
+
     Raises:
-        ValueError: a wrong file, level or output, torch before 2.7, or onnx or onnxscript is not installed; the text
-            says which.
+        ValueError: a wrong file, level or output, torch before 2.7, onnx or onnxscript is not installed, or torch's
+            model is right at one size alone; the text says which.
         OSError: a file cannot be read or written.
     """
     require_output(output, source, option='--onnx')
@@ -82,8 +84,12 @@ def to_onnx(
     optional_package('onnxscript', 'onnx')  # torch's exporter is written in it
     with ScalableModel(source, level, network=network, engine='torch') as model:
         upscaler = model.upscaler
-    sides = (2 * max(8, upscaler.multiple), 3 * max(8, upscaler.multiple))
-    example = torch.rand(1, upscaler.channels, *sides, dtype=torch.float32, device='cpu')
+    m = upscaler.multiple
+    side = -(-8 // m) * m  # images with fewer pixels than this may be too small for a network
+    example, other = (
+        torch.rand(1, upscaler.channels, *sides, dtype=torch.float32, device='cpu')
+        for sides in ((2 * side, 3 * side), (2 * side + m, 3 * side + 2 * m))
+    )
     converting = replaced(Tensor, 'type_as', _type_as_where_types_differ)
     with tempfile.TemporaryDirectory() as folder, _without_log(), converting:
         path = Path(folder, 'level.onnx')
@@ -104,8 +110,36 @@ def to_onnx(
             if opset is None:
                 raise
             raise OptionError('--opset', opset, 'one that this torch can export the network to, or none') from error
-        found = onnx.load(path).opset_import[0].version
+        exported = onnx.load(path)
+        found = exported.opset_import[0].version
         if opset not in (None, found):  # the exporter only logs that it could not convert
             raise OptionError('--opset', opset, f'{found}, or one that this onnx can convert it to')
+        _check(exported, model.network, example, other)
         write_whole(output, path.read_bytes())
-    return Exported(model.level, found, upscaler.multiple)
+    return Exported(model.level, found, m)
+
+
+@torch.no_grad()
+def _check(exported: Any, network: nn.Module, example: Tensor, other: Tensor) -> None:
+    """OptionError if the exported model is right for the example, but not for an image of another size.
+
+    A size that the network computes with, as in ``F.adaptive_max_pool2d(x, (h // 8, w // 8))``, may have become a
+    constant. A model with operations that onnx cannot run by itself is taken to be right.
+    """
+    reference = optional_package('onnx.reference', 'onnx')
+
+    def is_right(image: Tensor) -> bool:
+        expected = network(image).numpy()
+        try:
+            (found,) = reference.ReferenceEvaluator(exported).run(None, {'input': image.numpy()})
+        except Exception:  # whatever onnx raises of operations and of shapes
+            return False
+        return found.shape == expected.shape and bool(abs(found - expected).max() <= 1e-3 * abs(expected).max())
+
+    if is_right(example) and not is_right(other):
+        sizes = ['x'.join(map(str, image.shape[:1:-1])) for image in (example, other)]
+        raise OptionError(
+            'backbone',
+            type(network).__name__,
+            f'one that torch exports for all sizes; its model is right for {sizes[0]} pixels, but not for {sizes[1]}',
+        )
