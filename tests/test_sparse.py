@@ -418,6 +418,8 @@ class Computes(nn.Module):
         if self.kind == 'constant':
             x = x - torch.tensor([0.45, 0.44, 0.40]).view(1, 3, 1, 1)
         x = self.a(x)
+        if self.kind == 'reparametrised':  # as SPAN does it, in eval mode
+            self.b.weight.data.copy_(self.c.weight.mean() * self.b.weight)
         if self.kind == 'weight':  # of the sparse form, which has no dense one
             x = nn.functional.pad(x, (1, 1, 1, 1), mode='replicate')
             return self.c(nn.functional.conv2d(x, self.b.weight, self.b.bias))
@@ -426,7 +428,7 @@ class Computes(nn.Module):
 
 
 @needs_kernel
-@pytest.mark.parametrize('kind', ['constant', 'weight', 'number', 'tensor'])
+@pytest.mark.parametrize('kind', ['constant', 'weight', 'reparametrised', 'number', 'tensor'])
 def test_what_a_forward_computes_anew_is_no_constant(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ARCH_REGISTRY, '_obj_map', {**ARCH_REGISTRY._obj_map, 'Computes': Computes})
     file = pack(network({'type': 'Computes', 'kind': kind}), 1)

@@ -11,12 +11,17 @@ from torch import nn
 
 @contextmanager
 def attributes_kept(network: nn.Module) -> Iterator[None]:
-    """While the context is open, modules may assign attributes; afterwards they have those that they had before."""
-    before = {module: dict(vars(module)) for module in network.modules()}
+    """While the context is open, modules may assign attributes; afterwards they have those that they had before.
+
+    Their classes, too, are what they were: a layer in sparse form may have become a dense one.
+    """
+    before = [(module, type(module), dict(vars(module))) for module in network.modules()]
     try:
         yield
     finally:
-        for module, attributes in before.items():
+        for module, own_class, attributes in before:
+            if type(module) is not own_class:
+                module.__class__ = own_class
             for name in vars(module).keys() - attributes.keys():
                 del vars(module)[name]
             vars(module).update(attributes)

@@ -21,29 +21,33 @@ ABSENT = 255  #: in place of a level, of weights that are not there
 class SparseConv2d(nn.Conv2d):
     """What :func:`make_sparse` makes of a convolution, in place: 7 bytes for each kept weight.
 
-    These are its value (4), position (2) and level (1). It is still an ``nn.Conv2d``: :attr:`weight` and
-    ``state_dict()`` create the dense weight, and training, another device, another dtype or loading a state dict turn
-    it back into a dense one, in place. As :attr:`weight` is a copy, changing it changes nothing; to change weights,
-    load a state dict, or use ``engine='torch'``. What the kernel does not support (gradients, other dtypes, NaN and
-    infinity) torch computes with the dense weight.
+    These are its value (4), position (2) and level (1). It is still an ``nn.Conv2d``: training, another device, another
+    dtype, loading a state dict, or reading :attr:`weight` turn it back into a dense one, in place; ``state_dict()``
+    creates a dense weight. What the kernel does not support (gradients, other dtypes, NaN and infinity) torch computes
+    with the dense weight, created for that call.
     """
 
     kept: Kept
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dense weight, created at each call."""
-        return self._dense(self.kept.dense()[0])
+        """The weight of the dense layer that this becomes: whoever reads it may change it, as SPAN's forward does."""
+        self.make_dense()
+        return self.weight
 
     def _dense(self, values: Array) -> Tensor:
         return torch.from_numpy(values).view(self.out_channels, self.kept.in_channels, *self.kernel_size)
+
+    def _created_weight(self) -> Tensor:
+        return self._dense(self.kept.dense()[0])
 
     def forward(self, input: Tensor) -> Tensor:
         from mssr_basicsr.sparse.network import run_layer
 
         result = run_layer(self, input)
-        return super().forward(input) if result is None else result
+        return self._conv_forward(input, self._created_weight(), self.bias) if result is None else result
 
+    @torch.inference_mode(False)
     def make_dense(self) -> None:
         """Become an ``nn.Conv2d`` with a dense weight; its weights' levels stay in :attr:`dense_levels`."""
         values, self.dense_levels = self.kept.dense()
@@ -65,7 +69,7 @@ class SparseConv2d(nn.Conv2d):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[f'{prefix}weight'] = self.weight
+        destination[f'{prefix}weight'] = self._created_weight()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
