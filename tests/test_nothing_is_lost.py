@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from basicsr.archs import build_network
 from basicsr.data.prefetch_dataloader import CPUPrefetcher
 from basicsr.models.sr_model import SRModel
 from basicsr.models.srgan_model import SRGANModel
@@ -266,6 +267,40 @@ def test_the_pool_of_training_pairs_comes_back_where_it_fits() -> None:
         resumed = model(**changed)
         put_back_kept(resumed, kept)
         assert not pool.keys() & vars(resumed).keys()
+
+
+class WithTeacher(SRModel):
+    """Its loss is the distance to what a teacher, which does not train, makes of the same images."""
+
+    def init_training_settings(self) -> None:
+        paths = self.opt['path']
+        self.net_t = build_network(self.opt['network_t']).to(self.device)
+        self.load_network(self.net_t, paths['pretrain_network_t'], True, paths.get('param_key_t', 'params'))
+        super().init_training_settings()
+
+    def feed_data(self, data: Any) -> None:
+        super().feed_data(data)
+        with torch.no_grad():
+            self.gt = self.net_t(self.lq)
+
+
+@pytest.mark.parametrize('param_key', [None, 'params_ema'])
+def test_a_teacher_that_is_not_resumed_is_read_as_before(
+    param_key: str | None, forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever weights of the file the YAML names; those that are resumed come from the run's own files."""
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'WithTeacher', WithTeacher)
+    own, other = build_network(TOY_EDSR).state_dict(), build_network(TOY_EDSR).state_dict()
+    torch.save(own if param_key is None else {'params': other, 'params_ema': own}, 'teacher.pth')
+    forward_opt.update(base_model_type='WithTeacher', network_t=TOY_EDSR)
+    forward_opt['path'].update(
+        pretrain_network_t='teacher.pth', param_key_t=param_key, ignore_resume_networks=['network_t']
+    )
+    experiment = run(forward_opt)
+    uninterrupted = contents(experiment / 'models')
+    forget_after(experiment, 8)
+    run(forward_opt, '--auto_resume')
+    assert contents(experiment / 'models') == uninterrupted
 
 
 def test_a_run_does_not_resume_without_its_network(forward_opt: dict[str, Any], run: Run) -> None:

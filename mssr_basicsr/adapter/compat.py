@@ -12,7 +12,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
@@ -125,6 +125,7 @@ def prepare_script(parse_options: Callable[..., Any], *args: Any, **kwargs: Any)
         frame = frame.f_back
     if frame is not None:
         script = sys.modules[frame.f_globals['__name__']]
+        patch(script, 'load_resume_state', keep_param_keys)
         patch(script, 'load_resume_state', cpu.load_resume_state_on_cpu)
         patch(script, 'load_resume_state', name_unreadable_state)
         if hasattr(script, 'create_train_val_dataloader'):
@@ -141,6 +142,35 @@ def name_unreadable_state(load_resume_state: Callable[..., Any], opt: dict[str, 
         raise OptionError('path.resume_state', opt['path'].get('resume_state'), allowed) from error
 
 
+def keep_param_keys(load_resume_state: Callable[..., Any], opt: dict[str, Any]) -> Any:
+    """Wraps ``load_resume_state``: with an MSSR network, a network that is not resumed keeps its ``param_key``.
+
+    BasicSR changes every ``params_ema`` to ``params``, as in the run's own files, though other networks, such as a
+    teacher, are read from the same file as before.
+    """
+    keys = {key: value for key, value in opt['path'].items() if key.startswith('param_key')}
+    state = load_resume_state(opt)
+    if _is_mssr(opt):
+        resumed = resumed_networks(opt)
+        opt['path'].update(
+            {key: value for key, value in keys.items() if key.replace('param_key', 'network') not in resumed}
+        )
+    return state
+
+
+def resumed_networks(opt: Mapping[str, Any]) -> list[str]:
+    """The networks, such as ``network_g``, that BasicSR loads from what the run has saved; none in a new run."""
+    paths = opt['path']
+    if not paths.get('resume_state'):
+        return []
+    ignored = paths.get('ignore_resume_networks') or []
+    return [key for key in opt if key.startswith('network_') and key not in ignored]
+
+
+def _is_mssr(opt: Mapping[str, Any]) -> bool:
+    return (opt.get('network_g') or {}).get('type') == 'MSSR'
+
+
 def train_to_total_iter(
     create_train_val_dataloader: Callable[..., Any], opt: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
@@ -153,7 +183,7 @@ def train_to_total_iter(
     from basicsr.utils import get_root_logger
 
     created = create_train_val_dataloader(opt, *args, **kwargs)
-    if (opt.get('network_g') or {}).get('type') != 'MSSR':
+    if not _is_mssr(opt):
         return created
     train_loader, train_sampler, val_loaders, total_epochs, total_iters = created
     train_opt, num_batches = opt['datasets']['train'], len(train_loader)

@@ -12,7 +12,7 @@ import torch
 from basicsr.utils import get_root_logger
 from torch import nn
 
-from mssr_basicsr.adapter.compat import NUM_BATCHES
+from mssr_basicsr.adapter.compat import NUM_BATCHES, resumed_networks
 from mssr_basicsr.adapter.ranks import (
     broadcast_from_rank_0,
     gather_on_rank_0,
@@ -354,7 +354,7 @@ class LevelwiseTraining(DistillingModel):
             remove_leftovers(paths['models'], paths['training_states'])
         self.seed, self.records = state.seed, state.records
         self._resume_extra_networks(read_checkpoint(paths['pretrain_network_g']))
-        self._resume_networks_left_out(ignored)
+        self._resume_networks_left_out()
         self.restart_training(training)
         super().resume_training(resume_state)
         self._set_untrained(state.untrained)
@@ -379,9 +379,9 @@ class LevelwiseTraining(DistillingModel):
                 raise OptionError('path.resume_state', self.opt['path']['resume_state'], allowed)
             network.load_state_dict(checkpoint[key])
 
-    def _resume_networks_left_out(self, ignored: Sequence[str]) -> None:
+    def _resume_networks_left_out(self) -> None:
         """Load the other networks that BasicSR resumes, where the class does not: HiFaceGAN's discriminator."""
-        for key in [key for key in self.opt if key.startswith('network_') and key not in ignored]:
+        for key in resumed_networks(self.opt):
             net, path = getattr(self, key.replace('network', 'net'), None), self.opt['path'].get(f'pretrain_{key}')
             if not isinstance(net, nn.Module) or path is None or path in self.loaded:
                 continue

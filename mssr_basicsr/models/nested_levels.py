@@ -15,6 +15,7 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from torch import Tensor, nn
 
+from mssr_basicsr.adapter.compat import resumed_networks
 from mssr_basicsr.adapter.ranks import patient_group, wait_for_all
 from mssr_basicsr.adapter.records import RECORDS, LevelRecord, describe_level, level_file, level_table
 from mssr_basicsr.adapter.resuming import random_state, set_random_state
@@ -215,12 +216,14 @@ class NestedLevels(Base):
         """As in BasicSR; a file that is not a checkpoint of the network is an OptionError that says why.
 
         To test all levels, the checkpoint must be the backward stage's. With ``param_key_g: null``, a new run's network
-        and its EMA are both the file itself; a resumed run reads what the run has saved.
+        and its EMA are both the file itself; a resumed run reads what the run has saved. Networks that are not resumed
+        are read as in a new run.
         """
         paths = self.opt['path']
-        named = next((key for key, path in paths.items() if path == load_path), 'pretrain_network_g')
-        key_option, resumes = named.replace('pretrain_network', 'param_key'), bool(paths.get('resume_state'))
-        if paths.get(key_option, 'params') is None:
+        named = next((key for key, path in paths.items() if path == load_path), '')  # unless the class has its own file
+        network, key_option = (named.replace('pretrain_network', name) for name in ('network', 'param_key'))
+        resumes = network in resumed_networks(self.opt)
+        if named and paths.get(key_option, 'params') is None:
             param_key = param_key or 'params' if resumes else None
         try:
             loaded = read_checkpoint(load_path)
@@ -234,9 +237,9 @@ class NestedLevels(Base):
             super().load_network(net, load_path, strict, param_key)
             self.loaded.add(load_path)
         except CheckpointError as error:
-            key = 'resume_state' if resumes else named
-            network = named.replace('pretrain_', '')
-            raise OptionError(f'path.{key}', load_path, f'a checkpoint of {network}; {error}') from error
+            option = 'resume_state' if resumes else named or 'pretrain_network_g'
+            allowed = f'a checkpoint of {network or "network_g"}; {error}'
+            raise OptionError(f'path.{option}', load_path, allowed) from error
 
     def _print_different_keys_loading(
         self, crt_net: nn.Module, load_net: dict[str, Tensor], strict: bool = True
