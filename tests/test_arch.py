@@ -17,6 +17,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from conftest import BACKBONES, SPARSITY, TOY_EDSR, assert_same, pruned_mssr
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from toy import Normalised
 
 from mssr_basicsr.archs.mssr_arch import MSSR, find_prunable
 from mssr_basicsr.archs.recomputation import recomputed_within
@@ -332,6 +333,19 @@ def test_its_checkpoint_and_a_stock_one_both_load() -> None:
     dense.load_state_dict(stock.state_dict())
     x = torch.rand(1, 3, 16, 16)
     assert torch.equal(dense(x), stock(x))
+
+
+@pytest.mark.parametrize('version', [1, 2])
+def test_a_plain_checkpoint_says_how_old_its_parts_are(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch normalisation of version 1 had no counters; one of version 2 without them is incomplete, as for torch."""
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Normalised', Normalised)
+    stock, network = Normalised(), MSSR({'type': 'Normalised'}, SPARSITY)
+    state = stock.state_dict()
+    del state['body.1.num_batches_tracked']
+    state._metadata['body.1']['version'] = version
+    for loading in (stock, network):
+        with pytest.raises(RuntimeError, match='num_batches_tracked') if version == 2 else nullcontext():
+            loading.load_state_dict(state, strict=True)
 
 
 def test_a_level_that_the_checkpoint_lacks_is_refused() -> None:

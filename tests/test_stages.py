@@ -751,6 +751,63 @@ def test_a_stock_checkpoint_as_level_0(forward_opt: dict[str, Any], run: Run) ->
     assert all(record['metrics']['toyval']['psnr'] > 0 for record in records)
 
 
+class Renamed(nn.Module):
+    """A toy network that also loads checkpoints from when its layer had another name, as some architectures do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 12, 3, 1, 1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name in [name for name in state_dict if name.startswith(f'{prefix}old.')]:
+            state_dict[name.replace('old.', 'conv.')] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(self.conv(x), 2)
+
+
+def with_old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace('conv.', 'old.'): tensor for name, tensor in state.items()}
+
+
+def without_counters(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As torch saved batch normalisation before 0.4.1."""
+    return {name: tensor for name, tensor in state.items() if not name.endswith('num_batches_tracked')}
+
+
+@pytest.mark.parametrize(('architecture', 'make_old'), [(Renamed, with_old_names), (Normalised, without_counters)])
+def test_what_the_backbone_loads_strictly_can_be_level_0(
+    architecture: type[nn.Module], make_old: Any, forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that is not what it would save; the network decides, as in BasicSR."""
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Old', architecture)
+    old, loaded = make_old(architecture().state_dict()), architecture()
+    loaded.load_state_dict(old, strict=True)
+    torch.save({'params': old}, 'stock.pth')
+    forward_opt['network_g']['backbone'] = {'type': 'Old'}
+    forward_opt['path']['pretrain_network_g'] = 'stock.pth'
+    forward_opt['train'].update(first_level=1, total_iter=8)
+    del forward_opt['train']['rewind_iter'], forward_opt['train']['ssd_opt']
+    models = run(forward_opt) / 'models'
+    assert old.keys() != loaded.state_dict().keys()
+    assert equal(load(models / 'net_g_level0.pth')['params'], loaded.state_dict())
+
+
+def test_tickets_may_have_old_names(
+    backward_opt: dict[str, Any], run: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Renamed', Renamed)
+    save_as_forward_stage(pruned_mssr({'type': 'Renamed'}), here / 'pruned.pth')
+    for path in here.glob('net_g_level*.pth'):
+        torch.save({'params': with_old_names(load(path)['params'])}, path)
+    backward_opt['network_g']['backbone'] = {'type': 'Renamed'}
+    backward_opt['path']['pretrain_network_g'] = 'pruned.pth'
+    backward_opt['train']['ticket_opt'] = {'type': 'L1Loss'}
+    (log,) = run(backward_opt).glob('*.log')
+    assert 'l_ticket: 0.0000e+00' in log.read_text()  # in the first iteration: the level is still its ticket
+
+
 def test_level_0_of_a_checkpoint_with_an_ema(forward_opt: dict[str, Any], run: Run) -> None:
     """It is the EMA unless ``param_key_g`` names the other; what is pruned, exported and measured is the same."""
     stock, other = build_network(TOY_EDSR).state_dict(), build_network(TOY_EDSR).state_dict()

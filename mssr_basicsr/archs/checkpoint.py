@@ -12,9 +12,9 @@ from mssr_basicsr.adapter.records import LAST_CHECKPOINT, RECORDS
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain, require_levels, require_nested
 from mssr_basicsr.foundation.checkpoints import (
     CheckpointError,
+    loaded_strictly,
     non_finite,
     read_checkpoint,
-    require_same_entries,
     state_dict_of,
 )
 from mssr_basicsr.foundation.checks import OptionError, first_line, require_int
@@ -55,9 +55,9 @@ def load_checkpoint(
         if is_plain(state):
             raise CheckpointError(f'it is not of an MSSR network ({LAST_CHECKPOINT} of the backward stage is)')
         require_nested(loaded)
-        require_same_entries(state, network.state_dict())
         require_levels(state, network.smallest_level)
-        network.load_state_dict(state)
+        with loaded_strictly(state, network):
+            network.load_state_dict(state)
         bad = non_finite(dict(network.backbone.named_parameters()))
         if bad:
             raise CheckpointError(f'{bad[0]} in it is not finite (NaN or infinity)')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -384,12 +385,17 @@ class MSSR(nn.Module):
             OptionError: ``level`` is above 0 and the loaded level map does not have that level.
             CheckpointError: the state dict's format is newer than this class supports.
         """
-        version = getattr(state_dict, '_metadata', {}).get('', {}).get('version', 1)
+        versions = getattr(state_dict, '_metadata', {})  # of its modules, some of which convert what is older
+        version = versions.get('', {}).get('version', 1)
         if is_plain(state_dict):
-            state_dict = {
-                **{f'backbone.{key}': value for key, value in state_dict.items()},
-                **{f'level_map.{key}': value for key, value in self.whole_level_map().items()},
-            }
+            state_dict = OrderedDict(
+                {
+                    **{f'backbone.{key}': value for key, value in state_dict.items()},
+                    **{f'level_map.{key}': value for key, value in self.whole_level_map().items()},
+                }
+            )
+            of_backbone = {f'backbone.{name}'.rstrip('.'): version for name, version in versions.items()}
+            state_dict._metadata = of_backbone  # type: ignore[attr-defined]  # where torch keeps them
         elif version > self._version:
             raise CheckpointError(
                 f'its format is version {version}; this mssr-basicsr reads up to {self._version}: update mssr-basicsr'

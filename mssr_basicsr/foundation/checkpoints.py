@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mssr_basicsr.foundation.checks import first_line
 
@@ -76,8 +77,24 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
 
 
-def require_same_entries(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless ``state`` has the ``expected`` names and shapes."""
+@contextmanager
+def loaded_strictly(state: Mapping[str, Tensor], network: nn.Module) -> Iterator[None]:
+    """The context in which ``network`` loads ``state`` strictly: if it refuses it, a CheckpointError says why.
+
+    The network decides, since it may accept what differs from its own state dict: batch normalisation takes a state
+    dict without the counters that it had not yet before torch 0.4.1, and an architecture may rename old entries.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        difference = _difference(state, network.state_dict())
+        if not difference:
+            raise
+        raise CheckpointError(f'it is of another network: {difference}') from error
+
+
+def _difference(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """In what the names and shapes in ``state`` differ from the ``expected``; empty if they do not."""
     missing = [name for name in expected if name not in state]
     unknown = [name for name in state if name not in expected]
     reshaped = [name for name in expected if name in state and state[name].shape != expected[name].shape]
@@ -90,5 +107,4 @@ def require_same_entries(state: Mapping[str, Tensor], expected: Mapping[str, Ten
         name = reshaped[0]
         shapes = f'{tuple(state[name].shape)} instead of {tuple(expected[name].shape)}'
         faults.append(f'{len(reshaped)} have a different shape, such as {name} {shapes}')
-    if faults:
-        raise CheckpointError(f'it is of another network: {"; ".join(faults)}')
+    return '; '.join(faults)

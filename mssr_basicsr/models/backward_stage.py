@@ -14,7 +14,7 @@ from mssr_basicsr.adapter.ranks import digest
 from mssr_basicsr.adapter.records import level_file
 from mssr_basicsr.adapter.stage_options import BackwardOptions
 from mssr_basicsr.archs.forward_pass import ForwardPass, only_pass, record_passes
-from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
+from mssr_basicsr.foundation.checkpoints import CheckpointError, loaded_strictly, read_checkpoint, state_dict_of
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.saving import write_whole
 from mssr_basicsr.method.frozen_weights import FrozenWeights
@@ -166,11 +166,11 @@ class BackwardStage(LevelwiseTraining):
         path = self._ticket_file(level)
         try:
             ticket = state_dict_of(read_checkpoint(path), 'params')
-            require_same_entries(ticket, self.ticket.state_dict())
+            with loaded_strictly(ticket, self.ticket):
+                self.ticket.load_state_dict(ticket)
         except CheckpointError as error:
             allowed = f"level {level}'s ticket as the forward stage wrote it, beside its last checkpoint ({error})"
             raise OptionError('train.ticket_opt', str(path), allowed) from error
-        self.ticket.load_state_dict(ticket)
 
     def _copy_tickets(self) -> None:
         if self.cri_ticket is not None and self.opt['rank'] == 0:

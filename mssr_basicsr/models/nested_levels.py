@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from mssr_basicsr.adapter.resuming import random_state, set_random_state
 from mssr_basicsr.adapter.stage_options import ValidationOptions
 from mssr_basicsr.adapter.tensorboard import LevelBoard, LevelTags, pictures_of
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain, require_levels, require_nested
-from mssr_basicsr.foundation.checkpoints import CheckpointError, read_checkpoint, require_same_entries, state_dict_of
+from mssr_basicsr.foundation.checkpoints import CheckpointError, loaded_strictly, read_checkpoint, state_dict_of
 from mssr_basicsr.foundation.checks import OptionError, read_options
 from mssr_basicsr.foundation.json_text import as_json
 from mssr_basicsr.foundation.saving import saved_whole, write_whole
@@ -230,11 +230,10 @@ class NestedLevels(Base):
             if not self.is_train:
                 require_nested(loaded)
             state = state_dict_of(loaded, param_key, f': {key_option}: null takes it')
-            if strict:
-                require_same_entries(state, self._as_saved(net, state).state_dict())
             if resumes or not self.is_train:
                 require_levels(state, self.network.smallest_level)
-            super().load_network(net, load_path, strict, param_key)
+            with loaded_strictly(state, self._as_saved(net, state)) if strict else nullcontext():
+                super().load_network(net, load_path, strict, param_key)
             self.loaded.add(load_path)
         except CheckpointError as error:
             option = 'resume_state' if resumes else named or 'pretrain_network_g'
