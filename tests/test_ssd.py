@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from basicsr.archs import build_network
+from basicsr.losses import build_loss
 from conftest import BACKBONES, TOY_EDSR
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mssr_basicsr.archs.feature_taps import ImageFinisher, features_of, find_feature_taps, record_outputs
+from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.losses.distillation_term import DistillationTerm
 from mssr_basicsr.losses.self_distillation import SelfDistillation
 from mssr_basicsr.losses.ssd_loss import SSDLoss
 
@@ -255,3 +258,78 @@ def test_depths_depend_only_on_the_seed() -> None:
     assert all(len(set(depths)) == 2 and depths == sorted(depths) for depths in drawn)
     assert {tap for depths in drawn for tap in depths} == set(taps)
     assert ssd_loss(num_depths='all').sample_taps(taps, 'any') == taps
+
+
+# ------------------------------ the term in the pixel loss ------------------------------ #
+
+
+def test_a_pixel_loss_with_the_term_is_called_and_changed_as_before() -> None:
+    """By hand: differences of 1 and three times 0.2, or by their weights of the first alone; the term is 2."""
+    image, gt = torch.tensor([[[[0.0, 0.8], [0.8, 0.8]]]]), torch.ones(1, 1, 2, 2)
+    first = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
+    seen = []
+
+    def term(output: Tensor, gt: Tensor) -> Tensor:
+        seen.append((output is image, gt is expected))
+        return torch.tensor(2.0)
+
+    stock, expected = build_loss({'type': 'L1Loss', 'loss_weight': 3.0}), gt
+    cri_pix = DistillationTerm('ssd_opt', term).add_to(stock)
+    assert cri_pix is stock and cri_pix.loss_weight == 3.0
+    assert float(cri_pix(image, gt)) == pytest.approx(3 * 0.4 + 2)
+    assert float(cri_pix(image, gt, weight=first)) == pytest.approx(3 * 1 + 2)
+    assert float(cri_pix(target=gt, pred=image, weight=first)) == pytest.approx(3 * 1 + 2)
+    cri_pix.loss_weight = 1.0
+    assert float(cri_pix(image, gt)) == pytest.approx(0.4 + 2)
+    assert seen == [(True, True)] * 4
+
+
+@pytest.mark.parametrize(
+    ('pixel_loss', 'expected'), [(nn.functional.l1_loss, {'l_pix': 1.0, 'l_ssd': 2.0}), (None, {'l_ssd': 2.0})]
+)
+def test_a_pixel_loss_need_not_be_a_module_nor_be_there(pixel_loss: Any, expected: dict[str, float]) -> None:
+    term = DistillationTerm('ssd_opt', lambda output, gt: torch.tensor(2.0))
+    total = term.add_to(pixel_loss)(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
+    assert float(total) == sum(expected.values())
+    assert {name: float(loss) for name, loss in term.split({'l_pix': total}).items()} == expected
+
+
+class TwoValues(nn.Module):
+    def forward(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return image.mean(), target.mean()
+
+
+def test_a_pixel_loss_of_several_values_is_refused() -> None:
+    """Even where there is nothing to distil yet: not after level 0."""
+    cri_pix = DistillationTerm('ssd_opt', lambda output, gt: None).add_to(TwoValues())
+    with pytest.raises(OptionError) as error:
+        cri_pix(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
+    allowed = 'a loss that returns one tensor, not a tuple (or no train.ssd_opt)'
+    assert str(error.value) == f"train.pixel_opt: found 'TwoValues'; allowed: {allowed}."
+
+
+@pytest.mark.parametrize(
+    ('logged', 'expected', 'warns'),
+    [
+        (lambda one, other: {'l_pix': one}, {'l_pix': 1, 'l_ssd': 2}, False),
+        (lambda one, other: {'l_pix': 0.0 + one}, {'l_pix': 1, 'l_ssd': 2}, False),  # as NAFNet adds it up
+        (lambda one, other: {'l_pix': one.detach(), 'l_g': one + 1}, {'l_pix': 1, 'l_ssd': 2, 'l_g': 4}, False),
+        (lambda one, other: {'l_1': one, 'l_2': other()}, {'l_1': 1, 'l_2': 3, 'l_ssd': 4}, False),
+        (lambda one, other: {'l_pix': 0.0 + one + other()}, {'l_pix': 4, 'l_ssd': 4}, False),
+        (lambda one, other: {'l_1': one, 'l_10': 10 * other()}, {'l_1': 1, 'l_10': 50, 'l_ssd': 4}, True),
+        (lambda one, other: {'l_pix': one / 2}, {'l_pix': 1.5, 'l_ssd': 2}, True),
+    ],
+)
+def test_the_log_has_the_term_apart(
+    logged: Any, expected: dict[str, float], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By hand, of one result that is 1 + 2 and another that is 3 + 2. One warning says what else has it as a part."""
+    gt, term = torch.zeros(1, 1, 2, 2), DistillationTerm('ssd_opt', lambda output, gt: torch.tensor(2.0))
+    cri_pix = term.add_to(build_loss({'type': 'L1Loss'}))
+    for _ in range(2):
+        term.begin_iteration()
+        losses = logged(cri_pix(gt + 1, gt), lambda: cri_pix(gt + 3, gt))
+        assert {name: float(loss) for name, loss in term.split(losses).items()} == expected
+        assert term.split({'l_d': gt.sum()}) == {'l_d': gt.sum()}  # of a discriminator, which the class logs apart
+    said = 'In the log, l_ssd is also a part of a loss in which the model class uses cri_pix.'
+    assert caplog.text.count(said) == warns

@@ -487,6 +487,18 @@ def loss_of(model: Any) -> Tensor:
     return model.cri_pix(model.net_g(model.lq), model.gt)  # type: ignore[no-any-return]
 
 
+class WithListOfLosses(Unusual):
+    """It keeps ``cri_pix`` under another name, by which it calls it, and adds up what it gives."""
+
+    def init_training_settings(self) -> None:
+        super().init_training_settings()
+        self.losses = [self.cri_pix]
+
+    def loss(self) -> Tensor:
+        self.output = self.net_g(self.lq)
+        return sum(loss(self.output, self.gt) for loss in self.losses)  # type: ignore[return-value]
+
+
 class WithItsOwnLoss(Unusual):
     def loss(self) -> Tensor:
         self.output = self.net_g(self.lq)
@@ -556,10 +568,11 @@ def test_a_distillation_without_effect_is_reported(
     assert log.read_text().count(said) == 3  # in each level
 
 
+@pytest.mark.parametrize('base', [WithHelper, WithListOfLosses])
 def test_a_distillation_that_has_an_effect_is_not_doubted(
-    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+    base: type, forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Unusual', WithHelper)
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Unusual', base)
     (log,) = run({**forward_opt, 'base_model_type': 'Unusual'}).glob('*.log')
     assert log.read_text().count('l_ssd') == 8 and 'no effect' not in log.read_text()
 

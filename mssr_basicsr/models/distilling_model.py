@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mssr_basicsr.foundation.bytecode import codes_in
 from mssr_basicsr.foundation.checks import OptionError, arguments_checked, find_registered, first_line, require_type
-from mssr_basicsr.losses.pixel_and_distillation_loss import PixelAndDistillationLoss
+from mssr_basicsr.losses.distillation_term import DistillationTerm
 from mssr_basicsr.models.nested_levels import NestedLevels
 
 
@@ -24,7 +24,7 @@ class DistillingModel(NestedLevels):
     """A mixin for any of BasicSR's model classes: one distillation term can be added to its pixel loss."""
 
     _train_opt: dict[str, Any]  # the YAML's train section, as it was before BasicSR took anything out of it
-    _distillation_loss: PixelAndDistillationLoss | None = None  # with a distillation, what cri_pix is
+    _distillation: DistillationTerm | None = None  # what cri_pix adds to the pixel loss
 
     def networks_to_learn_from(self) -> list[nn.Module]:
         """Frozen networks from which the training distils images or features."""
@@ -35,10 +35,15 @@ class DistillingModel(NestedLevels):
         """The context in which iteration ``current_iter`` runs; it keeps what distillation needs from it."""
         yield
 
+    def optimize_parameters(self, current_iter: int) -> None:  # type: ignore[override]  # as SRModel's
+        if self._distillation is not None:
+            self._distillation.begin_iteration()
+        super().optimize_parameters(current_iter)
+
     def reduce_loss_dict(self, loss_dict: dict[str, Tensor]) -> dict[str, float]:
         """As in BasicSR, with the distillation term separate from the pixel loss."""
-        if self._distillation_loss is not None:
-            loss_dict = self._distillation_loss.split(loss_dict)
+        if self._distillation is not None:
+            loss_dict = self._distillation.split(loss_dict)
         reduced: dict[str, float] = super().reduce_loss_dict(loss_dict)
         return reduced
 
@@ -54,37 +59,37 @@ class DistillingModel(NestedLevels):
             return build_loss(found).to(self.device)
 
     def distil_by(self, key: str, term: Callable[[Tensor, Tensor], Tensor | None]) -> None:
-        """Add the ``term`` that ``train.<key>`` asks for to the pixel loss; see :class:`PixelAndDistillationLoss`.
+        """Add the ``term`` that ``train.<key>`` asks for to the pixel loss; see :class:`DistillationTerm`.
 
         Raises:
             OptionError: in the first iteration, if the term cannot be computed.
         """
 
-        def checked_term(output: Tensor, gt: Tensor) -> Tensor | None:
+        def checked_term(*images: Tensor) -> Tensor | None:
             try:
-                return term(output, gt)
+                return term(*images)
             except (RuntimeError, TypeError, ValueError) as error:
                 no_memory = isinstance(error, torch.cuda.OutOfMemoryError) or 'not enough memory' in str(error)
-                if loss.used or no_memory or isinstance(error, OptionError):
+                if distillation.used or no_memory or isinstance(error, OptionError):
                     raise
                 both = f'{self.base_name} and {type(self.network.backbone).__name__}'
                 allowed = f'nothing, since it cannot be computed with {both} ({first_line(error)})'
                 raise OptionError(f'train.{key}', self._train_opt[key], allowed) from error
 
-        loss = PixelAndDistillationLoss(getattr(self, 'cri_pix', None), key, checked_term)
-        self.cri_pix = self._distillation_loss = loss
+        self._distillation = distillation = DistillationTerm(key, checked_term)
+        self.cri_pix = distillation.add_to(getattr(self, 'cri_pix', None))
 
     def _require_distillation(self) -> None:
         """Raise OptionError if the model class has not used ``cri_pix`` in an iteration and never names it."""
-        loss = self._distillation_loss
-        if loss is not None and not loss.used and not computes_pixel_loss(type(self)):
+        term = self._distillation
+        if term is not None and not term.used and not computes_pixel_loss(type(self)):
             allowed = f'nothing with {self.base_name}, which computes its loss without cri_pix'
-            raise OptionError(f'train.{loss.option}', self._train_opt[loss.option], allowed)
+            raise OptionError(f'train.{term.option}', self._train_opt[term.option], allowed)
 
     def _report_no_distillation(self) -> None:
-        loss = self._distillation_loss
-        if loss is not None and not loss.used:
-            get_root_logger().warning(f'train.{loss.option} has had no effect: cri_pix has not been computed.')
+        term = self._distillation
+        if term is not None and not term.used:
+            get_root_logger().warning(f'train.{term.option} has had no effect: cri_pix has not been computed.')
 
 
 def computes_pixel_loss(model_class: type) -> bool:
