@@ -505,6 +505,14 @@ class WithItsOwnLoss(Unusual):
         return (self.output - self.gt).square().mean()
 
 
+class WithItsOwnCopy(WithItsOwnLoss):
+    """It names ``cri_pix`` where it prepares the training, and only there."""
+
+    def init_training_settings(self) -> None:
+        super().init_training_settings()
+        self.own_loss = deepcopy(self.cri_pix)
+
+
 @pytest.mark.parametrize('base', [WithAutocast, WithPadding])
 def test_features_are_those_of_the_iteration_itself(
     base: type, forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
@@ -542,6 +550,11 @@ def test_features_are_those_of_the_iteration_itself(
         ),
         (
             WithItsOwnLoss,
+            "train.ssd_opt: found {'type': 'SSDLoss', 'num_depths': 2}; allowed: nothing with Unusual, which computes "
+            'its loss without cri_pix.',
+        ),
+        (
+            WithItsOwnCopy,
             "train.ssd_opt: found {'type': 'SSDLoss', 'num_depths': 2}; allowed: nothing with Unusual, which computes "
             'its loss without cri_pix.',
         ),

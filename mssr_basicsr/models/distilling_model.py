@@ -93,12 +93,17 @@ class DistillingModel(NestedLevels):
 
 
 def computes_pixel_loss(model_class: type) -> bool:
-    """Whether the code that trains a model class, or that of the classes it extends there, names ``cri_pix``."""
+    """Whether the code that trains a model class, or that of the classes it extends there, names ``cri_pix``.
+
+    What prepares the training does not count: it may name a loss that it only creates or looks at.
+    """
     for base in model_class.__mro__:
         if base.__module__.startswith('mssr_basicsr.'):
             continue
         functions = {name: inspect.unwrap(f) for name, f in vars(base).items() if inspect.isfunction(f)}
         codes = {name: f.__code__ for name, f in functions.items() if hasattr(f, '__code__')}
+        for name in ('__init__', 'init_training_settings'):
+            codes.pop(name, None)
         names = {name: {used for part in codes_in(code) for used in part.co_names} for name, code in codes.items()}
         if any('cri_pix' in used for used in names.values()):
             return True
