@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mssr_basicsr.archs.feature_taps import ImageFinisher, features_of, find_feature_taps, record_outputs
+from mssr_basicsr.archs.forward_pass import only_pass, record_passes
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.losses.distillation_term import DistillationTerm
 from mssr_basicsr.losses.self_distillation import SelfDistillation
@@ -258,6 +259,15 @@ def test_depths_depend_only_on_the_seed() -> None:
     assert all(len(set(depths)) == 2 and depths == sorted(depths) for depths in drawn)
     assert {tap for depths in drawn for tap in depths} == set(taps)
     assert ssd_loss(num_depths='all').sample_taps(taps, 'any') == taps
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_a_forward_pass_is_repeated_in_its_own_precision(dtype: torch.dtype) -> None:
+    """That in which the network ran, and not the one of where its loss is computed."""
+    network, x = nn.Linear(2, 2), torch.rand(1, 2)
+    with record_passes(network) as passes, torch.autocast('cpu', dtype):
+        network(x)
+    assert only_pass(passes).repeated_by(network).dtype == dtype
 
 
 # ------------------------------ the term in the pixel loss ------------------------------ #

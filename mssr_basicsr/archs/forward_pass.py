@@ -19,10 +19,11 @@ class ForwardPass:
     keywords: dict[str, Any]  #: inputs by keyword
     device_type: str
     autocast: bool
+    dtype: torch.dtype  #: autocast's
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context in which networks compute as this one did."""
-        return torch.autocast(self.device_type, torch.get_autocast_dtype(self.device_type), self.autocast)
+        return torch.autocast(self.device_type, self.dtype, self.autocast)
 
     def repeated_by(self, network: nn.Module) -> Any:
         """What ``network`` makes of the same inputs."""
@@ -36,8 +37,9 @@ def record_passes(network: nn.Module) -> Iterator[list[ForwardPass]]:
     passes: list[ForwardPass] = []
 
     def keep(network: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        device_type = next(network.parameters()).device.type
-        passes.append(ForwardPass(inputs, keywords, device_type, torch.is_autocast_enabled(device_type)))
+        kind = next(network.parameters()).device.type
+        autocast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        passes.append(ForwardPass(inputs, keywords, kind, autocast, dtype))
 
     handle = network.register_forward_pre_hook(keep, with_kwargs=True)
     try:
