@@ -464,6 +464,20 @@ def test_the_backbones_options_are_removed_where_they_are() -> None:
         network_opt.pop('window_size')
 
 
+def test_the_backbones_options_are_set_where_they_are() -> None:
+    """By a model class. What the YAML has in the wrong place stays there, also in copies, for MSSR to refuse it."""
+    backbone = {'type': 'SwinIR', 'window_size': 8, 'level': 3}
+    network_opt = BackboneOptions(backbone=backbone, type='MSSR', depth=2)
+    network_opt['upscale'] = 2
+    network_opt.update(window_size=7, sparsity=[0, 0.5], depth=4, level=1)
+    assert network_opt.setdefault('img_size', 48) == 48 and network_opt.setdefault('window_size', 1) == 7
+    assert backbone == {'type': 'SwinIR', 'window_size': 7, 'level': 1, 'upscale': 2, 'img_size': 48}
+    own = {'backbone': backbone, 'type': 'MSSR', 'depth': 4, 'sparsity': [0, 0.5]}
+    for same in (network_opt, deepcopy(network_opt), network_opt.copy()):
+        assert type(same) is BackboneOptions and dict(same) == own
+    assert deepcopy(network_opt)['backbone'] is not backbone
+
+
 class Levelled(nn.Module):
     """A toy network with an option that has the name of one of MSSR's."""
 
