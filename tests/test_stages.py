@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from basicsr.archs import build_network
+from basicsr.losses import build_loss
 from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY
 from conftest import (
@@ -639,6 +640,70 @@ def test_a_levels_gradients_do_not_reach_the_next(
     forward_opt['train']['ema_decay'] = 0
     run({**forward_opt, 'base_model_type': 'StepsLate'})
     assert left == [False, True, False, True, False, True]  # begin and end of each level, of 4 iterations
+
+
+class WithoutEMA(SRModel):
+    """It prepares its training by itself."""
+
+    def init_training_settings(self) -> None:
+        self.net_g.train()
+        self.cri_pix = build_loss(self.opt['train']['pixel_opt'])
+        self.setup_optimizers()
+        self.setup_schedulers()
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        self.optimizer_g.zero_grad()
+        loss = self.cri_pix(self.net_g(self.lq), self.gt)
+        loss.backward()
+        self.optimizer_g.step()
+        self.log_dict = self.reduce_loss_dict({'l_pix': loss})
+
+
+class WithConstantRate(SRModel):
+    def setup_schedulers(self) -> None:
+        self.schedulers.append(torch.optim.lr_scheduler.LambdaLR(self.optimizer_g, lambda step: 0.5))
+
+
+class SetsUpscale(SRModel):
+    def __init__(self, opt: dict[str, Any]) -> None:
+        opt['network_g']['upscale'] = opt['scale']
+        super().__init__(opt)
+
+
+class WithArrays(SRModel):
+    """It validates pictures of NumPy's."""
+
+    def get_current_visuals(self) -> dict[str, Any]:
+        visuals = super().get_current_visuals()
+        return {**visuals, 'gt': visuals['gt'].numpy(), 'result': visuals['result'].numpy()}
+
+    def nondist_validation(self, dataloader: Any, *args: Any) -> None:
+        for data in dataloader:
+            self.feed_data(data)
+            self.test()
+            assert self.get_current_visuals()['gt'].shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize('base', [WithoutEMA, WithConstantRate, SetsUpscale, WithArrays])
+def test_model_classes_that_differ_from_basicsrs(
+    base: type, forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They train with MSSR as they do without it."""
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Base', base)
+    forward_opt['base_model_type'] = 'Base'
+    if base is WithConstantRate:
+        del forward_opt['train']['scheduler']
+    elif base is SetsUpscale:
+        del forward_opt['network_g']['backbone']['upscale']  # of EDSR, 4 is the default
+    experiment = run(forward_opt)
+    (log,) = experiment.glob('*.log')
+    assert log.read_text().count('lr:(5.000e-04,)') == (12 if base is WithConstantRate else 0)
+    latest = load(experiment / 'models' / 'net_g_latest.pth')
+    assert ('params_ema' in latest) == (base is not WithoutEMA)
+    assert equal(
+        load_network(experiment / 'models' / 'net_g_latest.pth').export(2),
+        load(experiment / 'models' / 'net_g_level2.pth')['params'],
+    )
 
 
 class OptimizerAtOnce(SRModel):

@@ -134,12 +134,12 @@ class LevelTags:
         return getattr(self._tb_logger, name)
 
 
-def pictures_of(visuals: Mapping[str, Tensor]) -> dict[str, Image.Image]:
-    """The ``result`` and ``gt`` of a model class's ``get_current_visuals``, where each is one image.
+def pictures_of(visuals: Mapping[str, Any]) -> dict[str, Image.Image]:
+    """The ``result`` and ``gt`` of a model class's ``get_current_visuals``, where each is a tensor of one image.
 
     They are cropped to at most :data:`PANEL` x :data:`PANEL` pixels at the centre, so that event files stay small.
     """
-    found = {key: visuals[key] for key in ('result', 'gt') if key in visuals}
+    found = {key: visuals[key] for key in ('result', 'gt') if isinstance(visuals.get(key), Tensor)}
     return {
         key: Image.fromarray(tensor2img([_middle(image)], rgb2bgr=False)).convert('RGB')
         for key, image in found.items()

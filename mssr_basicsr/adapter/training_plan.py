@@ -83,7 +83,7 @@ class TrainingPlan:
             require_int(f'logger.{key}', opt['logger'].get(key), 1)
         iterations_scheduled = [training.num_iter for training in scheduled]
         _check_phases(train_opt, min(iterations), min(iterations_scheduled))
-        _check_schedule(train_opt['scheduler'], iterations_scheduled)
+        _check_schedule(train_opt.get('scheduler') or {}, iterations_scheduled)
 
 
 def _check_phases(train_opt: Mapping[str, Any], shortest: int, shortest_scheduled: int) -> None:

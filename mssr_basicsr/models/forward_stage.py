@@ -108,8 +108,8 @@ class ForwardStage(LevelwiseTraining):
         network.set_level_map(network.whole_level_map())
         self._mark_rewind_point()
         if self.plan.first.level == 1:  # level 0 is not trained, so that no end_level validates and exports it
-            if self.ema_decay > 0:  # BasicSR has loaded it from params_ema, whatever the network is loaded from
-                self.net_g_ema.load_state_dict(network.state_dict())
+            if self.result is not network:  # BasicSR has loaded it from params_ema, whatever the network is loaded from
+                self.result.load_state_dict(network.state_dict())
             self.validate_now(0)
             self.export_level(0)
 

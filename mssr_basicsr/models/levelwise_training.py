@@ -115,8 +115,8 @@ class LevelwiseTraining(DistillingModel):
         self.prepare_weights(training)
         get_root_logger().info(f'Level {training.level}: {training.num_iter} iterations begin.')
         self.restart_training(training)
-        if self.ema_decay > 0:
-            self.net_g_ema.load_state_dict(self.network.state_dict())
+        if self.result is not self.network:
+            self.result.load_state_dict(self.network.state_dict())
         self.__dict__.pop('best_metric_results', None)  # BasicSR's log of the best so far begins anew at each level
         self._require_agreement(f'Start of level {training.level}')
 
@@ -130,8 +130,8 @@ class LevelwiseTraining(DistillingModel):
             RuntimeError: on every rank, if ranks differ or the result is not what the stage guarantees.
         """
         broadcast_from_rank_0(saved_buffers(self.result.backbone))  # each rank has seen other batches
-        if self.ema_decay > 0:
-            self.network.load_state_dict(self.net_g_ema.state_dict())
+        if self.result is not self.network:
+            self.network.load_state_dict(self.result.state_dict())
         self._require_finite(f'End of level {training.level}')
         self._require_agreement(f'End of level {training.level}')
         self.check_result(training)
@@ -185,8 +185,8 @@ class LevelwiseTraining(DistillingModel):
         with self.distilling(current_iter), self._computing_in_training(), watched:
             super().optimize_parameters(self.step)
         self.frozen.put_back(self.network.backbone)
-        if self.ema_decay > 0:
-            self.frozen.put_back(self.net_g_ema.backbone)
+        if self.result is not self.network:
+            self.frozen.put_back(self.result.backbone)
         training, _ = self.plan.locate(current_iter)
         if self.step == 1:  # what goes wrong does so at once: not only after days of training
             self._require_distillation()
