@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 from functools import partial, reduce
 from pathlib import Path
@@ -424,6 +425,19 @@ def test_what_the_scalable_file_cannot_hold_is_refused_before_training(backward_
     backward_opt['path']['pretrain_network_g'] = 'swinir.pth'
     with pytest.raises(OptionError, match=r"network_g\.backbone: .* a \.mssr file can hold \(.*found 'yes, please'"):
         run(backward_opt)
+
+
+@pytest.mark.usefixtures('no_training')
+def test_the_forward_stage_only_warns_of_it(forward_opt: dict[str, Any], run: Run) -> None:
+    """It writes no such file."""
+    forward_opt['network_g']['backbone'] = {**BACKBONES['SwinIR'], 'patch_norm': 'yes, please'}
+    with pytest.raises(AssertionError, match='the training has started'):
+        run(forward_opt)
+    (log,) = Path('experiments/forward').glob('*.log')
+    said = (
+        r"WARNING: network_g\.backbone: MSSRBackwardModel will refuse it, since .* \(backbone: found 'yes, please'; al"
+    )
+    assert re.search(said, log.read_text())
 
 
 @pytest.mark.usefixtures('no_training')

@@ -46,6 +46,7 @@ from mssr_basicsr.models.backward_stage import BackwardStage
 from mssr_basicsr.models.forward_stage import ForwardStage
 from mssr_basicsr.models.levelwise_training import LevelwiseTraining
 from mssr_basicsr.models.nested_levels import NestedLevels
+from mssr_basicsr.scalable.model import ScalableModel
 
 pytestmark = pytest.mark.slow
 TOTAL = sum(weight.numel() for weight in MSSR(TOY_EDSR, SPARSITY).prunable_weights().values())
@@ -704,6 +705,44 @@ def test_model_classes_that_differ_from_basicsrs(
         load_network(experiment / 'models' / 'net_g_latest.pth').export(2),
         load(experiment / 'models' / 'net_g_level2.pth')['params'],
     )
+
+
+class Refining(nn.Module):
+    """A toy network that does not upscale, as SRCNN and VDSR."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
+class EnlargesFirst(SRModel):
+    def feed_data(self, data: Any) -> None:
+        super().feed_data(data)
+        self.lq = nn.functional.interpolate(self.lq, scale_factor=self.opt['scale'], mode='bicubic')
+
+
+def test_a_network_that_is_given_enlarged_images(
+    forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data need ``scale: 2``, and the file is of a network that upscales by 1, as a warning says."""
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Refining', Refining)
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'EnlargesFirst', EnlargesFirst)
+    del forward_opt['train']['ssd_opt']
+    for opt in (forward_opt, backward_opt):
+        opt['base_model_type'] = 'EnlargesFirst'
+        opt['network_g']['backbone'] = {'type': 'Refining'}
+        (log,) = run(opt).glob('*.log')
+        assert 'WARNING: The network itself upscales by 1, and so will a .mssr file of it: scale: 2' in log.read_text()
+    models = Path('experiments/backward/models')
+    dense, image = Refining(), np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    dense.load_state_dict(load(models / 'net_g_level0.pth')['params'])
+    model = ScalableModel(models / 'net_g.mssr', engine='torch')
+    assert model.header.scale == 1
+    expected = dense(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)[0].clamp(0, 1) * 255
+    assert np.array_equal(model.upscale(image), expected.round().byte().permute(1, 2, 0).numpy())
 
 
 class OptimizerAtOnce(SRModel):

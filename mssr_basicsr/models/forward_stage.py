@@ -27,6 +27,7 @@ from mssr_basicsr.method.rewinding import rewind_weights
 from mssr_basicsr.method.schedules import LevelTraining
 from mssr_basicsr.models.distilling_model import frozen_copy
 from mssr_basicsr.models.levelwise_training import LevelwiseTraining, start_from_ema
+from mssr_basicsr.scalable.errors import ScalableFileError
 
 
 class ForwardStage(LevelwiseTraining):
@@ -86,6 +87,12 @@ class ForwardStage(LevelwiseTraining):
         self._tried_out = False
         if self.self_distillation is not None:
             self.distil_by('ssd_opt', self._ssd_term)
+
+    def report_unpackable(self, error: ScalableFileError) -> None:
+        """Only warn, since this stage writes no ``.mssr`` file."""
+        get_root_logger().warning(
+            f'network_g.backbone: MSSRBackwardModel will refuse it, since no .mssr file can hold it ({error}).'
+        )
 
     def _build_self_distillation(self) -> SelfDistillation | None:
         loss, taps = self.build_distillation_loss('ssd_opt', self.options.ssd_opt), self.network.feature_taps

@@ -40,6 +40,7 @@ from mssr_basicsr.method.frozen_weights import FrozenWeights
 from mssr_basicsr.method.schedules import LevelTraining
 from mssr_basicsr.models.distilling_model import DistillingModel
 from mssr_basicsr.models.precision import computing, lacks_bf16
+from mssr_basicsr.scalable.architectures import find_image_spec
 from mssr_basicsr.scalable.errors import ScalableFileError
 from mssr_basicsr.scalable.packing import level_metrics, pack
 
@@ -234,11 +235,7 @@ class LevelwiseTraining(DistillingModel):
             get_root_logger().warning(
                 'train.precision: bf16: this processor has no bf16 arithmetic, so training will be slower than in fp32.'
             )
-        try:
-            self.pack()  # refuse what the file cannot hold now, not after days of training
-        except ScalableFileError as error:
-            allowed = f'one that a .mssr file can hold ({error})'
-            raise OptionError('network_g.backbone', self.network.backbone_options, allowed) from error
+        self._require_packable()  # now, not after days of training
 
     def _warn_of_unprunable(self) -> None:
         total = sum(parameter.numel() for parameter in self.network.backbone.parameters())
@@ -250,9 +247,33 @@ class LevelwiseTraining(DistillingModel):
                 f'Every level has the other {total - prunable:,}.'
             )
 
+    def _require_packable(self) -> None:
+        if self._scale() != self.opt.get('scale', 1):
+            get_root_logger().warning(
+                f'The network itself upscales by 1, and so will a .mssr file of it: scale: {self.opt["scale"]} needs '
+                f'what {self.base_name} does with the images before.'
+            )
+        try:
+            self.pack()
+        except ScalableFileError as error:
+            self.report_unpackable(error)
+
+    def report_unpackable(self, error: ScalableFileError) -> None:
+        """Called before the training if no ``.mssr`` file can hold the network, as ``error`` says: an OptionError."""
+        allowed = f'one that a .mssr file can hold ({error})'
+        raise OptionError('network_g.backbone', self.network.backbone_options, allowed) from error
+
     def pack(self) -> bytes:
-        """All levels as a ``.mssr`` file."""
-        return pack(self.result, self.opt.get('scale', 1), level_metrics(self.records.values()))
+        """All levels as a ``.mssr`` file; OptionError if the network upscales neither by ``scale`` nor by 1."""
+        return pack(self.result, self._scale(), level_metrics(self.records.values()))
+
+    def _scale(self) -> int:
+        """The YAML's ``scale``, unless the network does not upscale: its model class then enlarges what it is given."""
+        try:
+            own = find_image_spec(self.network.backbone, self.network.backbone_options).scale
+        except ValueError:  # it takes no single images
+            own = None
+        return 1 if own == 1 else self.opt.get('scale', 1)
 
     def _untrained(self) -> list[str]:
         return [name for name, parameter in self.network.backbone.named_parameters() if not parameter.requires_grad]
