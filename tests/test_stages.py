@@ -1135,6 +1135,24 @@ def test_the_backward_stage(forward_opt: dict[str, Any], backward_opt: dict[str,
     assert all(record['metrics']['toyval']['psnr'] > 5 for record in records)
 
 
+def test_every_level_is_recorded_without_a_validation_set(
+    forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run
+) -> None:
+    """Those that a stage does not train, too: the forward stage's first and the backward stage's smallest."""
+    torch.save({'params': build_network(TOY_EDSR).state_dict()}, 'stock.pth')
+    forward_opt['path']['pretrain_network_g'] = 'stock.pth'
+    forward_opt['train'].update(first_level=1, total_iter=8)
+    del forward_opt['train']['rewind_iter']
+    kept = [TOTAL, num_kept(TOTAL, 0.5), num_kept(TOTAL, 0.75)]
+    others = sum(p.numel() for p in build_network(TOY_EDSR).parameters()) - TOTAL
+    for opt, iterations in ((forward_opt, [None, 4, 4]), (backward_opt, [3, 3, None])):
+        del opt['val'], opt['datasets']['val']
+        records = json.loads((run(opt) / 'models' / 'levels.json').read_text())
+        assert [record['level'] for record in records] == [0, 1, 2]
+        assert [record.get('iterations') for record in records] == iterations
+        assert [record['parameters'] for record in records] == [others + count for count in kept]
+
+
 class Fusing(nn.Module):
     """In eval mode it computes by one convolution what it trains as two, as SPAN does."""
 

@@ -78,7 +78,7 @@ class BackwardStage(LevelwiseTraining):
     def begin_run(self) -> None:
         """Recover all pruned weights; each level's training then uses its own."""
         self._recover()
-        self.export_level(self.network.smallest_level)
+        self.export_and_record(self.network.smallest_level)
         self._copy_tickets()
 
     def _recover(self) -> None:

@@ -118,7 +118,7 @@ class ForwardStage(LevelwiseTraining):
             if self.result is not network:  # BasicSR has loaded it from params_ema, whatever the network is loaded from
                 self.result.load_state_dict(network.state_dict())
             self.validate_now(0)
-            self.export_level(0)
+            self.export_and_record(0)
 
     def prepare_weights(self, training: LevelTraining) -> None:
         """Make the current, larger network the teacher, if there is one; then prune and rewind."""

@@ -136,11 +136,15 @@ class LevelwiseTraining(DistillingModel):
         self._require_finite(f'End of level {training.level}')
         self._require_agreement(f'End of level {training.level}')
         self.check_result(training)
-        self.export_level(training.level)
-        self.record(training.level).update(self.describe(training.level))
+        self.export_and_record(training.level)
         self.record(training.level)['iterations'] = training.num_iter
         self.write_records()
         get_root_logger().info(f'Level {training.level} is done.\n{level_table(self.records.values())}')
+
+    def export_and_record(self, level: int) -> None:
+        """Export ``level`` as a plain checkpoint and record its sizes, as is done for each level, trained or given."""
+        self.export_level(level)
+        self.record(level).update(self.describe(level))
 
     def restart_training(self, training: LevelTraining) -> None:
         """New optimizers and learning-rate schedules for ``training``, at its level and with its frozen weights."""
