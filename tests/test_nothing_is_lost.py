@@ -159,13 +159,28 @@ def test_an_inexact_resume_starts_the_epoch_over(forward_opt: dict[str, Any], ru
     assert resumed != uninterrupted
 
 
-def test_changed_data_start_the_epoch_over(forward_opt: dict[str, Any], run: Run) -> None:
+@pytest.mark.parametrize('batch_size', [8, 4, 1])
+def test_changed_data_start_the_epoch_over(batch_size: int, forward_opt: dict[str, Any], run: Run) -> None:
+    """Of 20 batches in an epoch, 8 are gone; now it has 5, 10 or 40, so that only the first has no place after 8."""
     experiment = run(forward_opt)
     forget_after(experiment, 8)
-    forward_opt['datasets']['train']['batch_size_per_gpu'] = 8  # 5 batches in an epoch, of which 8 are gone
+    forward_opt['datasets']['train']['batch_size_per_gpu'] = batch_size
     run(forward_opt, '--auto_resume')
     log = max(experiment.glob('*.log'), key=os.path.getmtime).read_text()
-    assert 'The data or the batch size has changed: the epoch starts over.' in log
+    assert 'The data or the batch size has changed: the epoch starts over.' in log and 'iter:      12' in log
+
+
+def test_a_state_that_does_not_say_how_long_its_epochs_are(forward_opt: dict[str, Any], run: Run) -> None:
+    """As older ones: the run resumes exactly if nothing has changed."""
+    experiment = run(forward_opt)
+    uninterrupted = contents(experiment / 'models')
+    forget_after(experiment, 8)
+    path = experiment / 'training_states' / '8.state'
+    state = torch.load(path, weights_only=True)
+    assert state['mssr'].pop('num_batches') == 20
+    torch.save(state, path)
+    run(forward_opt, '--auto_resume')
+    assert contents(experiment / 'models') == uninterrupted
 
 
 def test_epochs_that_become_longer_do_not_end_a_resumed_run(forward_opt: dict[str, Any], run: Run) -> None:

@@ -49,8 +49,10 @@ def epoch_to_resume(epoch: int, current_iter: int, num_batches: int) -> int:
     return epoch if 0 <= current_iter - epoch * num_batches <= num_batches else current_iter // num_batches
 
 
-def resume_within_epoch(epoch: int, current_iter: int, state: dict[str, Any]) -> None:
+def resume_within_epoch(epoch: int, current_iter: int, state: dict[str, Any], num_batches: int | None) -> None:
     """Continue the interrupted epoch after the batch of ``current_iter``, with the random ``state`` of that moment.
+
+    If an epoch does not have ``num_batches``, as when the state was saved, it starts over; None if that is not known.
 
     BasicSR starts that epoch over. Its prefetchers are reset at the start of an epoch; the next reset, and only that
     one, also loads and drops the batches that were already used, at the speed of data loading. This works for any
@@ -65,10 +67,10 @@ def resume_within_epoch(epoch: int, current_iter: int, state: dict[str, Any]) ->
         for prefetcher_class, original in zip(prefetchers, original_resets):
             prefetcher_class.reset = original
         prefetcher.reset()
-        logger, num_batches = get_root_logger(), len(prefetcher.ori_loader)
-        had = current_iter - epoch * num_batches
-        if 0 <= had <= num_batches:
-            logger.info(f'Epoch {epoch} continues after {had} of its {num_batches} batches; skipping those.')
+        logger, found = get_root_logger(), len(prefetcher.ori_loader)
+        had = current_iter - epoch * found
+        if num_batches in (found, None) and 0 <= had <= found:
+            logger.info(f'Epoch {epoch} continues after {had} of its {found} batches; skipping those.')
             for _ in range(had):
                 prefetcher.next()
         else:

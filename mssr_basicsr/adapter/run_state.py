@@ -30,6 +30,7 @@ class RunState:
     random_states: list[dict[str, Any]]  #: of each rank
     kept: list[dict[str, Any]]  #: of each rank, :func:`kept_between_iterations`
     version: int = VERSION
+    num_batches: int | None = None  #: in an epoch; older states do not say, nor do scripts that do not tell
 
 
 def kept_between_iterations(model: Any) -> dict[str, Any]:

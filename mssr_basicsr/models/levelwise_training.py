@@ -344,6 +344,7 @@ class LevelwiseTraining(DistillingModel):
             untrained=self._untrained(),
             random_states=gather_on_rank_0(random_state()),
             kept=gather_on_rank_0(kept_between_iterations(self)) if exact else [],
+            num_batches=self._num_batches(),
         )
         if self.opt['rank'] == 0:
             save, entered = torch.save, False
@@ -391,11 +392,16 @@ class LevelwiseTraining(DistillingModel):
             rank = self.opt['rank']
             if state.kept:
                 put_back_kept(self, state.kept[rank % len(state.kept)])
-            resume_within_epoch(epoch, current_iter, state.random_states[rank % len(state.random_states)])
-        num_batches = self.opt['datasets']['train'].get(NUM_BATCHES)
+            random = state.random_states[rank % len(state.random_states)]
+            resume_within_epoch(epoch, current_iter, random, state.num_batches)
+        num_batches = self._num_batches()
         if num_batches is not None:
             resume_state['epoch'] = epoch_to_resume(epoch, current_iter, num_batches)  # which BasicSR reads after this
         del resume_state['mssr']  # BasicSR holds the state as long as the training runs, on a GPU if there is one
+
+    def _num_batches(self) -> int | None:
+        """In an epoch, where the training script says so."""
+        return self.opt['datasets']['train'].get(NUM_BATCHES)  # type: ignore[no-any-return]
 
     def _resume_extra_networks(self, checkpoint: dict[str, Any]) -> None:
         for key, network in self.extra_networks().items():
