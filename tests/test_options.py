@@ -208,6 +208,36 @@ WRONG_FORWARD: list[tuple[str, Any, str]] = [
         'train.ssd_opt.batch_share: found 50; allowed: a share above 0 and up to 1.',
     ),
     (
+        'train.ssd_opt.loss_weight',
+        -1,
+        'train.ssd_opt.loss_weight: found -1; allowed: a number of at least 0.',
+    ),
+    (
+        'train.ssd_opt.loss_weight',
+        [1.0],
+        'train.ssd_opt.loss_weight: found [1.0]; allowed: a number of at least 0.',
+    ),
+    (
+        'train.ssd_opt.loss_weight',
+        float('inf'),
+        'train.ssd_opt.loss_weight: found inf; allowed: a number of at least 0.',
+    ),
+    (
+        'train.ssd_opt.criterion',
+        'L1Loss',
+        "train.ssd_opt.criterion: found 'L1Loss'; allowed: the options of a loss, with its type.",
+    ),
+    (
+        'train.ssd_opt.criterion',
+        {'type': 'L1'},
+        "train.ssd_opt.criterion.type: found 'L1'; allowed: ",
+    ),
+    (
+        'train.ssd_opt.criterion',
+        {'type': 'L1Loss', 'weight': 2},
+        'train.ssd_opt.criterion.weight: found 2; allowed: nothing (L1Loss takes loss_weight, reduction).',
+    ),
+    (
         'train.ssd_opt.depths',
         2,
         'train.ssd_opt.depths: found 2; allowed: num_depths (SSDLoss takes num_depths, criterion, ',

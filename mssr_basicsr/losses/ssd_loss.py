@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable
@@ -11,7 +12,14 @@ from basicsr.losses import build_loss
 from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
 
-from mssr_basicsr.foundation.checks import OptionError, require_int, require_one_of
+from mssr_basicsr.foundation.checks import (
+    OptionError,
+    arguments_checked,
+    find_registered,
+    require_int,
+    require_one_of,
+    require_type,
+)
 
 
 @LOSS_REGISTRY.register()
@@ -46,9 +54,18 @@ class SSDLoss(nn.Module):
         require_one_of('train.ssd_opt.target', target, ('gt', 'teacher', 'both'))
         if isinstance(batch_share, bool) or not isinstance(batch_share, (int, float)) or not 0 < batch_share <= 1:
             raise OptionError('train.ssd_opt.batch_share', batch_share, 'a share above 0 and up to 1')
+        if (
+            isinstance(loss_weight, bool)
+            or not isinstance(loss_weight, (int, float))
+            or not 0 <= loss_weight < math.inf
+        ):
+            raise OptionError('train.ssd_opt.loss_weight', loss_weight, 'a number of at least 0')
         self.num_depths = num_depths
         self.batch_share = batch_share
-        self.criterion: nn.Module = build_loss(criterion or {'type': 'L1Loss'})
+        criterion = criterion or {'type': 'L1Loss'}
+        require_type('train.ssd_opt.criterion', criterion, LOSS_REGISTRY.keys(), 'the options of a loss, with its type')
+        with arguments_checked('train.ssd_opt.criterion', criterion, find_registered(LOSS_REGISTRY, criterion['type'])):
+            self.criterion: nn.Module = build_loss(criterion)
         self.loss_weight = loss_weight
         self.target = target
 
