@@ -165,6 +165,7 @@ def test_a_file_whose_scale_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch)
     from mssr_basicsr.scalable import packing
 
     monkeypatch.setattr(packing, 'check_scale', lambda *_: None)
-    model = ScalableModel(io.BytesIO(pack(network(), 4)))
-    with pytest.raises(OptionError, match='scale: found 4; allowed: 2, the factor by which the network upscales'):
-        model.upscale(np.zeros((4, 4, 3), np.uint8))
+    for scale in (4, 10**9):  # by the latter, the image would take more memory than there is
+        model = ScalableModel(io.BytesIO(pack(network(), scale)))
+        with pytest.raises(OptionError, match=f'scale: found {scale}; allowed: 2, the factor'):
+            model.upscale(np.zeros((4, 4, 3), np.uint8))

@@ -92,11 +92,12 @@ class Upscaler:
         if channels > 4:
             raise ValueError(f'image: found {channels} channels; allowed: 1 (grey), 3 (colour), and one more for alpha')
         check_values(image)
+        multiple = self.multiple  # first, since it refuses a wrong scale, by which memory would be taken
         s, colours = self.scale, channels - (channels in (2, 4))
         result = np.empty((height * s, width * s, channels), image.dtype)
         if colours < channels:
             result[..., -1] = _resized_alpha(planes[..., -1], width * s, height * s)
-        padded = _pad(planes[..., :colours], -height % self.multiple, -width % self.multiple)
+        padded = _pad(planes[..., :colours], -height % multiple, -width % multiple)
         if bgr and colours == 3:
             padded = padded[..., ::-1]
         for rows, columns in progress(self._tiles(padded.shape[0], padded.shape[1], tile)):
