@@ -294,6 +294,16 @@ def test_a_pixel_loss_with_the_term_is_called_and_changed_as_before() -> None:
     assert seen == [(True, True)] * 4
 
 
+def test_a_result_that_nothing_trains_by_leaves_the_term_to_the_next() -> None:
+    """A class may compute the loss a first time for its log alone; what is distilled is there only once."""
+    given = iter([torch.tensor(2.0)])
+    cri_pix = DistillationTerm('ssd_opt', lambda output, gt: next(given, None)).add_to(nn.L1Loss())
+    image, gt = torch.zeros(1, 1, 2, 2, requires_grad=True), torch.ones(1, 1, 2, 2)
+    with torch.no_grad():
+        assert float(cri_pix(image, gt)) == 1
+    assert float(cri_pix(image, gt)) == 1 + 2
+
+
 @pytest.mark.parametrize(
     ('pixel_loss', 'expected'), [(nn.functional.l1_loss, {'l_pix': 1.0, 'l_ssd': 2.0}), (None, {'l_ssd': 2.0})]
 )

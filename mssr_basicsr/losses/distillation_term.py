@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, Callable, NamedTuple
 
+import torch
 from basicsr.utils import get_root_logger
 from torch import Tensor, nn
 
@@ -49,6 +50,8 @@ class DistillationTerm:
             if not isinstance(pixel, Tensor):
                 allowed = f'a loss that returns one tensor, not a {type(pixel).__name__} (or no train.{self.option})'
                 raise OptionError('train.pixel_opt', type(loss).__name__, allowed)
+            if not torch.is_grad_enabled():  # nothing trains by this result, such as one that a class only logs
+                return pixel
             given = signature.bind(*args, **kwargs)
             distilled = self.term(*[*given.args, *given.kwargs.values()][:2])
             self.used = True
