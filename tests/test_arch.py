@@ -389,6 +389,7 @@ class Knowing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Conv2d(3, 3, 3, 1, 1)
+        self.decay = 1
 
     def no_weight_decay(self) -> set[str]:
         return {'body.bias'}
@@ -403,6 +404,8 @@ def test_what_mssr_does_not_have_is_the_backbones(monkeypatch: pytest.MonkeyPatc
         assert one.body is one.backbone.body
         assert one.level == 0
         assert not hasattr(one, 'head') and not hasattr(one, '__len__')
+        one.decay, one.note = 3, 'new'
+        assert (one.backbone.decay, one.decay, one.note) == (3, 3, 'new') and not hasattr(one.backbone, 'note')
     with pytest.raises(AttributeError, match="'Knowing' object has no attribute 'head'"):
         _ = network.head
     assert not hasattr(MSSR.__new__(MSSR), 'body')

@@ -124,10 +124,9 @@ class MSSR(nn.Module):
 
     At each level it is the backbone with the weights outside the level's mask set to zero. The backbone's code stays as
     it is, and so do the names in ``named_parameters``, by which a model class may choose what trains; whatever else a
-    class reads of its network and MSSR does not have, such as ``no_weight_decay``, is the backbone's. (What it sets is
-    not: ``network.backbone`` is the backbone.) A masked weight keeps its value and gets a gradient of exactly zero. In
-    eval mode without gradients, masking is done once, in the first forward pass, and again only after the weights, the
-    level map or the level have changed.
+    class reads or sets of its network and MSSR does not have, such as ``no_weight_decay``, is the backbone's. A masked
+    weight keeps its value and gets a gradient of exactly zero. In eval mode without gradients, masking is done once, in
+    the first forward pass, and again only after the weights, the level map or the level have changed.
 
     Args:
         backbone: the options, with ``type``, of any architecture registered with BasicSR.
@@ -192,6 +191,7 @@ class MSSR(nn.Module):
         self._masked_weights: list[Tensor] | None = None
         self._masked_from: list[tuple[int, int]] | None = None
         # Level maps and masks change with the level only, on all ranks at once: DDP need not send them each forward.
+        # This is the last attribute that is set here: see __setattr__.
         self._ddp_params_and_buffers_to_ignore = [
             name for name, _ in self.named_buffers() if not name.startswith('backbone.')
         ]
@@ -204,6 +204,14 @@ class MSSR(nn.Module):
             if backbone is None or (name.startswith('__') and name.endswith('__')):  # copy and pickle look for these
                 raise
             return getattr(backbone, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What :meth:`__getattr__` finds in the backbone is set there, too, once ``__init__`` has set its own."""
+        own = name in vars(self) or name in vars(self).get('_modules', {}) or hasattr(type(self), name)
+        if own or '_ddp_params_and_buffers_to_ignore' not in vars(self) or not hasattr(self.backbone, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.backbone, name, value)
 
     def named_parameters(
         self, prefix: str = '', recurse: bool = True, remove_duplicate: bool = True
