@@ -17,6 +17,7 @@ from mssr_basicsr import ScalableModel, pack
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.scalable.architectures import ImageSpec
 from mssr_basicsr.scalable.tiling import Tiling, TilingFinder
+from mssr_basicsr.scalable.upscaling import Upscaler
 
 
 def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -153,6 +154,57 @@ class Sums(nn.Module):
         y = self.head(x)
         pooled = F.interpolate(F.avg_pool2d(y, 4), scale_factor=4)
         return F.pixel_shuffle(self.tail(y + self.square(F.pad(pooled, (0, x.shape[3] % 4, 0, x.shape[2] % 4)))), 2)
+
+
+@pytest.mark.parametrize('tile', [66, 512])
+def test_a_tile_as_large_as_the_image_is_no_tile(tile: int) -> None:
+    assert difference(model_of('u_shaped'), picture(61, 66), tile) == 0
+
+
+class Skips(nn.Module):
+    """Most of its image is the input; what it adds has a grid of 4 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 8, 4, 4), nn.ConvTranspose2d(8, 3, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[2:]
+        y = self.up(F.relu(self.down(F.pad(x, (0, -w % 4, 0, -h % 4), 'replicate'))))
+        return x + 0.1 * y[..., :h, :w]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_coarse_dtype_hides_no_grid(dtype: torch.dtype) -> None:
+    upscaler = Upscaler(Skips().eval().to(dtype), {'type': 'Skips'}, 1)
+    whole, tiled = (upscaler.upscale(picture(40, 40), tile=tile) for tile in (0, 13))
+    np.testing.assert_allclose(tiled, whole, atol=1e-6)
+
+
+class Rewrites(nn.Module):
+    """As SPAN, it writes some of its weights in each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.passes = convolution(3, 12), convolution(3, 12), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        self.b.weight.data = self.a.weight.detach() * 2
+        return F.pixel_shuffle(self.b(x), 2)
+
+
+def test_what_a_network_writes_while_it_runs_makes_it_no_other_network() -> None:
+    rewrites = Rewrites().eval()
+    upscaler, passes = Upscaler(rewrites, {'type': 'Rewrites'}, 2), []
+    for changes in (False, False, False, True):
+        if changes:
+            rewrites.a.weight.detach().mul_(3)
+        before = rewrites.passes
+        upscaler.upscale(picture(130, 130))
+        passes.append(rewrites.passes - before)
+    first, second, third, changed = passes
+    assert second == third == 1 < changed <= first  # it is tried out for tiles once, and when it has changed
 
 
 def test_a_level_may_have_a_grid_that_smaller_ones_lack() -> None:

@@ -14,6 +14,7 @@ from mssr_basicsr.scalable.architectures import ImageSpec
 
 _FARTHEST = 1024  # a network that looks farther than this, in input pixels, is taken to look everywhere
 _PERIODS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)  # that are tried
+_LOOKS_EVERYWHERE = 'looks at the whole image for each pixel'
 _COMPARED = 32  # input pixels along an image, at least, of which the results are compared
 
 
@@ -57,6 +58,7 @@ class TilingFinder:
     def __init__(self, run: Callable[[Tensor], Tensor], spec: ImageSpec, tolerance: float) -> None:
         self._run, self._spec, self._tolerance = run, spec, tolerance
         self._agreeing: dict[tuple[int, int], bool] = {}
+        self._across = 0  # pixels of the narrow side of the images
 
     @cached_property
     def tiling(self) -> Tiling | str:
@@ -65,12 +67,24 @@ class TilingFinder:
         The reason completes a sentence that begins with the network's name.
         """
         m = self._spec.multiple
+        found: Tiling | str = ''
+        # Wide images cost six times as much, and few networks need them (to mirror an edge, for one).
+        for self._across in (2 * m, (13 if m < 8 else 3) * m):
+            found = self._search()
+            if isinstance(found, Tiling) or found == _LOOKS_EVERYWHERE:
+                break
+        return found
+
+    def _search(self) -> Tiling | str:
+        m = self._spec.multiple
         reason, reach = 'makes something else of a part of an image', 14 * m
         for period in sorted({m, *(period for period in _PERIODS if period % m == 0)}):
             try:
-                reach = max(self._reach(axis, period, reach) for axis in (2, 3))
+                reach = self._reach(2, period, reach)
+                if reach <= _FARTHEST:
+                    reach = max(reach, self._reach(3, period, reach))
                 if reach > _FARTHEST:
-                    return 'looks at the whole image for each pixel'
+                    return _LOOKS_EVERYWHERE
                 if all(self._agrees(axis, Tiling(period, reach), 0) for axis in (2, 3)):
                     return Tiling(period, reach)
             except Exception as error:  # whatever a network raises of what it does not take
@@ -139,8 +153,7 @@ class TilingFinder:
         return True
 
     def _image(self, axis: int, length: int) -> Tensor:
-        """Noise, ``length`` pixels along the axis, and as few along the other as find_image_spec has seen it take."""
-        m = self._spec.multiple
-        shape = [1, self._spec.channels, *2 * [(13 if m < 8 else 3) * m]]
+        """Noise, ``length`` pixels along the axis and few along the other."""
+        shape = [1, self._spec.channels, self._across, self._across]
         shape[axis] = length
         return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device='cpu')

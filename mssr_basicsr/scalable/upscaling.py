@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -157,9 +158,12 @@ class Upscaler:
         """What is known of tiles, as long as the weights stay: a level may have a part that smaller ones lack."""
         state = state_of_weights(self.network)
         if self._finder is None or state != self._state:
-            # Such differences change 8 bits by at most the last; or they are those of a less precise network.
-            tolerance = max(1e-3, 8 * torch.finfo(reference_tensor(self.network).dtype).eps)
-            self._state, self._finder = state, TilingFinder(self._run, self.spec, tolerance)
+            run: Callable[[Tensor], Tensor] = self._run
+            if reference_tensor(self.network).dtype != torch.float32:  # whose rounding would hide a grid
+                run = functools.partial(_run, copy.deepcopy(self.network).float())
+            finder = TilingFinder(run, self.spec, tolerance=1e-3)  # which changes at most the last of 8 bits
+            # In this order, since another thread may upscale at the same time.
+            self._finder, self._state = finder, state
         return self._finder
 
     def _tiles(self, height: int, width: int, tile: int | None) -> list[tuple[Span, Span]]:
@@ -169,6 +173,8 @@ class Upscaler:
             return whole
         if tile is not None and tile < 1:
             raise OptionError('tile', tile, '0 (none) or the side of tiles in pixels')
+        if tile is not None and tile >= max(height, width):
+            return whole
         tiling = self._tilings().tiling_of(height, width)
         side = self.automatic_tile() if tile is None else tile
         if isinstance(tiling, str) or side is None:
@@ -181,8 +187,16 @@ class Upscaler:
         return [(rows, columns) for rows in vertical for columns in horizontal]
 
     def _run(self, x: Tensor) -> Tensor:
-        result: Tensor = self.network(x.to(reference_tensor(self.network))).float().cpu()
+        before = state_of_weights(self.network)
+        result = _run(self.network, x)
+        if before == self._state:  # what a network such as SPAN changes while it runs is no change to the tiles
+            self._state = state_of_weights(self.network)
         return result
+
+
+def _run(network: nn.Module, x: Tensor) -> Tensor:
+    result: Tensor = network(x.to(reference_tensor(network))).float().cpu()
+    return result
 
 
 def _pad(image: Image, bottom: int, right: int) -> Image:
