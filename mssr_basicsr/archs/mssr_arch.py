@@ -27,6 +27,7 @@ from mssr_basicsr.foundation.checks import (
     arguments_checked,
     closest,
     find_registered,
+    is_number,
     match_names,
     nearest_first,
     require_int,
@@ -46,7 +47,7 @@ def check_sparsity(sparsity: Any) -> list[float]:
         raise OptionError('network_g.sparsity', f'{len(sparsity)} levels', f'at most {MAX_LEVELS} levels')
     for k, share in enumerate(sparsity):
         low = -1 if k == 0 else sparsity[k - 1]
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not low < share < 1 or (k == 0 and share):
+        if not is_number(share) or not low < share < 1 or (k == 0 and share):
             allowed = '0 (level 0 is the dense network)' if k == 0 else f'a share above {low} and below 1'
             raise OptionError(f'network_g.sparsity[{k}]', share, allowed)
     return [float(share) for share in sparsity]

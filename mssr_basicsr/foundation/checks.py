@@ -101,10 +101,14 @@ def require_bool(option: str, found: Any) -> bool:
     return found
 
 
+def is_number(found: Any) -> bool:
+    """Whether ``found`` is an int or a float; true and false are none."""
+    return isinstance(found, (int, float)) and not isinstance(found, bool)
+
+
 def require_int(option: str, found: Any, low: int, high: float = float('inf'), note: str = '') -> int:
     """``found`` as an int; :class:`OptionError` unless it is a whole number (5e3 is one) in [low, high]."""
-    is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
-    whole = is_number and math.isfinite(found) and found == int(found)
+    whole = is_number(found) and math.isfinite(found) and found == int(found)
     if not whole or not low <= found <= high:
         bounds = f'a whole number of at least {low}' if high == float('inf') else f'a whole number from {low} to {high}'
         raise OptionError(option, found, bounds + note)

@@ -16,6 +16,7 @@ from mssr_basicsr.foundation.checks import (
     OptionError,
     arguments_checked,
     find_registered,
+    is_number,
     require_int,
     require_one_of,
     require_type,
@@ -52,13 +53,9 @@ class SSDLoss(nn.Module):
         if num_depths != 'all':
             num_depths = require_int('train.ssd_opt.num_depths', num_depths, 1, note=", or 'all'")
         require_one_of('train.ssd_opt.target', target, ('gt', 'teacher', 'both'))
-        if isinstance(batch_share, bool) or not isinstance(batch_share, (int, float)) or not 0 < batch_share <= 1:
+        if not is_number(batch_share) or not 0 < batch_share <= 1:
             raise OptionError('train.ssd_opt.batch_share', batch_share, 'a share above 0 and up to 1')
-        if (
-            isinstance(loss_weight, bool)
-            or not isinstance(loss_weight, (int, float))
-            or not 0 <= loss_weight < math.inf
-        ):
+        if not is_number(loss_weight) or not 0 <= loss_weight < math.inf:
             raise OptionError('train.ssd_opt.loss_weight', loss_weight, 'a number of at least 0')
         self.num_depths = num_depths
         self.batch_share = batch_share

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mssr_basicsr.foundation.checks import is_number
 from mssr_basicsr.method import MAX_LEVELS
 from mssr_basicsr.scalable.errors import ScalableFileError
 
@@ -231,7 +232,7 @@ def _metrics(levels: dict[str, Any]) -> dict[str, Any]:
     for datasets in levels.values():
         for values in _require(datasets, dict, 'metrics').values():
             for value in _require(values, dict, 'metrics').values():
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > sys.float_info.max:
+                if not is_number(value) or abs(value) > sys.float_info.max:
                     raise ScalableFileError(f'metrics: found {str(value)[:80]!r}; allowed: a number')
     return levels
 
