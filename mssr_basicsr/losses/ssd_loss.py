@@ -8,19 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Callable
 
 import torch
-from basicsr.losses import build_loss
 from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
 
-from mssr_basicsr.foundation.checks import (
-    OptionError,
-    arguments_checked,
-    find_registered,
-    is_number,
-    require_int,
-    require_one_of,
-    require_type,
-)
+from mssr_basicsr.foundation.checks import OptionError, is_number, require_int, require_one_of
+from mssr_basicsr.losses.building import build_checked_loss
 
 
 @LOSS_REGISTRY.register()
@@ -59,10 +51,7 @@ class SSDLoss(nn.Module):
             raise OptionError('train.ssd_opt.loss_weight', loss_weight, 'a number of at least 0')
         self.num_depths = num_depths
         self.batch_share = batch_share
-        criterion = criterion or {'type': 'L1Loss'}
-        require_type('train.ssd_opt.criterion', criterion, LOSS_REGISTRY.keys(), 'the options of a loss, with its type')
-        with arguments_checked('train.ssd_opt.criterion', criterion, find_registered(LOSS_REGISTRY, criterion['type'])):
-            self.criterion: nn.Module = build_loss(criterion)
+        self.criterion = build_checked_loss('train.ssd_opt.criterion', criterion or {'type': 'L1Loss'})
         self.loss_weight = loss_weight
         self.target = target
 

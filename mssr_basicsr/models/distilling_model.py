@@ -9,13 +9,12 @@ from copy import deepcopy
 from typing import Any, Callable
 
 import torch
-from basicsr.losses import build_loss
 from basicsr.utils import get_root_logger
-from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
 
 from mssr_basicsr.foundation.bytecode import codes_in
-from mssr_basicsr.foundation.checks import OptionError, arguments_checked, find_registered, first_line, require_type
+from mssr_basicsr.foundation.checks import OptionError, first_line
+from mssr_basicsr.losses.building import build_checked_loss
 from mssr_basicsr.losses.distillation_term import DistillationTerm
 from mssr_basicsr.models.nested_levels import NestedLevels
 
@@ -51,12 +50,8 @@ class DistillingModel(NestedLevels):
         """The loss that ``train.<key>`` names, or None. Its default weight, if it has one, is the pixel loss's."""
         if not found:
             return None
-        require_type(f'train.{key}', found, LOSS_REGISTRY.keys(), 'the options of a loss, with its type')
-        pixel_opt, built = self._train_opt.get('pixel_opt') or {}, find_registered(LOSS_REGISTRY, found['type'])
-        if 'loss_weight' in inspect.signature(built).parameters:
-            found = {'loss_weight': pixel_opt.get('loss_weight', 1.0), **found}
-        with arguments_checked(f'train.{key}', found, built):
-            return build_loss(found).to(self.device)
+        weight = (self._train_opt.get('pixel_opt') or {}).get('loss_weight', 1.0)
+        return build_checked_loss(f'train.{key}', found, loss_weight=weight).to(self.device)
 
     def distil_by(self, key: str, term: Callable[[Tensor, Tensor], Tensor | None]) -> None:
         """Add the ``term`` that ``train.<key>`` asks for to the pixel loss; see :class:`DistillationTerm`.
