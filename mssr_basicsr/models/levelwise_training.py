@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -252,7 +253,7 @@ class LevelwiseTraining(DistillingModel):
             )
 
     def _require_packable(self) -> None:
-        if self._scale() != self.opt.get('scale', 1):
+        if self._scale != self.opt.get('scale', 1):
             get_root_logger().warning(
                 f'The network itself upscales by 1, and so will a .mssr file of it: scale: {self.opt["scale"]} needs '
                 f'what {self.base_name} does with the images before.'
@@ -269,8 +270,9 @@ class LevelwiseTraining(DistillingModel):
 
     def pack(self) -> bytes:
         """All levels as a ``.mssr`` file; OptionError if the network upscales neither by ``scale`` nor by 1."""
-        return pack(self.result, self._scale(), level_metrics(self.records.values()))
+        return pack(self.result, self._scale, level_metrics(self.records.values()))
 
+    @cached_property
     def _scale(self) -> int:
         """The YAML's ``scale``, unless the network does not upscale: its model class then enlarges what it is given."""
         try:
