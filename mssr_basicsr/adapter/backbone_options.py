@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Callable
 
 _REQUIRED = object()
@@ -71,11 +71,16 @@ def _own_keys() -> set[str]:
     return {'type', *inspect.signature(ARCH_REGISTRY.get('MSSR')).parameters}
 
 
+def is_mssr(opt: Mapping[str, Any]) -> bool:
+    """Whether the YAML's ``network_g`` is of type MSSR."""
+    network_opt = opt.get('network_g')
+    return isinstance(network_opt, dict) and network_opt.get('type') == 'MSSR'
+
+
 def expose_backbone_options(opt: MutableMapping[str, Any]) -> None:
     """Let ``opt['network_g']``, if it is of type MSSR, show the backbone's options as well. Safe to call repeatedly."""
-    network_opt = opt.get('network_g')
-    if isinstance(network_opt, dict) and network_opt.get('type') == 'MSSR':
-        opt['network_g'] = BackboneOptions(network_opt)
+    if is_mssr(opt):
+        opt['network_g'] = BackboneOptions(opt['network_g'])
 
 
 def with_backbone_options(init: Callable[..., None], model: Any, opt: MutableMapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from types import FrameType, ModuleType
 from typing import Any, Callable
 
 from mssr_basicsr.adapter import cpu
-from mssr_basicsr.adapter.backbone_options import with_backbone_options
+from mssr_basicsr.adapter.backbone_options import is_mssr, with_backbone_options
 from mssr_basicsr.adapter.dataset_errors import datasets_name_files
 from mssr_basicsr.adapter.option_files import read_yaml
 from mssr_basicsr.foundation.checks import OptionError, first_line
@@ -150,7 +150,7 @@ def keep_param_keys(load_resume_state: Callable[..., Any], opt: dict[str, Any]) 
     """
     keys = {key: value for key, value in opt['path'].items() if key.startswith('param_key')}
     state = load_resume_state(opt)
-    if _is_mssr(opt):
+    if is_mssr(opt):
         resumed = resumed_networks(opt)
         opt['path'].update(
             {key: value for key, value in keys.items() if key.replace('param_key', 'network') not in resumed}
@@ -167,10 +167,6 @@ def resumed_networks(opt: Mapping[str, Any]) -> list[str]:
     return [key for key in opt if key.startswith('network_') and key not in ignored]
 
 
-def _is_mssr(opt: Mapping[str, Any]) -> bool:
-    return (opt.get('network_g') or {}).get('type') == 'MSSR'
-
-
 def train_to_total_iter(
     create_train_val_dataloader: Callable[..., Any], opt: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
@@ -183,7 +179,7 @@ def train_to_total_iter(
     from basicsr.utils import get_root_logger
 
     created = create_train_val_dataloader(opt, *args, **kwargs)
-    if not _is_mssr(opt):
+    if not is_mssr(opt):
         return created
     train_loader, train_sampler, val_loaders, total_epochs, total_iters = created
     train_opt, num_batches = opt['datasets']['train'], len(train_loader)
