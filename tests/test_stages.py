@@ -866,13 +866,18 @@ def test_what_the_model_class_freezes_and_changes_stays_so(
     assert contents(experiment / 'models') == uninterrupted
 
 
+def take_as_level_0(forward_opt: dict[str, Any], checkpoint: str) -> None:
+    """Let a forward stage begin with the network in ``checkpoint``, and so train levels 1 and 2 alone."""
+    forward_opt['path']['pretrain_network_g'] = checkpoint
+    forward_opt['train'].update(first_level=1, total_iter=8)
+    del forward_opt['train']['rewind_iter']
+
+
 def test_a_stock_checkpoint_as_level_0(forward_opt: dict[str, Any], run: Run) -> None:
     torch.manual_seed(1)
     stock = build_network(TOY_EDSR).state_dict()
     torch.save({'params': stock}, 'stock.pth')
-    forward_opt['path']['pretrain_network_g'] = 'stock.pth'
-    forward_opt['train'].update(first_level=1, total_iter=8)
-    del forward_opt['train']['rewind_iter']
+    take_as_level_0(forward_opt, 'stock.pth')
     models = run(forward_opt) / 'models'
     assert equal(load(models / 'net_g_latest.pth')['rewind'], stock)
     assert equal(load(models / 'net_g_level0.pth')['params'], stock)  # a ticket as the others', for the backward stage
@@ -916,9 +921,8 @@ def test_what_the_backbone_loads_strictly_can_be_level_0(
     loaded.load_state_dict(old, strict=True)
     torch.save({'params': old}, 'stock.pth')
     forward_opt['network_g']['backbone'] = {'type': 'Old'}
-    forward_opt['path']['pretrain_network_g'] = 'stock.pth'
-    forward_opt['train'].update(first_level=1, total_iter=8)
-    del forward_opt['train']['rewind_iter'], forward_opt['train']['ssd_opt']
+    take_as_level_0(forward_opt, 'stock.pth')
+    del forward_opt['train']['ssd_opt']
     models = run(forward_opt) / 'models'
     assert old.keys() != loaded.state_dict().keys()
     assert equal(load(models / 'net_g_level0.pth')['params'], loaded.state_dict())
@@ -966,9 +970,7 @@ def test_a_forward_stages_checkpoint_is_no_level_0(forward_opt: dict[str, Any], 
     """The weights of its larger levels are no longer those that they ended with; a level that it has written is one."""
     models = run(forward_opt) / 'models'
     forward_opt['name'] = 'again'
-    forward_opt['train'].update(first_level=1, total_iter=8)
-    del forward_opt['train']['rewind_iter']
-    forward_opt['path']['pretrain_network_g'] = str(models / 'net_g_latest.pth')
+    take_as_level_0(forward_opt, str(models / 'net_g_latest.pth'))
     expected = r'allowed: a trained network to use as level 0, such as net_g_level0\.pth beside it; it is from the forw'
     with pytest.raises(OptionError, match=expected):
         run(forward_opt)
@@ -1140,9 +1142,7 @@ def test_every_level_is_recorded_without_a_validation_set(
 ) -> None:
     """Those that a stage does not train, too: the forward stage's first and the backward stage's smallest."""
     torch.save({'params': build_network(TOY_EDSR).state_dict()}, 'stock.pth')
-    forward_opt['path']['pretrain_network_g'] = 'stock.pth'
-    forward_opt['train'].update(first_level=1, total_iter=8)
-    del forward_opt['train']['rewind_iter']
+    take_as_level_0(forward_opt, 'stock.pth')
     kept = [TOTAL, num_kept(TOTAL, 0.5), num_kept(TOTAL, 0.75)]
     others = sum(p.numel() for p in build_network(TOY_EDSR).parameters()) - TOTAL
     for opt, iterations in ((forward_opt, [None, 4, 4]), (backward_opt, [3, 3, None])):
