@@ -98,12 +98,12 @@ class TilingFinder:
             return tiling
         for axis, length in ((2, height), (3, width)):
             rest = length % tiling.period
-            if rest and (axis, rest) not in self._agreeing:
+            if (axis, rest) not in self._agreeing:
                 try:
-                    self._agreeing[axis, rest] = self._agrees(axis, tiling, rest)
+                    self._agreeing[axis, rest] = rest == 0 or self._agrees(axis, tiling, rest)
                 except Exception:  # whatever it raises of this size
                     self._agreeing[axis, rest] = False
-            if rest and not self._agreeing[axis, rest]:
+            if not self._agreeing[axis, rest]:
                 return f'makes something else of a part of an image whose sides are no multiples of {tiling.period}'
         return tiling
 
