@@ -78,6 +78,36 @@ def test_sub_images_are_cut_from_the_whole_lr_and_reach_every_border(source: Pat
         np.testing.assert_array_equal(lq, whole_lr[top // 2 : top // 2 + 8, left // 2 : left // 2 + 8])
 
 
+def test_scale_augmentation(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    large, small = write(source, 'large.png', 41, 35), write(source, 'small.png', 15, 30)
+    prepare(source, tmp_path / 'out', 2, scale_augment=[70, 45])
+    pairs = read(tmp_path / 'out', 2)
+    assert set(pairs) == {'large', 'large@70', 'large@45', 'small', 'small@70'}
+    said = 'prepare_data: copies smaller than 8x8 are left out: small.png at 45 %\n'
+    assert said in capsys.readouterr().err
+    resized = np.clip(np.round(imresize(large / 255.0, 0.7) * 255), 0, 255).astype(np.uint8)
+    assert resized.shape == (29, 25, 3)  # each side rounded up, as imresize does
+    np.testing.assert_array_equal(pairs['large@70'][0], resized[:28, :24])
+    np.testing.assert_array_equal(pairs['large@70'][1], bicubic(resized[:28, :24], 2))
+    np.testing.assert_array_equal(pairs['small'][0], small[:14])
+
+
+def test_scale_augmentation_of_sub_images(source: Path, tmp_path: Path) -> None:
+    write(source, 'a.png', 40, 40)
+    command = ['--input', str(source), '--output', str(tmp_path / 'out'), '--scale', '2', '--sub-image', '24']
+    prepare_data.main([*command, '--scale-augment', '60'])
+    assert set(read(tmp_path / 'out', 2)) == {*(f'a_s{i:03d}' for i in range(1, 5)), 'a@60_s001'}
+    with pytest.raises(SystemExit, match=r'scale_augment \[60\] there, None asked for'):
+        prepare_data.main(command)
+
+
+def test_the_mark_of_copies_is_refused_in_names(source: Path, tmp_path: Path) -> None:
+    write(source, 'a@70.png', 16, 16)
+    prepare(source, tmp_path / 'whole', 2)
+    with pytest.raises(DataError, match=r'a@70\.png: @ marks the copies of --scale-augment; rename it'):
+        prepare(source, tmp_path / 'out', 2, scale_augment=[70])
+
+
 def test_meta_info_gives_each_shape(source: Path, tmp_path: Path) -> None:
     write(source, 'a.png', 20, 30)
     prepare(source, tmp_path / 'out', 2)
@@ -162,9 +192,11 @@ def test_names_that_cannot_be_keys_are_refused(source: Path, tmp_path: Path, nam
         ((2, 16, 0), '--step 0 is too small'),
         ((2, 16, 18), 'pixels would be left out'),
         ((2, None, 8), 'needs a --sub-image'),
+        ((2, None, None, [100]), '--scale-augment 100 is not a list of different percentages from 1 to 99'),
+        ((2, None, None, [70, 70]), '--scale-augment 70 70 is not'),
     ],
 )
-def test_wrong_arguments(source: Path, tmp_path: Path, arguments: tuple[int, ...], text: str) -> None:
+def test_wrong_arguments(source: Path, tmp_path: Path, arguments: tuple[Any, ...], text: str) -> None:
     write(source, 'a.png', 32, 32)
     with pytest.raises(DataError, match=text):
         prepare(source, tmp_path / 'out', *arguments)
