@@ -33,13 +33,22 @@ SECOND_EDITION = {
     'train.ema_decay': 0.999,
     'val.metrics.psnr_rounded': {'type': 'calculate_psnr_published', 'crop_border': 2, 'round_y': True},
 }
-# Shared by the long trainings, with and without MSSR.
-LONG = {**SECOND_EDITION, 'datasets.train.batch_size_per_gpu': 16, 'datasets.train.gt_size': 48}
-LONG_MSSR = {**LONG, **FAST, 'train.optim_g.fused': True}
+# Shared by the long trainings, with and without MSSR; at first they had no scale augmentation.
+UNAUGMENTED = {**SECOND_EDITION, 'datasets.train.batch_size_per_gpu': 16, 'datasets.train.gt_size': 48}
+LONG = {
+    **UNAUGMENTED,
+    'datasets.train.dataroot_gt': 'datasets/T91_BSDS200_augmented_x2/gt.lmdb',
+    'datasets.train.dataroot_lq': 'datasets/T91_BSDS200_augmented_x2/lq_x2.lmdb',
+}
+# By MSSR, in the fast training mode.
+FAST_MSSR = {**FAST, 'train.optim_g.fused': True}
+LONG_MSSR = {**LONG, **FAST_MSSR}
+UNAUGMENTED_MSSR = {**UNAUGMENTED, **FAST_MSSR}
 # The choices that won; without self-distillation, from which kept weights gained nothing.
 BEST_FORWARD = {'train.criterion': 'lamp', 'train.rewind': 'lr', 'train.ssd_opt': None}
 LONG_ITER = 60000  # of each level, in both stages, of the table `long`; the smallest has twice as many
 LONG_DENSE = 'experiments/long_forward_seed1/models/net_g_level0.pth'
+UNAUGMENTED_DENSE = 'experiments/long_unaugmented_seed1/models/net_g_level0.pth'
 SRVGG = {
     'type': 'SRVGGNetCompact', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 32, 'num_conv': 10, 'upscale': 2,
     'act_type': 'prelu',
@@ -216,11 +225,11 @@ def cost() -> list[Run]:
 
 
 def long() -> list[Run]:
-    """Both stages for longer, by the choices that won and with EMA; and what one would use instead, trained alike.
+    """Both stages for longer, by the choices that won, with EMA and scale augmentation; and what one would use instead.
 
-    `paper` is the paper's recipe. The small dense EDSR has as many iterations as the whole forward stage, and then as
-    many as take its time. The dense ticket pruned in one shot (by LAMP, or at random) to the smallest level has those
-    of all levels after it.
+    That is trained alike. `paper` is the paper's recipe. The small dense EDSR has as many iterations as the whole
+    forward stage, and then as many as take its time. The dense ticket pruned in one shot (by LAMP, or at random) to the
+    smallest level has those of all levels after it. `unaugmented` is the forward stage without scale augmentation.
     """
     each = [LONG_ITER] * (len(SPARSITY) - 1)
     with_smallest = [*each, 2 * LONG_ITER]
@@ -231,6 +240,8 @@ def long() -> list[Run]:
         runs.append(Run(start, 'long', 'forward_lr', tickets))
         nested = {**backward(start, each, **TICKET_TEACHER, **LONG_MSSR), 'manual_seed': seed}
         runs.append(Run(f'long_backward_seed{seed}', 'long', 'backward', nested, (LATEST.format(start),)))
+    tickets = {**forward(with_smallest, **BEST_FORWARD, **UNAUGMENTED_MSSR), 'manual_seed': 1}
+    runs.append(Run('long_unaugmented_seed1', 'long', 'forward_lr', tickets))
     runs.append(Run('long_paper', 'long', 'forward', forward(with_smallest, **LONG_MSSR)))
     for name, times in (('long_dense_13k', 1), ('long_dense_13k_equal_time', 3)):
         runs.append(Run(name, 'long', 'forward', stock(sum(with_smallest) * times, edsr(8, 8), **LONG)))
@@ -272,12 +283,15 @@ def srvgg() -> list[Run]:
 
 
 def trained() -> list[Run]:
-    """From a trained network, the dense level of `long`: the other levels for a tenth and a third of its iterations."""
+    """From a trained network: the other levels for a tenth and a third of its iterations.
+
+    It is the dense level of `long_unaugmented`, and they are trained like it, without scale augmentation.
+    """
     runs = []
     for name, num_iter in (('trained_tenth', LONG_ITER // 10), ('trained_third', LONG_ITER // 3)):
         each = [num_iter] * (len(SPARSITY) - 1)
-        start = {'path.pretrain_network_g': LONG_DENSE, 'train.first_level': 1, 'train.rewind_iter': 0}
-        runs += both_stages(name, each, each, LONG_MSSR, start, (LONG_DENSE,), table='trained')
+        start = {'path.pretrain_network_g': UNAUGMENTED_DENSE, 'train.first_level': 1, 'train.rewind_iter': 0}
+        runs += both_stages(name, each, each, UNAUGMENTED_MSSR, start, (UNAUGMENTED_DENSE,), table='trained')
     return runs
 
 
@@ -324,11 +338,10 @@ def edsr_m() -> list[Run]:
     """The paper's size: EDSR-M by the recipe of `long`, at batch 8.
 
     Each level has a quarter of the iterations there; the smallest has three times as many, of which the last two thirds
-    are one period of the schedule.
+    are one period of the schedule. `unaugmented` is the forward stage without scale augmentation.
     """
     each = [LONG_ITER // 4] * (len(SPARSITY) - 1)
-    changes = {
-        **LONG_MSSR,
+    size = {
         'network_g.backbone.num_feat': 64,
         'network_g.backbone.num_block': 16,
         'datasets.train.batch_size_per_gpu': 8,
@@ -337,7 +350,12 @@ def edsr_m() -> list[Run]:
     # A larger network needs a smaller learning rate; the backward stage, again, a larger one.
     smallest = {'train.scheduler.periods': [each[0], 2 * each[0]], 'train.scheduler.restart_weights': [1, 1]}
     start = {'train.optim_g.lr': 5e-4, **smallest}
-    return both_stages('edsr_m', [*each, 3 * each[0]], each, changes, start)
+    with_smallest = [*each, 3 * each[0]]
+    unaugmented = forward(with_smallest, **{**BEST_FORWARD, **UNAUGMENTED_MSSR, **size, **start})
+    return [
+        *both_stages('edsr_m', with_smallest, each, {**LONG_MSSR, **size}, start),
+        Run('edsr_m_unaugmented_forward', 'edsr_m', 'forward_lr', unaugmented),
+    ]
 
 
 TABLES = (main_table, choices, cost, long, x4, srvgg, trained, gan, edsr_m)

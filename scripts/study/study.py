@@ -145,6 +145,7 @@ def make_data(images: Path) -> None:
             for path in (images / source).iterdir():
                 os.symlink(path.resolve(), Path(folder, path.name))
         prepare(folder, 'datasets/T91_BSDS200_x2', 2, 72, 32)
+        prepare(folder, 'datasets/T91_BSDS200_augmented_x2', 2, 72, 32, (90, 80, 70, 60))  # as for FSRCNN
         prepare(folder, 'datasets/T91_BSDS200_x4', 4, 76, 36)  # the smallest image has 78 rows
     for name in ('Set5', 'Set14', 'BSD100'):
         for scale in (2, 4):
