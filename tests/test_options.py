@@ -610,6 +610,25 @@ def test_a_schedule_for_the_whole_training(forward_opt: dict[str, Any], run: Run
 
 
 @pytest.mark.usefixtures('no_training')
+def test_a_level_that_ends_before_the_learning_rate_comes_down(forward_opt: dict[str, Any], run: Run) -> None:
+    """The longest level has 8 iterations; the others end halfway through its period."""
+    forward_opt['train'].update(level_iter=[4, 4, 8], total_iter=16)
+    cosine = {'type': 'CosineAnnealingRestartLR', 'periods': [8], 'restart_weights': [1]}
+    forward_opt['train']['scheduler'] = cosine
+    expected = (
+        'train.scheduler: a level ends after 4 iterations, before the learning rate has come down at iteration 8: '
+        'the schedule restarts at each level, and these have [4, 4, 8].'
+    )
+    assert warnings_of(forward_opt, run).count(expected) == 1
+    forward_opt['name'] = 'steps'
+    forward_opt['train']['scheduler'] = {'type': 'MultiStepLR', 'milestones': [2, 8], 'gamma': 0.5}
+    assert expected in warnings_of(forward_opt, run)
+    forward_opt['name'] = 'fitting'
+    forward_opt['train']['scheduler'] = {**cosine, 'periods': [4, 4], 'restart_weights': [1, 1]}
+    assert 'train.scheduler' not in warnings_of(forward_opt, run)
+
+
+@pytest.mark.usefixtures('no_training')
 def test_phases_that_last_as_long_as_a_level(forward_opt: dict[str, Any], run: Run) -> None:
     """They restart at each level, so they would never be over; a warm-up only where the schedule restarts, too."""
     plain = deepcopy(forward_opt['train'])

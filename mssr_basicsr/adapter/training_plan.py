@@ -99,9 +99,10 @@ def _check_phases(train_opt: Mapping[str, Any], shortest: int, shortest_schedule
 
 
 def _check_schedule(scheduler: Mapping[str, Any], iterations: Sequence[int]) -> None:
-    """Refuse a learning-rate schedule that ends before a level does; warn of one that is longer than any level.
+    """Refuse a learning-rate schedule that ends before a level does; warn if the rate does not come down in a level.
 
-    The latter is what a stock YAML's is, for the whole training: the learning rate would not come down.
+    It does not if the schedule is longer than any level, as a stock YAML's is, which is for the whole training; nor if
+    levels have different lengths and a shorter one ends within a period, or before a milestone.
     """
     longest, periods = max(iterations), scheduler.get('periods')
     if periods is not None and sum(periods) < longest:
@@ -114,4 +115,13 @@ def _check_schedule(scheduler: Mapping[str, Any], iterations: Sequence[int]) -> 
             get_root_logger().warning(
                 f'train.scheduler.{key}: no level reaches iteration {beyond[0]}: the schedule restarts at each level, '
                 f'and the longest has {longest} iterations.'
+            )
+    for num_iter in sorted({*iterations} - {longest}):
+        late = [end for end in ends['milestones'] if num_iter < end <= longest]
+        if periods is not None and num_iter not in ends['periods']:
+            late += [min(end for end in ends['periods'] if end > num_iter)]
+        if late:
+            get_root_logger().warning(
+                f'train.scheduler: a level ends after {num_iter} iterations, before the learning rate has come down at '
+                f'iteration {late[0]}: the schedule restarts at each level, and these have {list(iterations)}.'
             )
