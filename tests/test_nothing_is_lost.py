@@ -348,22 +348,25 @@ def test_an_epoch_without_a_batch_is_refused(forward_opt: dict[str, Any], run: R
         run(forward_opt)
 
 
+@pytest.mark.parametrize(('ratio', 'calls'), [(10, 7), (1, 10)])  # 20 batches in an epoch, or 2 and then none
 def test_a_training_that_ends_early_is_not_taken_for_finished(
-    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+    ratio: int, calls: int, forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A script that plans too few epochs: in level 1 its data end. What was trained is saved, and can be resumed."""
+    forward_opt['datasets']['train']['dataset_enlarge_ratio'] = ratio
     uninterrupted = contents(run(forward_opt) / 'models')
     forward_opt['name'] = 'early'
     with monkeypatch.context() as patched:
-        given, following = iter(range(7)), CPUPrefetcher.next
+        given, following = iter(range(calls)), CPUPrefetcher.next
         patched.setattr(CPUPrefetcher, 'next', lambda loader: None if next(given, None) is None else following(loader))
-        with pytest.raises(OptionError, match=r'dataset_enlarge_ratio: found 10; .* after iteration 7 of 12'):
+        with pytest.raises(OptionError, match=rf'dataset_enlarge_ratio: found {ratio}; .* after iteration 7 of 12'):
             run(forward_opt)
     models = Path('experiments/early/models')
     assert sorted(path.name for path in models.glob('net_g_*')) == ['net_g_4.pth', 'net_g_7.pth', 'net_g_level0.pth']
     assert [record.get('iterations') for record in json.loads((models / 'levels.json').read_text())] == [4]
     run(forward_opt, '--auto_resume')
     assert contents(models) == uninterrupted
+    assert 'the epoch starts over' not in max(models.parent.glob('*.log'), key=os.path.getmtime).read_text()
 
 
 def test_a_save_of_an_earlier_run_is_not_paired_with_a_new_one(

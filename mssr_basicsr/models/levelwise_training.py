@@ -390,15 +390,16 @@ class LevelwiseTraining(DistillingModel):
         self.write_records()
         if step == training.num_iter:  # BasicSR validates after saving: the level's metrics may be lacking
             self.validate_now(current_iter)
+        num_batches = self._num_batches()
+        if num_batches is not None:
+            epoch = epoch_to_resume(epoch, current_iter, num_batches)
+            resume_state['epoch'] = epoch  # which BasicSR reads after this
         if self.options.exact_resume and current_iter < self._train_opt['total_iter']:  # otherwise no batch follows
             rank = self.opt['rank']
             if state.kept:
                 put_back_kept(self, state.kept[rank % len(state.kept)])
             random = state.random_states[rank % len(state.random_states)]
             resume_within_epoch(epoch, current_iter, random, state.num_batches)
-        num_batches = self._num_batches()
-        if num_batches is not None:
-            resume_state['epoch'] = epoch_to_resume(epoch, current_iter, num_batches)  # which BasicSR reads after this
         del resume_state['mssr']  # BasicSR holds the state as long as the training runs, on a GPU if there is one
 
     def _num_batches(self) -> int | None:
