@@ -24,6 +24,7 @@ import basicsr.utils.logger
 import basicsr.utils.options
 import pytest
 import torch
+import yaml
 from basicsr.archs.basicvsrpp_arch import BasicVSRPlusPlus
 from basicsr.data.prefetch_dataloader import CPUPrefetcher, CUDAPrefetcher
 from basicsr.models import build_model
@@ -32,7 +33,7 @@ from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, MODEL_REGIST
 from conftest import TOY_EDSR, Clips, call
 from toy import DEGRADATION, add_discriminator
 
-from mssr_basicsr.adapter import compat, cpu
+from mssr_basicsr.adapter import compat, cpu, training_script
 
 FUNCTIONAL_TENSOR = 'torchvision.transforms.functional_tensor'
 
@@ -114,6 +115,21 @@ def test_local_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: list[
         assert sys.argv is argv
 
 
+@pytest.mark.parametrize(('phase', 'kind'), [('train', 'experiments'), ('test_1', 'results')])
+def test_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, kind: str) -> None:
+    """Everything that is written goes below the folder that the YAML names, as with BasicSR's master."""
+    options = yaml.safe_load(OPTIONS.format(phase=phase, total_iter=1))
+    options['path'] = {f'{kind}_root': '~/there', 'pretrain_network_g': str(tmp_path / kind / 'tiny' / 'x.pth')}
+    (tmp_path / 'x.yml').write_text(yaml.safe_dump(options))
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setattr(sys, 'argv', ['train.py', '-opt', str(tmp_path / 'x.yml')])
+    opt, _ = basicsr.train.parse_options(str(tmp_path), is_train=kind == 'experiments')
+    there = str(tmp_path / 'there' / 'tiny')
+    assert opt['path'].pop('pretrain_network_g') == options['path']['pretrain_network_g']
+    assert opt['path'][f'{kind}_root'] == opt['path']['log'] == there
+    assert all(path.startswith(there) for path in opt['path'].values() if path)
+
+
 def test_local_rank_is_what_stock_basicsr_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     parse_options = stock(basicsr.utils.options.parse_options)
     if '--local-rank' in parse_options.__code__.co_consts:
@@ -128,6 +144,7 @@ def test_resume_on_cpu(tmp_path: Path) -> None:
     script = tmp_path / 'script.py'
     script.write_text("""
 import torch
+import yaml
 from basicsr.train import load_resume_state, parse_options  # as if it had been defined here
 from basicsr.models.lr_scheduler import MultiStepRestartLR
 adam = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])
@@ -202,6 +219,7 @@ def test_gloo_ends_before_python_does(tmp_path: Path) -> None:
     (tmp_path / 'script.py').write_text("""
 import atexit, pathlib, sys
 import torch
+import yaml
 from basicsr.utils import dist_util
 
 def count_threads():
@@ -551,5 +569,8 @@ def test_one_process_on_the_cpu_is_left_to_basicsr() -> None:
 def test_the_data_of_other_trainings_are_left_to_their_scripts(network_opt: dict[str, Any]) -> None:
     """Whatever arguments their own functions take, and whatever these return."""
     opt = {**network_opt, 'datasets': {'train': {}}}
-    assert compat.train_to_total_iter(lambda *args, **kwargs: (args, kwargs), opt, 1, two=2) == ((opt, 1), {'two': 2})
+    assert training_script.train_to_total_iter(lambda *args, **kwargs: (args, kwargs), opt, 1, two=2) == (
+        (opt, 1),
+        {'two': 2},
+    )
     assert opt['datasets'] == {'train': {}}

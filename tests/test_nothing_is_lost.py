@@ -183,6 +183,26 @@ def test_a_state_that_does_not_say_how_long_its_epochs_are(forward_opt: dict[str
     assert contents(experiment / 'models') == uninterrupted
 
 
+def test_auto_resume_finds_the_run_from_any_folder(
+    forward_opt: dict[str, Any], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BasicSR looks in the current folder, and would archive the run and begin anew."""
+    experiment = run(forward_opt)
+    uninterrupted = contents(experiment / 'models')
+    forget_after(experiment, 8)
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    forward_opt['path']['resume_state'] = '/nowhere/4.state'  # which BasicSR does not use with --auto_resume
+    newest = experiment / 'training_states' / '8.state'
+    said = f'path.resume_state: /nowhere/4.state is not used: with --auto_resume the run continues from {newest}'
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        run(forward_opt, '--auto_resume')
+    log = max(experiment.glob('*.log'), key=os.path.getmtime).read_text()
+    assert 'Resuming training from epoch: 0, iter: 8.' in log
+    assert contents(experiment / 'models') == uninterrupted
+    assert [path.name for path in experiment.parent.iterdir()] == ['forward']
+
+
 def test_epochs_that_become_longer_do_not_end_a_resumed_run(forward_opt: dict[str, Any], run: Run) -> None:
     """Iteration 8 is in the fourth of the short epochs; of the long ones, all iterations take only one."""
     forward_opt['datasets']['train']['dataset_enlarge_ratio'] = 1  # 2 batches in an epoch

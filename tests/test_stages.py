@@ -966,6 +966,18 @@ def test_level_0_of_a_checkpoint_with_an_ema(forward_opt: dict[str, Any], run: R
     assert found[0] == found[1] == found[2] == found[3]
 
 
+def test_a_new_run_with_a_resume_state_that_is_not_used(forward_opt: dict[str, Any], run: Run) -> None:
+    """As BasicSR, ``--auto_resume`` does not read it; so the run starts as a new one does, from the EMA."""
+    stock, other = build_network(TOY_EDSR).state_dict(), build_network(TOY_EDSR).state_dict()
+    torch.save({'params': other, 'params_ema': stock}, 'stock.pth')
+    take_as_level_0(forward_opt, 'stock.pth')
+    forward_opt['path']['resume_state'] = '/elsewhere/8.state'
+    said = 'path.resume_state: /elsewhere/8.state is not used: with --auto_resume the run begins anew'
+    with pytest.warns(UserWarning, match=said):
+        models = run(forward_opt, '--auto_resume') / 'models'
+    assert equal(load(models / 'net_g_level0.pth')['params'], stock)
+
+
 def test_a_forward_stages_checkpoint_is_no_level_0(forward_opt: dict[str, Any], run: Run) -> None:
     """The weights of its larger levels are no longer those that they ended with; a level that it has written is one."""
     models = run(forward_opt) / 'models'

@@ -1,35 +1,35 @@
 """BasicSR on current software: one function per defect, each of which acts only where the defect is present.
 
 :func:`before_import` and :func:`after_import` apply them all; :mod:`mssr_basicsr.adapter.discovery` calls them before
-and after the import of BasicSR. The fixes for machines without CUDA are in :mod:`mssr_basicsr.adapter.cpu`.
+and after the import of BasicSR. The fixes for machines without CUDA are in :mod:`mssr_basicsr.adapter.cpu`, those in a
+training script in :mod:`mssr_basicsr.adapter.training_script`.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import math
+import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from operator import attrgetter
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any, Callable
 
 from mssr_basicsr.adapter import cpu
-from mssr_basicsr.adapter.backbone_options import is_mssr, with_backbone_options
+from mssr_basicsr.adapter.backbone_options import with_backbone_options
 from mssr_basicsr.adapter.dataset_errors import datasets_name_files
 from mssr_basicsr.adapter.option_files import read_yaml
-from mssr_basicsr.foundation.checks import OptionError, first_line
+from mssr_basicsr.adapter.training_script import prepare_script
 from mssr_basicsr.foundation.patching import patch, replaced
 
 _FUNCTIONAL_TENSOR = 'torchvision.transforms.functional_tensor'
-NUM_BATCHES = 'num_batches'  #: of an epoch: what :func:`train_to_total_iter` adds to the training set's options
 
 
 def before_import() -> None:
@@ -60,6 +60,7 @@ def _repairs() -> Iterator[tuple[str, str, Callable[..., Any]]]:
     """What to wrap: the module of BasicSR, the function in it, and by what."""
     # All of these have bound the function by its name; a script that runs later takes it from basicsr.utils.options.
     for module in ('', 'train', 'test', 'utils.options'):
+        yield module, 'parse_options', use_roots
         yield module, 'parse_options', name_wrong_yaml
         yield module, 'parse_options', accept_local_rank
         yield module, 'parse_options', prepare_script
@@ -88,6 +89,24 @@ def provide_functional_tensor() -> None:
         sys.meta_path.append(_FunctionalTensorFinder())
 
 
+def use_roots(parse_options: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Wraps ``parse_options``: ``path.experiments_root`` and ``path.results_root`` of the YAML are used.
+
+    BasicSR 1.4.2 replaces them by folders under its own root; in its master, as here, the run's folder is in them.
+    """
+    parsed = parse_options(*args, **kwargs)
+    if isinstance(parsed, tuple):  # copies of BasicSR may return the options alone
+        opt, arguments = parsed
+        asked, paths = read_yaml(Path(arguments.opt)).get('path') or {}, opt['path']
+        for root in ('experiments_root', 'results_root'):
+            if asked.get(root) and root in paths:
+                old, new = paths[root], os.path.join(os.path.expanduser(asked[root]), opt['name'])
+                for key in (root, 'models', 'training_states', 'log', 'visualization'):
+                    if key in paths:
+                        paths[key] = paths[key].replace(old, new, 1)
+    return parsed
+
+
 def name_wrong_yaml(parse_options: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Wraps ``parse_options``: a YAML that is empty, a list or invalid is an error that names the file.
 
@@ -112,88 +131,6 @@ def accept_local_rank(parse_options: Callable[..., Any], *args: Any, **kwargs: A
     argv = [re.sub(r'^--local-rank(?==|$)', '--local_rank', arg) for arg in sys.argv]
     with replaced(sys, 'argv', argv):
         return parse_options(*args, **kwargs)
-
-
-def prepare_script(parse_options: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Wraps ``parse_options``: functions of the training script that calls it get the fixes below.
-
-    ``basicsr/train.py`` usually runs as ``__main__``, where no import hook can replace its functions. But it parses its
-    options before it looks for a state to resume from and before it creates the data loaders.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and 'load_resume_state' not in frame.f_globals:
-        frame = frame.f_back
-    if frame is not None:
-        script = sys.modules[frame.f_globals['__name__']]
-        patch(script, 'load_resume_state', keep_param_keys)
-        patch(script, 'load_resume_state', cpu.load_resume_state_on_cpu)
-        patch(script, 'load_resume_state', name_unreadable_state)
-        if hasattr(script, 'create_train_val_dataloader'):
-            patch(script, 'create_train_val_dataloader', train_to_total_iter)
-    return parse_options(*args, **kwargs)
-
-
-def name_unreadable_state(load_resume_state: Callable[..., Any], opt: dict[str, Any]) -> Any:
-    """Wraps ``load_resume_state``: the error about a state that torch cannot read names the file."""
-    try:
-        return load_resume_state(opt)
-    except Exception as error:
-        allowed = f'a complete training state ({first_line(error)})'
-        raise OptionError('path.resume_state', opt['path'].get('resume_state'), allowed) from error
-
-
-def keep_param_keys(load_resume_state: Callable[..., Any], opt: dict[str, Any]) -> Any:
-    """Wraps ``load_resume_state``: with an MSSR network, a network that is not resumed keeps its ``param_key``.
-
-    BasicSR changes every ``params_ema`` to ``params``, as in the run's own files, though other networks, such as a
-    teacher, are read from the same file as before.
-    """
-    keys = {key: value for key, value in opt['path'].items() if key.startswith('param_key')}
-    state = load_resume_state(opt)
-    if is_mssr(opt):
-        resumed = resumed_networks(opt)
-        opt['path'].update(
-            {key: value for key, value in keys.items() if key.replace('param_key', 'network') not in resumed}
-        )
-    return state
-
-
-def resumed_networks(opt: Mapping[str, Any]) -> list[str]:
-    """The networks, such as ``network_g``, that BasicSR loads from what the run has saved; none in a new run."""
-    paths = opt['path']
-    if not paths.get('resume_state'):
-        return []
-    ignored = paths.get('ignore_resume_networks') or []
-    return [key for key in opt if key.startswith('network_') and key not in ignored]
-
-
-def train_to_total_iter(
-    create_train_val_dataloader: Callable[..., Any], opt: dict[str, Any], *args: Any, **kwargs: Any
-) -> Any:
-    """Wraps ``create_train_val_dataloader``: an MSSR network is trained for all of ``total_iter``.
-
-    BasicSR counts an incomplete batch at an epoch's end, which its loader drops, so it plans too few epochs where they
-    are short. An epoch without any batch is an OptionError. The number of batches is kept in ``opt`` for
-    :func:`mssr_basicsr.adapter.resuming.epoch_to_resume`.
-    """
-    from basicsr.utils import get_root_logger
-
-    created = create_train_val_dataloader(opt, *args, **kwargs)
-    if not is_mssr(opt):
-        return created
-    train_loader, train_sampler, val_loaders, total_epochs, total_iters = created
-    train_opt, num_batches = opt['datasets']['train'], len(train_loader)
-    if num_batches == 0:
-        allowed = (
-            f'a larger one: an epoch has {len(train_sampler)} images for each process, a batch '
-            f'{train_loader.batch_size}, and BasicSR drops an incomplete batch'
-        )
-        raise OptionError('datasets.train.dataset_enlarge_ratio', train_opt.get('dataset_enlarge_ratio', 1), allowed)
-    train_opt[NUM_BATCHES] = num_batches
-    needed = math.ceil(total_iters / num_batches)
-    if needed > total_epochs:
-        get_root_logger().info(f'Total epochs: {needed}; complete batches in each: {num_batches}.')
-    return train_loader, train_sampler, val_loaders, max(needed, total_epochs), total_iters
 
 
 def provide_color_conversions() -> None:

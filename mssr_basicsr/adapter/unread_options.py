@@ -19,8 +19,8 @@ from typing import Any
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import DATASET_REGISTRY, METRIC_REGISTRY
 
-from mssr_basicsr.adapter.compat import NUM_BATCHES
 from mssr_basicsr.adapter.stage_options import BackwardOptions, ForwardOptions, ValidationOptions
+from mssr_basicsr.adapter.training_script import NUM_BATCHES
 from mssr_basicsr.foundation.bytecode import codes_in
 from mssr_basicsr.foundation.checks import OptionError, closest, find_registered, without_suffix
 

@@ -13,7 +13,6 @@ import torch
 from basicsr.utils import get_root_logger
 from torch import nn
 
-from mssr_basicsr.adapter.compat import NUM_BATCHES, resumed_networks
 from mssr_basicsr.adapter.ranks import (
     broadcast_from_rank_0,
     gather_on_rank_0,
@@ -32,6 +31,7 @@ from mssr_basicsr.adapter.run_state import (
 )
 from mssr_basicsr.adapter.stage_options import StageOptions
 from mssr_basicsr.adapter.training_plan import TrainingPlan
+from mssr_basicsr.adapter.training_script import NUM_BATCHES, resumed_networks
 from mssr_basicsr.foundation.buffers import saved_buffers
 from mssr_basicsr.foundation.checkpoints import read_checkpoint
 from mssr_basicsr.foundation.checks import OptionError, read_options

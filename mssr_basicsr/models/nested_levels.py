@@ -15,12 +15,12 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from torch import Tensor, nn
 
-from mssr_basicsr.adapter.compat import resumed_networks
 from mssr_basicsr.adapter.ranks import patient_group, wait_for_all
 from mssr_basicsr.adapter.records import RECORDS, LevelRecord, describe_level, level_file, level_table
 from mssr_basicsr.adapter.resuming import random_state, set_random_state
 from mssr_basicsr.adapter.stage_options import ValidationOptions
 from mssr_basicsr.adapter.tensorboard import LevelBoard, LevelTags, pictures_of
+from mssr_basicsr.adapter.training_script import resumed_networks
 from mssr_basicsr.archs.mssr_arch import MSSR, is_plain, require_levels, require_nested
 from mssr_basicsr.foundation.checkpoints import CheckpointError, loaded_strictly, read_checkpoint, state_dict_of
 from mssr_basicsr.foundation.checks import OptionError, read_options
