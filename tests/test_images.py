@@ -340,6 +340,35 @@ def test_what_is_not_read_from_a_file_is_reported(tmp_path: Path) -> None:
         assert read_image(tmp_path / name).lost == []
 
 
+def test_colours_that_are_not_srgbs_are_reported(tmp_path: Path) -> None:
+    """Where no ICC profile says what they are. (Display P3's white and blue are sRGB's, its red and green are not.)"""
+    image, deep = of_mode('RGB'), smooth(3, 65535).astype(np.uint16)
+    p3, srgb = (
+        chunk(b'cHRM', struct.pack('>8I', 31270, 32900, *red_green, 15000, 6000))
+        for red_green in ((68000, 32000, 26500, 69000), (64000, 33000, 30000, 60000))
+    )
+    png16(tmp_path / 'p3.png', deep, p3)
+    png16(tmp_path / 'srgb.png', deep, srgb)
+    png16(tmp_path / 'said.png', deep, chunk(b'sRGB', b'\0') + p3)  # which overrides cHRM
+    exif = PIL.Image.Exif()
+    exif.get_ifd(0x8769)[0xA005] = {1: 'R03'}  # by the Exif standard's option for Adobe RGB
+    image.save(tmp_path / 'camera.jpg', exif=exif)
+    image.save(tmp_path / 'tagged.jpg', exif=exif, icc_profile=SRGB)
+    expected = {'p3.png': 'cHRM', 'camera.jpg': 'Adobe RGB'}
+    if '.avif' in WRITABLE_SUFFIXES:
+        image.save(tmp_path / 'srgb.avif')
+        stored = (tmp_path / 'srgb.avif').read_bytes()
+        primaries = stored.index(b'colrnclx') + 8
+        (tmp_path / 'p3.avif').write_bytes(stored[:primaries] + b'\0\x0c' + stored[primaries + 2 :])
+        assert read_image(tmp_path / 'srgb.avif').lost == []
+        expected['p3.avif'] = 'nclx'
+    for name, text in expected.items():
+        (lost,) = read_image(tmp_path / name).lost
+        assert text in lost, name
+    for name in ('srgb.png', 'said.png', 'tagged.jpg'):
+        assert read_image(tmp_path / name).lost == [], name
+
+
 @pytest.mark.parametrize('bits', [8, 16])
 def test_tiffs_from_scanners_and_editors(bits: int, tmp_path: Path) -> None:
     """Each is right, or refused by name: never an image with wrong values."""

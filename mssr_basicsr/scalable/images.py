@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 import PIL.Image
 import tifffile
-from PIL import ImageCms, features
+from PIL import ExifTags, ImageCms, features
 
 from mssr_basicsr.foundation.saving import write_whole
 from mssr_basicsr.scalable.pixels import Image, as_colours, to_depth, white, without_alpha
@@ -88,6 +88,7 @@ if _AVIF:
 _ADAM7 = (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)
 _Chunks = dict[bytes, list[memoryview]]  # what those of a PNG hold, by their kind's name
 _SRGB_CODES = bytes([1, 13])  # of primaries and transfer, in ITU-T H.273
+_SRGB_CHROMATICITIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # x and y of white, red, green, blue
 #: The suffixes that images can be written with.
 WRITABLE_SUFFIXES = tuple(_FORMATS)
 
@@ -209,8 +210,9 @@ def _read(data: bytes) -> Picture:
         frames = getattr(opened, 'n_frames', 1)
         lost = [f'all but the first of {frames} frames or pages'] if frames > 1 else []
         orientation = _orientation(opened, lost)
-        lost += [*_png_losses(chunks, opened), *_avif_losses(data)]
         icc = opened.info.get('icc_profile')
+        lost += [*_png_losses(chunks, opened), *_avif_losses(data, icc)]
+        lost += ['the colour space, Adobe RGB by EXIF'] * (not icc and _is_adobe_rgb(opened))
         lost += ['the ICC profile, which is damaged'] * ('icc_profile' in opened.info and not icc)
         if chunks and data[24] == 16:
             pixels = _decode_deep(data)
@@ -240,6 +242,14 @@ def _orientation(image: PIL.Image.Image, lost: list[str]) -> int:
     except Exception:  # as in read_image
         lost.append('the damaged EXIF data, including any orientation')
         return 1
+
+
+def _is_adobe_rgb(image: PIL.Image.Image) -> bool:
+    """Whether it is, without a profile that says so, as cameras set to Adobe RGB write it."""
+    try:
+        return str(image.getexif().get_ifd(ExifTags.IFD.Interop).get(1)).startswith('R03')
+    except Exception:  # as in _orientation
+        return False
 
 
 def _most_pixels() -> int:
@@ -277,12 +287,11 @@ def _png_losses(chunks: _Chunks, image: PIL.Image.Image) -> Iterator[str]:
     """What a PNG says about how its values are to be displayed, other than by an ICC profile."""
     if b'cICP' in chunks and chunks[b'cICP'][0][:2] != _SRGB_CODES:
         yield 'the colour coding (cICP, such as for HDR)'
-    elif (
-        b'gAMA' in chunks
-        and not {b'cICP', b'iCCP', b'sRGB'} & chunks.keys()
-        and abs(image.info['gamma'] - 1 / 2.2) > 0.01
-    ):
-        yield f'the gamma, {image.info["gamma"]:.3f}'
+    elif not {b'cICP', b'iCCP', b'sRGB'} & chunks.keys():
+        if b'gAMA' in chunks and abs(image.info['gamma'] - 1 / 2.2) > 0.01:
+            yield f'the gamma, {image.info["gamma"]:.3f}'
+        if b'cHRM' in chunks and np.abs(np.subtract(image.info['chromaticity'], _SRGB_CHROMATICITIES)).max() > 0.01:
+            yield 'the primary colours (cHRM, such as of Display P3)'
 
 
 def _require_png_pixels(chunks: _Chunks) -> None:
@@ -308,14 +317,16 @@ def _png_chunks(data: bytes) -> _Chunks:
     return found
 
 
-def _avif_losses(data: bytes) -> Iterator[str]:
-    """What Pillow does not report about an AVIF: it reads all of them as 8 bits."""
+def _avif_losses(data: bytes, icc: bytes | None) -> Iterator[str]:
+    """What Pillow does not report about an AVIF: it reads all of them as 8 bits, and their colours as sRGB's."""
     if data[4:8] == b'ftyp':
         configuration, colours = data.find(b'av1C', 0, 4096), data.find(b'colrnclx', 0, 4096)
         if configuration > 0 and data[configuration + 6] & 0x40:
             yield 'more than 8 bits per channel'
         if colours > 0 and data[colours + 11] in (16, 18):  # PQ and HLG
             yield 'the HDR colour coding'
+        elif colours > 0 and data[colours + 9] not in (1, 2) and not icc:  # BT.709's, as sRGB's are, or unspecified
+            yield 'the primary colours (nclx, such as of Display P3)'
 
 
 def _read_tiff(data: bytes) -> Picture:
