@@ -28,10 +28,16 @@ END
 
 for stage in forward backward; do
     step "The $stage stage: options/mssr_$stage.yml"
-    if [ -e "experiments/mssr_$stage/models/net_g_latest.pth" ]; then
+    resume=--auto_resume
+    # A backward stage that began before the forward stage was repeated is not resumed: BasicSR puts it aside.
+    if [ "$stage" = backward ] &&
+        [ experiments/mssr_forward/models/net_g_latest.pth -nt experiments/mssr_backward/mssr_backward.yml ]; then
+        resume=
+    fi
+    if [ -n "$resume" ] && [ -e "experiments/mssr_$stage/models/net_g_latest.pth" ]; then
         echo "Already done; to repeat it, remove experiments/mssr_$stage."
     else
-        python -m mssr_basicsr.train -opt "options/mssr_$stage.yml" --auto_resume $force
+        python -m mssr_basicsr.train -opt "options/mssr_$stage.yml" $resume $force
     fi
 done
 
