@@ -17,6 +17,7 @@ from basicsr.archs import build_network
 from basicsr.data import build_dataset
 from basicsr.metrics import calculate_metric, calculate_psnr, calculate_ssim
 from basicsr.utils import bgr2ycbcr, img2tensor, tensor2img
+from basicsr.utils.lmdb_util import LmdbMaker
 from conftest import TOY_EDSR, Run, load
 
 from mssr_basicsr.foundation.checks import OptionError
@@ -165,6 +166,36 @@ def test_the_dataset_keeps_grey_files_grey(grey_and_colour: dict[str, Any]) -> N
     truth = cv2.imread(grey['gt_path'], cv2.IMREAD_UNCHANGED)
     assert found[:2] == pytest.approx(list(published_metrics(upscaled['img'], truth, 2).values()))
     assert found[2] == pytest.approx(found[0] + 20 * np.log10(255 / 219), abs=1e-3)
+
+
+@pytest.mark.parametrize('backend', ['disk', 'lmdb'])
+def test_a_grey_file_is_its_own_y(backend: str, grey_and_colour: dict[str, Any], tmp_path: Path) -> None:
+    """BasicSR's ``color: y`` is for networks with one channel; of colours, Y is what BasicSR computes.
+
+    A ground truth that is a grey file has an LR image with the same range of values, however that is stored. One that
+    is larger than ``scale`` times its LR image is cropped.
+    """
+    for part, side in (('gt', 33), ('lq', 16)):
+        folder = Path(grey_and_colour[f'dataroot_{part}'])
+        cv2.imwrite(str(folder / 'coloured_lq.png'), np.random.default_rng(0).integers(0, 256, (side, side), np.uint8))
+    shown = cv2.imread(str(tmp_path / 'lq' / 'coloured_lq.png'))
+    cv2.imwrite(str(tmp_path / 'lq' / 'coloured_lq.png'), shown)
+    opt = {**grey_and_colour, 'phase': 'val', 'scale': 2, 'color': 'y', 'mean': [0.25], 'std': [0.5]}
+    if backend == 'lmdb':
+        opt['io_backend'] = {'type': 'lmdb'}
+        for part in ('gt', 'lq'):
+            opt[f'dataroot_{part}'] = str(tmp_path / f'{part}.lmdb')
+            maker = LmdbMaker(opt[f'dataroot_{part}'], map_size=1 << 20)
+            for path in (tmp_path / part).iterdir():
+                maker.put(path.read_bytes(), path.stem, cv2.imread(str(path)).shape)
+            maker.close()
+    dataset = build_dataset(opt)
+    found = {Path(pair['gt_path']).stem: pair for pair in (dataset[i] for i in range(3))}
+    for name, pair in found.items():
+        for part, side in (('gt', 32), ('lq', 16)):
+            values = cv2.imread(str(tmp_path / part / f'{name}.png')).astype(np.float32)[:side, :side] / 255
+            expected = bgr2ycbcr(values, y_only=True) if name == 'rgb' else values[..., 0]
+            assert np.array_equal(pair[part].numpy(), (expected[None] - 0.25) / 0.5), (name, part)
 
 
 def test_a_training_validates_by_the_protocol(

@@ -9,6 +9,7 @@ from basicsr.utils import imfrombytes
 from basicsr.utils.registry import DATASET_REGISTRY
 
 from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.foundation.patching import replaced
 
 
 @DATASET_REGISTRY.register()
@@ -17,7 +18,9 @@ class PairedEvaluationDataset(PairedImageDataset):
 
     The network still gets its LR image as three equal channels. ``calculate_psnr_published`` and
     ``calculate_ssim_published`` compare the result with the file's own values; BasicSR's own metrics reject it. The
-    options are those of PairedImageDataset.
+    options are those of PairedImageDataset. With ``color: y``, all images have one channel, and that of a grey file is
+    the file's own values, from 0 to 1: it is Y itself, where BasicSR would convert it to 16/255 to 235/255. So is that
+    of an LR image in equal colours, if its ground truth is a grey file.
 
     Raises:
         OptionError: it is used as a training set.
@@ -31,8 +34,18 @@ class PairedEvaluationDataset(PairedImageDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair: dict[str, Any] = super().__getitem__(index)
-        assert self.file_client is not None  # it is made with the first pair
-        stored = imfrombytes(self.file_client.get(self.paths[index]['gt_path'], 'gt'), flag='unchanged')
-        if stored.ndim == 2:
-            pair['gt'] = pair['gt'][:1]
+        grey = [part for part in ('gt', 'lq') if self._is_grey(index, part)]
+        if self.opt.get('color') != 'y':
+            if 'gt' in grey:
+                pair['gt'] = pair['gt'][:1]
+        elif grey:
+            with replaced(self, 'opt', {**self.opt, 'color': None}):
+                as_colours = super().__getitem__(index)
+            for part in ('gt', 'lq') if 'gt' in grey else grey:
+                pair[part] = as_colours[part][:1]
         return pair
+
+    def _is_grey(self, index: int, part: str) -> bool:
+        assert self.file_client is not None  # it is made with the first pair
+        stored = imfrombytes(self.file_client.get(self.paths[index][f'{part}_path'], part), flag='unchanged')
+        return bool(stored.ndim == 2)
