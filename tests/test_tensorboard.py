@@ -29,6 +29,7 @@ from PIL import Image
 
 from mssr_basicsr.adapter.tensorboard import BLUE, CELL, LINE, pictures_of
 from mssr_basicsr.method.criteria import CRITERION_REGISTRY
+from mssr_basicsr.scalable.container import ScalableFile
 
 
 def tags_served(server: subprocess.Popen[bytes], log: Path, run_name: str) -> set[str]:
@@ -216,6 +217,28 @@ def test_hparams_name_the_options_and_the_metrics(
         assert tags == [f'metrics/{name}/psnr_level{level}' for name in ('toyval', 'other') for level in range(3)]
         assert set(tags) <= set(events.Tags()['scalars'])
     assert columns[0] == columns[1]
+
+
+def test_a_number_as_a_name(logged_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run) -> None:
+    """YAML reads a set's name 291 as a number, which BasicSR accepts. Another set's may be a text."""
+    from tensorboard.plugins.hparams import metadata
+
+    backward_opt['logger']['use_tb_logger'] = True
+    for opt in (logged_opt, backward_opt):
+        opt['datasets']['val_2'] = {**opt['datasets']['val'], 'name': 291}
+        experiment = run(opt)
+        events = events_of(experiment)
+        *_, charts = events.Tensors('custom_scalars__config__')
+        assert b'^metrics/(291/)?psnr_level' in charts.tensor_proto.string_val[0]
+        columns = events.PluginTagToContent('hparams')[metadata.EXPERIMENT_TAG]
+        tags = {metric.name.tag for metric in metadata.parse_experiment_plugin_data(columns).metric_infos}
+        assert 'metrics/291/psnr_level2' in tags <= set(events.Tags()['scalars'])
+    models = experiment / 'models'
+    recorded = {str(record['level']): record['metrics'] for record in json.loads((models / 'levels.json').read_text())}
+    with ScalableFile(models / 'net_g.mssr') as file:
+        assert file.header.metrics.keys() == recorded.keys()
+        for level, sets in recorded.items():
+            assert file.header.metrics[level] == {key: pytest.approx(sets[key], rel=1e-5) for key in ('toyval', '291')}
 
 
 class OwnScalars(SRModel):

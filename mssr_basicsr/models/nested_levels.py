@@ -96,7 +96,7 @@ class NestedLevels(Base):
         In fp32, as networks are mostly used, unless ``val.precision`` is bf16. The training state (level, modes, random
         generators) is unaffected. No rank continues before all are done.
         """
-        name, levels = dataloader.dataset.opt['name'], self.levels_to_validate()
+        name, levels = str(dataloader.dataset.opt['name']), self.levels_to_validate()  # YAML reads 291 as a number
         self._pictures = {}
         computes = computing([self.result], self.device, self._val_precision)
         with self._validating(), computes, self.result.refuse_unmasked_layers():
