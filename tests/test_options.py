@@ -458,6 +458,42 @@ def test_what_the_scalable_file_cannot_hold_is_refused_before_training(backward_
 
 
 @pytest.mark.usefixtures('no_training')
+@pytest.mark.parametrize('option', ['datasets.val_2.name', 'val.metrics.psnr\u3000y'])
+def test_names_that_the_scalable_file_cannot_hold_are_refused_before_training(
+    option: str, forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, forward_checkpoint: str
+) -> None:
+    """The file has the metrics that are measured in training. An ideographic space is not printable."""
+    name = 'Set\u3000A' if option == 'datasets.val_2.name' else option.rpartition('.')[2]
+    for opt in (forward_opt, backward_opt):
+        if name == 'Set\u3000A':
+            opt['datasets']['val_2'] = {**opt['datasets']['val'], 'name': name}
+        else:
+            opt['val']['metrics'][name] = opt['val']['metrics'].pop('psnr')
+    backward_opt['path']['pretrain_network_g'] = forward_checkpoint
+    with pytest.raises(OptionError) as error:
+        run(backward_opt)
+    reason = f'(found {name!r}; allowed: printable characters)'
+    assert str(error.value) == f'{option}: found {name!r}; allowed: one that a .mssr file can hold {reason}.'
+    with pytest.raises(AssertionError, match='the training has started'):
+        run(forward_opt)
+    (log,) = Path('experiments/forward').glob('*.log')
+    assert f'WARNING: {option}: MSSRBackwardModel will refuse it, since no .mssr file can hold it {reason}' in (
+        log.read_text()
+    )
+
+
+@pytest.mark.usefixtures('no_training')
+def test_a_name_is_not_refused_where_nothing_is_validated(
+    backward_opt: dict[str, Any], run: Run, forward_checkpoint: str
+) -> None:
+    backward_opt['datasets']['val']['name'] = 'Set\u3000A'
+    backward_opt['path']['pretrain_network_g'] = forward_checkpoint
+    del backward_opt['val']
+    with pytest.raises(AssertionError, match='the training has started'):
+        run(backward_opt)
+
+
+@pytest.mark.usefixtures('no_training')
 def test_the_forward_stage_only_warns_of_it(forward_opt: dict[str, Any], run: Run) -> None:
     """It writes no such file."""
     forward_opt['network_g']['backbone'] = {**BACKBONES['SwinIR'], 'patch_norm': 'yes, please'}

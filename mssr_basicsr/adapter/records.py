@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypedDict
+from collections.abc import Iterable, Mapping
+from typing import Any, TypedDict
 
 from mssr_basicsr.foundation.tables import table_with_metrics
 from mssr_basicsr.method.level_map import LevelMap, count, mask_of
@@ -29,6 +29,19 @@ class LevelRecord(TypedDict, total=False):
     layer_density: dict[str, float]  #: by the name of a prunable weight, the kept share of its elements
     iterations: int  #: for how many the level was trained, once it is done
     metrics: dict[str, dict[str, float]]  #: by validation set and metric
+
+
+def validation_sets(opt: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of the sets that a training validates on, by their phase, such as ``val_2``."""
+    return {phase: dataset for phase, dataset in opt['datasets'].items() if phase.split('_')[0] == 'val'}
+
+
+def names_in_records(opt: Mapping[str, Any]) -> dict[str, str]:
+    """The names that a training's records have of validation sets and metrics, by the option that says each."""
+    if opt.get('val') is None:  # which switches validation off
+        return {}
+    sets = {f'datasets.{phase}.name': str(dataset['name']) for phase, dataset in validation_sets(opt).items()}
+    return {**sets, **{f'val.metrics.{name}': name for name in opt['val'].get('metrics') or {}}}
 
 
 def describe_level(level_map: LevelMap, num_parameters: int, level: int) -> LevelRecord:

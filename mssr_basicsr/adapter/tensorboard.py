@@ -12,7 +12,7 @@ from basicsr.utils import tensor2img
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from mssr_basicsr.adapter.records import LevelRecord
+from mssr_basicsr.adapter.records import LevelRecord, validation_sets
 from mssr_basicsr.adapter.stage_options import BackwardOptions, ForwardOptions
 
 PANEL = 192  #: pixels that a picture of a validation image has on a side, at most
@@ -103,10 +103,9 @@ class LevelBoard:
         }
         fields = (*dataclasses.fields(ForwardOptions), *dataclasses.fields(BackwardOptions))
         absent = {name: '' for name in (f'train.{field.name}' for field in fields) if name not in options}
-        sets = [opt['name'] for phase, opt in self._opt['datasets'].items() if phase.split('_')[0] == 'val']
         metrics = [
             f'{tag.replace(f"/{writer.name}/", f"/{name}/")}_level{level}'
-            for name in sets
+            for name in (dataset['name'] for dataset in validation_sets(self._opt).values())
             for tag in writer.written
             if tag.rpartition('/')[2] in (self._opt['val'].get('metrics') or {})
             for level in range(smallest_level + 1)

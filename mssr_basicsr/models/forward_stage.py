@@ -88,10 +88,10 @@ class ForwardStage(LevelwiseTraining):
         if self.self_distillation is not None:
             self.distil_by('ssd_opt', self._ssd_term)
 
-    def report_unpackable(self, error: ScalableFileError) -> None:
+    def report_unpackable(self, option: str, found: object, error: ScalableFileError) -> None:
         """Only warn, since this stage writes no ``.mssr`` file."""
         get_root_logger().warning(
-            f'network_g.backbone: MSSRBackwardModel will refuse it, since no .mssr file can hold it ({error}).'
+            f'{option}: MSSRBackwardModel will refuse it, since no .mssr file can hold it ({error}).'
         )
 
     def _build_self_distillation(self) -> SelfDistillation | None:

@@ -20,7 +20,7 @@ from mssr_basicsr.adapter.ranks import (
     require_finite,
     wait_for_all,
 )
-from mssr_basicsr.adapter.records import level_table
+from mssr_basicsr.adapter.records import level_table, names_in_records
 from mssr_basicsr.adapter.resuming import epoch_to_resume, random_state, resume_within_epoch
 from mssr_basicsr.adapter.run_state import (
     RunState,
@@ -43,6 +43,7 @@ from mssr_basicsr.models.distilling_model import DistillingModel
 from mssr_basicsr.models.precision import computing, lacks_bf16
 from mssr_basicsr.scalable.architectures import find_image_spec
 from mssr_basicsr.scalable.errors import ScalableFileError
+from mssr_basicsr.scalable.header import check_texts
 from mssr_basicsr.scalable.packing import level_metrics, pack
 
 
@@ -261,12 +262,16 @@ class LevelwiseTraining(DistillingModel):
         try:
             self.pack()
         except ScalableFileError as error:
-            self.report_unpackable(error)
+            self.report_unpackable('network_g.backbone', self.network.backbone_options, error)
+        for option, name in names_in_records(self.opt).items():  # of what has not been measured yet
+            try:
+                check_texts(name)
+            except ScalableFileError as error:
+                self.report_unpackable(option, name, error)
 
-    def report_unpackable(self, error: ScalableFileError) -> None:
-        """Called before the training if no ``.mssr`` file can hold the network, as ``error`` says: an OptionError."""
-        allowed = f'one that a .mssr file can hold ({error})'
-        raise OptionError('network_g.backbone', self.network.backbone_options, allowed) from error
+    def report_unpackable(self, option: str, found: object, error: ScalableFileError) -> None:
+        """Called before the training if no ``.mssr`` file can hold ``found``, as ``error`` says: an OptionError."""
+        raise OptionError(option, found, f'one that a .mssr file can hold ({error})') from error
 
     def pack(self) -> bytes:
         """All levels as a ``.mssr`` file; OptionError if the network upscales neither by ``scale`` nor by 1."""

@@ -16,7 +16,14 @@ from basicsr.utils import get_root_logger
 from torch import Tensor, nn
 
 from mssr_basicsr.adapter.ranks import patient_group, wait_for_all
-from mssr_basicsr.adapter.records import RECORDS, LevelRecord, describe_level, level_file, level_table
+from mssr_basicsr.adapter.records import (
+    RECORDS,
+    LevelRecord,
+    describe_level,
+    level_file,
+    level_table,
+    validation_sets,
+)
 from mssr_basicsr.adapter.resuming import random_state, set_random_state
 from mssr_basicsr.adapter.stage_options import ValidationOptions
 from mssr_basicsr.adapter.tensorboard import LevelBoard, LevelTags, pictures_of
@@ -178,8 +185,8 @@ class NestedLevels(Base):
 
     def validate_now(self, current_iter: int) -> None:
         """Validate now, outside the schedule, on every validation set, if there is any."""
-        for phase, dataset_opt in self.opt['datasets'].items():
-            if phase.split('_')[0] == 'val' and self.opt.get('val') is not None:
+        if self.opt.get('val') is not None:
+            for dataset_opt in validation_sets(self.opt).values():
                 self.validation(build_dataloader(build_dataset(dataset_opt), dataset_opt), current_iter, None, False)
 
     # ------------------------------ records and exports ------------------------------ #

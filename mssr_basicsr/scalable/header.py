@@ -137,7 +137,7 @@ def parse_header(text: bytes, start: int) -> Header:
 
 def _parse(fields: Any, start: int) -> Header:
     _require(fields, dict, 'the header')
-    _check_texts(fields)
+    check_texts(fields)
     backbone = _field(fields, 'backbone', dict)
     if not isinstance(backbone.get('type'), str):
         raise ScalableFileError('backbone: it has no type')
@@ -237,14 +237,14 @@ def _metrics(levels: dict[str, Any]) -> dict[str, Any]:
     return levels
 
 
-def _check_texts(value: Any) -> None:
-    """Raise unless all text in a header is safe to print to a terminal."""
+def check_texts(value: Any) -> None:
+    """Raise ScalableFileError unless all text in ``value``, a header or part of it, is safe to print to a terminal."""
     if isinstance(value, str) and not value.isprintable():
         raise ScalableFileError(f'found {value[:80]!r}; allowed: printable characters')
     for item in value if isinstance(value, (dict, list)) else ():
-        _check_texts(item)
+        check_texts(item)
         if isinstance(value, dict):
-            _check_texts(value[item])
+            check_texts(value[item])
 
 
 def _field(fields: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
