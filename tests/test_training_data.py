@@ -130,6 +130,46 @@ def test_the_innermost_dataset_names_its_file(
     assert str(caught.value) == f'datasets.train: cannot read {files} ({reason})'
 
 
+class Skipping(Wrapping):
+    """It goes on with the next item if one cannot be read, by the exceptions that stock datasets raise, or gives up."""
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        super().__init__(opt)
+        del self.opt
+
+    def __getitem__(self, index: int) -> Any:
+        for i in range(index, len(self)):
+            try:
+                return self.inner[i]
+            except (TypeError, AttributeError, OSError) as error:
+                last = error
+        raise last
+
+
+def test_a_dataset_that_wraps_another_sees_its_errors(
+    data: Path, forward_opt: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for dataset_class in (Decorated, Skipping):
+        monkeypatch.setitem(DATASET_REGISTRY._obj_map, dataset_class.__name__, dataset_class)
+    dataset = DATASET_REGISTRY.get('Skipping')({**forward_opt['datasets']['train'], 'phase': 'train', 'scale': 2})
+    paths = [Path(paths['lq_path']) for paths in dataset.inner.paths]
+    paths[0].unlink()
+    paths[1].write_bytes(b'\x89PNG, cut short')
+    assert dataset[0]['lq_path'] == str(paths[2])
+    paths[2].write_bytes(b'\x89PNG, cut short')
+    paths[3].unlink()
+    with pytest.raises(ValueError) as caught:
+        dataset[0]
+    assert str(caught.value).startswith(f'datasets.train: cannot read lq_path {paths[3]}, gt_path ')
+    assert '(FileNotFoundError: ' in str(caught.value)
+
+
+def test_a_missing_option_is_no_unreadable_image(forward_opt: dict[str, Any], run: Run) -> None:
+    del forward_opt['datasets']['train']['gt_size']
+    with pytest.raises(KeyError, match=r"^'gt_size'$"):
+        run(forward_opt)
+
+
 @pytest.mark.parametrize('phase', ['train', 'val'])
 def test_an_empty_folder_is_refused_before_training(
     phase: str, tmp_path: Path, forward_opt: dict[str, Any], run: Run

@@ -11,6 +11,7 @@ from mssr_basicsr.foundation.checks import OptionError, first_line
 from mssr_basicsr.foundation.patching import patch
 
 _INIT, _GETITEM = '__init__', '__getitem__'
+_ITEM = 'mssr_basicsr_item'  # an exception's attribute, from the innermost dataset to where the reading began
 
 
 class UnreadableImageError(ValueError):
@@ -44,28 +45,43 @@ def refuse_empty_dataset(
 
 
 def name_unreadable_image(getitem: Callable[..., Any], dataset: Any, index: int) -> Any:
-    """Wraps ``__getitem__`` of a dataset: what it raises names the files of the item."""
-    if not _is_own(getitem, _GETITEM, dataset) or _reading.get() is dataset:
+    """Wraps ``__getitem__`` of a dataset: an exception that nothing catches names the files of the item.
+
+    A dataset may take its items from another one, or from itself, and go on if one cannot be read. It sees the
+    exception as it is: only where the reading began is it replaced. The files are those of the innermost dataset.
+    """
+    if not _is_own(getitem, _GETITEM, dataset):
         return getitem(dataset, index)
-    token = _reading.set(dataset)
+    began_here = not _reading.get()
+    token = _reading.set(True)
     try:
         return getitem(dataset, index)
+    except (LookupError, UnreadableImageError):  # a missing option, or the end of an iteration; or all is said
+        raise
     except Exception as error:
-        items = next((getattr(dataset, name) for name in ('paths', 'keys') if hasattr(dataset, name)), None)
-        named = isinstance(error, UnreadableImageError)  # by a dataset that this one takes its items from
-        # An iteration over the dataset ends with an IndexError.
-        if named or isinstance(error, IndexError) or not isinstance(items, Sequence):
+        item = vars(error)[_ITEM] = vars(error).get(_ITEM) or _item(dataset, index)
+        if not began_here or item is None:
             raise
-        item = items[index]
-        files = ', '.join(f'{key} {path}' for key, path in item.items()) if isinstance(item, Mapping) else item
         reason = f'{type(error).__name__}: {first_line(error)}'
-        raise UnreadableImageError(f'datasets.{dataset.opt.get("phase")}: cannot read {files} ({reason})') from error
+        raise UnreadableImageError(f'{item} ({reason})') from error
     finally:
         _reading.reset(token)
 
 
-#: The dataset that reads an item: it may ask itself for another one if it cannot, and must then see the error as it is.
-_reading: ContextVar[Any] = ContextVar('reading', default=None)
+def _item(dataset: Any, index: int) -> str | None:
+    """What an error says of an item, if the dataset has a list of files."""
+    items = next((getattr(dataset, name) for name in ('paths', 'keys') if hasattr(dataset, name)), None)
+    if not isinstance(items, Sequence) or index not in range(-len(items), len(items)):
+        return None
+    item = items[index]
+    files = ', '.join(f'{key} {path}' for key, path in item.items()) if isinstance(item, Mapping) else item
+    opt = getattr(dataset, 'opt', None)
+    phase = f'datasets.{opt.get("phase")}: ' if isinstance(opt, Mapping) else ''
+    return f'{phase}cannot read {files}'
+
+
+#: Whether a dataset is reading an item.
+_reading: ContextVar[bool] = ContextVar('reading', default=False)
 
 
 def _is_own(method: Callable[..., Any], name: str, dataset: Any) -> bool:
