@@ -759,7 +759,37 @@ class SchedulerAtOnce(SRModel):
         self.schedulers.append(torch.optim.lr_scheduler.LambdaLR(self.optimizer_g, lambda step: 0.5))
 
 
-@pytest.mark.parametrize(('base', 'what'), [(OptimizerAtOnce, 'optimizers'), (SchedulerAtOnce, 'schedulers')])
+class Lookahead:
+    """It wraps an optimizer, as one of the same name in other projects does."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
+
+
+class WrapperAtOnce(SRModel):
+    def init_training_settings(self) -> None:
+        super().init_training_settings()
+        self.optimizer_g = Lookahead(self.optimizer_g)
+
+
+class WrapperInList(SRModel):
+    def __init__(self, opt: dict[str, Any]) -> None:
+        super().__init__(opt)
+        self.optimizers = [Lookahead(optimizer) for optimizer in self.optimizers]
+
+
+@pytest.mark.parametrize(
+    ('base', 'what'),
+    [
+        (OptimizerAtOnce, 'optimizers'),
+        (WrapperAtOnce, 'optimizers'),
+        (WrapperInList, 'optimizers'),
+        (SchedulerAtOnce, 'schedulers'),
+    ],
+)
 def test_what_later_levels_would_not_have_is_refused(
     base: type[SRModel], what: str, forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -771,6 +801,31 @@ def test_what_later_levels_would_not_have_is_refused(
     with pytest.raises(OptionError) as error:
         run({**forward_opt, 'base_model_type': base.__name__})
     assert str(error.value) == expected
+
+
+class WrapperInSetup(SRModel):
+    """As :class:`WrapperAtOnce`, where each level has it; and it remembers something of its optimizer in training."""
+
+    optimizer_step: Any = None
+    wrapped: ClassVar[list[bool]] = []
+
+    def setup_optimizers(self) -> None:
+        super().setup_optimizers()
+        self.optimizer_g = Lookahead(self.optimizer_g)
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        super().optimize_parameters(current_iter)
+        self.optimizer_step = current_iter
+        self.wrapped.append(isinstance(self.optimizer_g, Lookahead))
+
+
+def test_what_later_levels_have_is_not_refused(
+    forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'WrapperInSetup', WrapperInSetup)
+    monkeypatch.setattr(WrapperInSetup, 'wrapped', [])
+    run({**forward_opt, 'base_model_type': 'WrapperInSetup'})
+    assert WrapperInSetup.wrapped == [True] * 12
 
 
 class ByName(SRModel):

@@ -65,7 +65,7 @@ class LevelwiseTraining(DistillingModel):
         super().__init__(opt)
         # As the model class has left it: no phase of it, such as EDVR's tsa_iter, has begun, even in a resumed run.
         self._untrained_at_first = self._untrained()
-        self._num_at_first = {name: len(getattr(self, name)) for name in ('optimizers', 'schedulers')}
+        self._kinds_at_first = self._kinds()
 
     # ------------------------------ what a stage says ------------------------------ #
 
@@ -160,10 +160,17 @@ class LevelwiseTraining(DistillingModel):
         self.setup_schedulers()
         for optimizer in self.optimizers:
             optimizer.zero_grad()  # a class may add up the gradients of several iterations, which are another level's
-        for name, number in self._num_at_first.items():
-            if len(getattr(self, name)) < number:
+        # Once: in training, a class may give its attributes values of other types.
+        for name, kinds in self.__dict__.pop('_kinds_at_first', {}).items():
+            if self._kinds()[name] != kinds:
                 allowed = f'a class that creates all of its {name} in setup_{name} ({self.base_name} does not)'
                 raise OptionError('base_model_type', self.base_name, allowed)
+
+    def _kinds(self) -> dict[str, Any]:
+        """The types of the optimizers, by attribute and in BasicSR's list, and of the schedulers."""
+        by_attribute = {name: type(value) for name, value in vars(self).items() if name.startswith('optimizer')}
+        optimizers, schedulers = ([type(item) for item in items] for items in (self.optimizers, self.schedulers))
+        return {'optimizers': (by_attribute, optimizers), 'schedulers': schedulers}
 
     def setup_optimizers(self) -> None:
         with self._remembering_options():
