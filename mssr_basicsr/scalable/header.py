@@ -11,6 +11,8 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from mssr_basicsr.foundation.checks import is_number
@@ -103,8 +105,15 @@ class Header:
         return [sum(counts) for counts in zip(*larger)]  # the counts of all levels add up to all elements
 
     def num_parameters(self, level: int) -> int:
-        """The parameters that ``level`` has, including those that are never pruned."""
-        return self.num_other_parameters + sum(sum(s.counts) for s in self.sections if s.level >= level)
+        """The parameters of ``level``, with those never pruned; ScalableFileError if there is no such level."""
+        self.section(level)
+        return self._parameters[self.smallest_level - level]
+
+    @cached_property
+    def _parameters(self) -> tuple[int, ...]:
+        """Those of each level from K to 0. Summed up once: a short file may have millions of counts."""
+        added = [sum(section.counts) for section in self.sections]
+        return tuple(self.num_other_parameters + total for total in accumulate(added))
 
 
 def _refuse(constant: str) -> float:
