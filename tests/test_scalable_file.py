@@ -445,6 +445,40 @@ def test_a_stream_that_cannot_seek_is_read_in_its_order() -> None:
     assert_same(model.network.state_dict(), packed.export(0))
 
 
+class Reader:
+    """A stream with the few methods that files had to have before ``io``, as Python 3.9's SpooledTemporaryFile."""
+
+    def __init__(self, data: bytes) -> None:
+        self.stream = io.BytesIO(data)
+        self.read, self.tell = self.stream.read, self.stream.tell
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> None:
+        self.stream.seek(offset, whence)
+
+
+class Forward:
+    """A stream with nothing but ``read``."""
+
+    def __init__(self, data: bytes) -> None:
+        self.read = io.BytesIO(data).read
+
+
+def test_a_stream_that_does_not_say_whether_it_can_seek_is_tried() -> None:
+    packed = network()
+    data = pack(packed, 2)
+    stream = Reader(b'other data' + data)
+    stream.seek(10)
+    model = ScalableModel(stream, level=2)  # type: ignore[arg-type]
+    assert model.file.size == len(data)
+    stream.seek(0)
+    model.expand(0)
+    assert_same(model.network.state_dict(), packed.export(0))
+    forward = ScalableModel(Forward(data), level=2)  # type: ignore[arg-type]
+    assert forward.file.size is None
+    forward.expand(0)
+    assert_same(forward.network.state_dict(), packed.export(0))
+
+
 def test_a_prefix_of_a_stream_that_cannot_seek() -> None:
     data = pack(network(), 2)
     for level in (2, 1, 0):

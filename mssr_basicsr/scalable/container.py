@@ -81,10 +81,10 @@ class ScalableFile:
         )
         self.name = str(source) if self._owned else str(getattr(source, 'name', 'the stream'))
         try:
-            self._seekable = self._stream.seekable()
+            self._seekable = can_seek(self._stream)
             self._origin = self._stream.tell() if self._seekable else 0
             #: The length in bytes; None if the stream cannot say.
-            self.size = self._stream.seek(0, io.SEEK_END) - self._origin if self._seekable else None
+            self.size = self._length() if self._seekable else None
             if self._seekable:
                 self._stream.seek(self._origin)
             self.header, self._start = read_header(self._stream, self.name)
@@ -151,7 +151,7 @@ class ScalableFile:
         """
         section = self.header.section(level)
         if self.size is not None and section.end > self.size:  # it may have grown since: a download that went on
-            self.size = self._stream.seek(0, io.SEEK_END) - self._origin
+            self.size = self._length()
             if section.end > self.size:
                 raise self.cut_short(level)
         padding = self._read(section.start - section.padding, section.start, level)
@@ -183,6 +183,11 @@ class ScalableFile:
             raise self.cut_short(level)
         return data
 
+    def _length(self) -> int:
+        """How many bytes a stream that can seek has now, from the file's first one."""
+        self._stream.seek(0, io.SEEK_END)
+        return self._stream.tell() - self._origin
+
     def bytes_after(self, level: int) -> int:
         """How many bytes follow the section of ``level``. From a stream that cannot seek, they are read to know it."""
         if self.size is None:
@@ -201,6 +206,17 @@ def require_no_pipe(path: str | os.PathLike[str]) -> None:
     """Raise ScalableFileError if ``path`` is a pipe: what measures the model reads it several times."""
     if Path(path).is_fifo():
         raise ScalableFileError(f'{path}: found a pipe; allowed: a file, since it is read several times')
+
+
+def can_seek(stream: BinaryIO) -> bool:
+    """Whether the stream can seek. One that does not say so, as temporary files before Python 3.11, is tried."""
+    if hasattr(stream, 'seekable'):
+        return stream.seekable()
+    try:
+        stream.seek(stream.tell())
+    except (AttributeError, OSError):
+        return False
+    return True
 
 
 def read_exactly(stream: BinaryIO, size: int) -> bytes:
