@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import math
 import re
 import sys
 import tempfile
@@ -35,11 +36,13 @@ _UNITS = {'': 1, 'B': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9, 'KIB': 2**10, 'M
 def parse_size(text: str) -> int:
     """``200KB`` (thousands), ``1.5MiB`` (1024s) or ``200000`` as bytes."""
     match = re.fullmatch(r'(\d+(?:\.\d+)?)\s*([a-zA-Z]*)', text.strip())
-    if match is None or match[2].upper() not in _UNITS:
+    unit = None if match is None else _UNITS.get(match[2].upper())
+    size = math.inf if match is None or unit is None else float(match[1]) * unit
+    if math.isinf(size):  # also a number of hundreds of digits
         raise argparse.ArgumentTypeError(
-            f'found {text!r}; allowed: a number of bytes, KB, MB, GB, KiB, MiB or GiB, such as 200KB'
+            f'found {text[:80]!r}; allowed: a number of bytes, KB, MB, GB, KiB, MiB or GiB, such as 200KB'
         )
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(size)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
