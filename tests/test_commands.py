@@ -207,6 +207,17 @@ def test_what_is_no_regular_file_is_never_replaced(
 
 
 @pytest.mark.parametrize('command', COMMANDS)
+def test_a_read_only_file_is_not_replaced_even_by_root(
+    command: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = Path(f'kept{Path(COMMANDS[command]).suffix}')
+    output.touch(0o444)
+    said = error(command.format(output), capsys)
+    assert said.endswith(f'found {str(output)!r}; allowed: a file that can be written; this one is read-only.')
+    assert output.read_bytes() == b''
+
+
+@pytest.mark.parametrize('command', COMMANDS)
 def test_a_read_only_file_is_not_replaced(
     command: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

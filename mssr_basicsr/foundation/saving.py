@@ -104,7 +104,8 @@ def require_regular_file(output: str | os.PathLike[str], option: str = '--output
     if not stat.S_ISREG(mode):
         found = 'a folder' if stat.S_ISDIR(mode) else _NO_REGULAR_FILE
         raise OptionError(option, str(output), f'a file; this is {found}')
-    if not os.access(output, os.W_OK):  # to replace it would only take the folder's permission
+    # To replace it would only take the folder's permission; and to root, access says that all files can be written.
+    if not mode & 0o222 or not os.access(output, os.W_OK):
         raise OptionError(option, str(output), 'a file that can be written; this one is read-only')
 
 
