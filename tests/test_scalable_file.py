@@ -378,6 +378,17 @@ def test_buffers_that_the_architecture_computes_are_not_in_the_file() -> None:
     assert not any('relative_position_index' in tensor.name for tensor in file.header.others)
 
 
+def test_only_buffers_are_computed() -> None:
+    """A parameter has the shape that the network gives it, too, but no file that lacks its values can be right."""
+    file = pack(network(), 2)
+    others = [entry for entry in header_of(file)['others'] if entry[0] != 'conv_first.bias']
+    hostile = with_header(
+        file, others=others, num_other_parameters=0, computed=['conv_first.bias'], computed_checksum='0' * 16
+    )
+    with pytest.raises(ScalableFileError, match=r"computed: found 'conv_first.bias'; allowed: buffers of the network"):
+        ScalableModel(io.BytesIO(hostile))
+
+
 # ------------------------------ prefixes, growing, shrinking ------------------------------ #
 
 

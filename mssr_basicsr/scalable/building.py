@@ -139,6 +139,10 @@ def check_network(header: Header, network: nn.Module) -> None:
             raise ScalableFileError(
                 f'{other.name}: {state[other.name].dtype} in the network; the header says {other.dtype}'
             )
+    buffers = {name for name, buffer in network.named_buffers() if buffer.dtype in DTYPE_NAMES}
+    for name in header.computed:
+        if name not in buffers:
+            raise ScalableFileError(f'computed: found {name!r}; allowed: buffers of the network')
     if header.computed and computed_checksum(network, header.computed) != header.computed_checksum:
         raise ScalableFileError(f'this {type(network).__name__} computes other buffers than the packed one')
 
