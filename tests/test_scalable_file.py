@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,16 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from basicsr.utils.registry import ARCH_REGISTRY
 from conftest import BACKBONES, assert_same, call, network
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.model_zoo import load_url
+from torchvision.models import VGG11_Weights
 
 from mssr_basicsr import ScalableFile, ScalableFileError, ScalableModel, level_state, pack, verify
 from mssr_basicsr.commands.main import main
-from mssr_basicsr.scalable.building import AllocationLimit, _TooLarge, build_backbone
+from mssr_basicsr.scalable.building import AllocationLimit, _TooLarge, build_backbone, loading_refused
 from mssr_basicsr.scalable.container import join_file
 from mssr_basicsr.scalable.frames import MAX_WINDOW, compress_parts, compress_text, decompress
 from mssr_basicsr.scalable.positions import choose, decode_positions, encode_positions
@@ -684,6 +690,71 @@ def test_a_file_has_no_metric_that_is_not_finite() -> None:
 def test_options_of_a_file_are_no_paths() -> None:
     with pytest.raises(ScalableFileError, match=r"found '../weights.pth'; allowed: words"):
         build_backbone({'type': 'SpyNet', 'load_path': '../weights.pth'})
+    # A word is a path, too: of a file in the current folder.
+    for options in ({'load_path': 'weights'}, {'parts': [{'Path': ['weights']}]}, {'dict_path': {'face': {'a': 'w'}}}):
+        with pytest.raises(ScalableFileError, match=r"th: found '\w+'; allowed: null, since it could be a path"):
+            build_backbone({'type': 'SpyNet', **options})
+    assert build_backbone({'type': 'SpyNet', 'load_path': None}).state_dict()
+    # A rate is none: it gets as far as the architecture, here one that does not know it.
+    with pytest.raises(ScalableFileError, match=r"unexpected keyword argument 'block'"):
+        build_backbone({'type': 'SpyNet', 'block': {'drop_path': 0.1}})
+
+
+URL = 'http://localhost/weights.pth'
+FETCHING: dict[str, Callable[[], Any]] = {
+    'load': lambda: torch.load('weights'),
+    'hub': lambda: torch.hub.load_state_dict_from_url(URL),
+    'model_zoo': lambda: load_url(URL),
+    'torchvision': lambda: VGG11_Weights.DEFAULT.get_state_dict(),
+}
+
+
+class Fetches(torch.nn.Module):
+    """A network that gets initial weights from elsewhere, as BasicSR's VGGFeatureExtractor does."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fetched = FETCHING[how]()
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights in the current folder, and on a server from which they can be downloaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Fetches', Fetches)
+    torch.save({'weight': 1}, 'weights')
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, path, *_, **__: shutil.copy('weights', path))
+
+
+@pytest.mark.parametrize('how', FETCHING)
+def test_a_network_in_a_file_gets_no_weights_from_elsewhere(how: str, elsewhere: None) -> None:
+    hostile = with_header(pack(network(), 2), backbone={'type': 'Fetches', 'how': how})
+    before = torch.load, torch.hub.download_url_to_file
+    with pytest.raises(ScalableFileError, match='its weights there; no others are loaded or downloaded'):
+        ScalableModel(io.BytesIO(hostile))
+    assert not list(Path().rglob('*.pth'))
+    assert (torch.load, torch.hub.download_url_to_file) == before
+    assert build_backbone({'type': 'Fetches', 'how': how}).fetched == {'weight': 1}  # the user's own, as in pack
+
+
+def test_other_threads_load_weights_while_a_file_is_opened(elsewhere: None) -> None:
+    before, inside, left = torch.load, threading.Event(), threading.Event()
+
+    def other_file() -> None:
+        with loading_refused():
+            inside.set()
+            left.wait()
+
+    with ThreadPoolExecutor(2) as threads:
+        with loading_refused():
+            assert threads.submit(lambda: torch.load('weights')).result() == {'weight': 1}
+            opened = threads.submit(other_file)
+            inside.wait(0.2)  # in vain: otherwise the two would leave in the order in which they came
+            kept = torch.load  # as by a module that is imported meanwhile
+        left.set()
+        opened.result()
+    assert torch.load is before and kept('weights') == {'weight': 1}
 
 
 def test_an_architecture_may_not_take_more_memory_than_it_is_allowed() -> None:

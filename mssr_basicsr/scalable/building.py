@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mssr_basicsr.foundation.buffers import buffer_tree
 from mssr_basicsr.foundation.checks import find_registered
 from mssr_basicsr.foundation.on_demand import require_basicsr
+from mssr_basicsr.foundation.patching import replaced
 from mssr_basicsr.scalable.errors import ScalableFileError
 from mssr_basicsr.scalable.header import Header
 from mssr_basicsr.scalable.values import DTYPE_NAMES, TORCH_DTYPES
@@ -25,6 +29,16 @@ from mssr_basicsr.scalable.values import DTYPE_NAMES, TORCH_DTYPES
 MAX_COMPUTED_BYTES = 1 << 26
 # A word such as 'pixelshuffledirect' or 'nearest+conv'. No option of a file is ever a path.
 _WORD = re.compile(r'[\w+-]{0,64}')
+# What architectures load and download weights with. torchvision has a reference of its own to the second; what other
+# references to it lead to is the third.
+_LOADERS = (
+    ('torch', 'load'),
+    ('torch.hub', 'load_state_dict_from_url'),
+    ('torch.hub', 'download_url_to_file'),
+    ('torchvision.models._api', 'load_state_dict_from_url'),
+)
+# Held while they are replaced: two threads at once would each put back what the other has put there.
+_loaders_lock = threading.RLock()
 
 
 def build_backbone(options: Mapping[str, Any]) -> nn.Module:
@@ -80,18 +94,46 @@ def build_for(header: Header, size: int) -> nn.Module:
 
     Raises:
         ScalableFileError: as :func:`build_backbone`; or the network that the header describes is implausibly large for
-            the file, or is not the one that the options give.
+            the file, or is not the one that the options give; or its architecture loads weights from anywhere else.
     """
     elements = _plausible_elements(header, size)
     largest = max(tensor.numel for tensor in header.weights + header.others)
     computed = MAX_COMPUTED_BYTES if header.computed else 0
     listed = len(header.weights + header.others) + len(header.computed)
-    with AllocationLimit(
+    limit = AllocationLimit(
         single=max(8 * largest, computed), total=16 * elements + 2 * computed + (1 << 16), tensors=4 * listed + 64
-    ):
+    )
+    with limit, loading_refused():
         network = build_backbone(header.backbone)
     check_network(header, network)
     return network
+
+
+@contextmanager
+def loading_refused() -> Iterator[None]:
+    """While the context is open, this thread can neither load nor download weights with torch; other threads can.
+
+    A file has all weights of its network. To load others, an architecture may need no option: one of BasicSR's looks
+    for them in the current folder.
+    """
+    refused = {threading.get_ident()}
+
+    def refusing(load: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(load)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() in refused:
+                raise PermissionError('a network in a file has its weights there; no others are loaded or downloaded')
+            return load(*args, **kwargs)
+
+        return checked
+
+    with _loaders_lock, ExitStack() as stack:
+        stack.callback(refused.clear)  # a module imported meanwhile may have kept what refuses
+        for module, name in _LOADERS:
+            owner = sys.modules.get(module)
+            if hasattr(owner, name):
+                stack.enter_context(replaced(owner, name, refusing(getattr(owner, name))))
+        yield
 
 
 def tensors_of(header: Header, size: int) -> nn.Module:
@@ -158,16 +200,22 @@ def computed_checksum(network: nn.Module, names: tuple[str, ...]) -> str:
     return checksum.hexdigest()
 
 
-def _refuse_paths(value: Any) -> None:
+def _refuse_paths(value: Any, path_option: str = '') -> None:
+    """Raise ScalableFileError if a text could be a path: it is no word, or within an option called one.
+
+    Even a word is the name of a file in the current folder. A number is none, such as a ``drop_path``, which is a rate.
+    """
     if isinstance(value, Mapping):
         for key, item in value.items():
             _refuse_paths(key)
-            _refuse_paths(item)
+            _refuse_paths(item, path_option or (key if str(key).lower().endswith('path') else ''))
     elif isinstance(value, (list, tuple)):
         for item in value:
-            _refuse_paths(item)
+            _refuse_paths(item, path_option)
     elif isinstance(value, str) and not _WORD.fullmatch(value):
         raise ScalableFileError(f'backbone: found {value[:80]!r}; allowed: words of letters, digits, _, + and -')
+    elif isinstance(value, str) and path_option:
+        raise ScalableFileError(f'backbone: {path_option}: found {value!r}; allowed: null, since it could be a path')
 
 
 class _TooLarge(Exception):
