@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import json
@@ -14,6 +15,7 @@ import signal
 import sysconfig
 import threading
 import traceback
+import types
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -385,12 +387,41 @@ def scale_block(model: nn.Module) -> None:
     model.body[0].res_scale = 0.5
 
 
+class Halves:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x / 2
+
+
+def other_forward(kind: str) -> Callable[[nn.Module], None]:
+    """A change of one block alone, which then has a forward besides that of its class."""
+
+    def change(model: nn.Module) -> None:
+        block = model.body[0]
+        block.forward = {
+            'function': lambda x: x / 2,
+            'method': types.MethodType(lambda self, x: x / 2, block),
+            'partial': functools.partial(torch.mul, 0.5),
+            'object': Halves(),
+        }[kind]
+
+    return change
+
+
 def hook_block(model: nn.Module) -> None:
     model.body[0].register_forward_hook(lambda module, inputs, output: output / 2)
 
 
 @needs_kernel
-@pytest.mark.parametrize('change', [replace_last, drop_block, scale_block, hook_block])
+@pytest.mark.parametrize(
+    'change',
+    [
+        replace_last,
+        drop_block,
+        scale_block,
+        hook_block,
+        *map(other_forward, ['function', 'method', 'partial', 'object']),
+    ],
+)
 def test_a_changed_network_is_noticed(change: Callable[[nn.Module], None]) -> None:
     """Whether it is changed before its first run or after."""
     before, after, x = toy_model(), toy_model(), torch.rand(1, 3, 20, 30)
@@ -403,6 +434,82 @@ def test_a_changed_network_is_noticed(change: Callable[[nn.Module], None]) -> No
         assert not torch.allclose(unchanged, expected, atol=1e-4)
         assert_close(before.network(x), expected)
         assert_close(after.network(x), expected)
+
+
+@pytest.fixture
+def scaled() -> nn.Module:
+    """A network whose class, and its block's, are of this test alone, which may change them."""
+
+    class Block(nn.Module):
+        gain, shift = 1.0, None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(20, 20, 3, padding=1), nn.Conv2d(20, 20, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.activated(self.a(x)) * self.gain * getattr(self, 'factor', 1.0)
+            return self.b(y if self.shift is None else y + self.shift)
+
+        def activated(self, x: torch.Tensor) -> torch.Tensor:
+            return x.relu()
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.block, self.last = nn.Conv2d(3, 20, 3, padding=1), Block(), nn.Conv2d(20, 3, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.block(self.first(x)))
+
+    return Scaled().eval()
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda net: setattr(net.block, 'gain', 0.5),
+        lambda net: setattr(net.block, 'shift', torch.ones(1, 20, 1, 1)),
+        lambda net: setattr(net.block, 'factor', 0.5),
+        lambda net: setattr(net.block, 'activated', net.block.a.forward),
+    ],
+    ids=['a number', 'a tensor', 'a default', 'a method'],
+)
+def test_an_attribute_that_hides_that_of_the_class_is_noticed(
+    scaled: nn.Module, change: Callable[[nn.Module], None]
+) -> None:
+    """Of the attributes that a module had at its first run, none has changed."""
+    dense, x = sparsify(scaled, 0.3), torch.rand(1, 3, 9, 20)
+    with torch.no_grad():
+        unchanged = scaled(x)
+        for model in (scaled, dense):
+            change(model)
+        expected = dense(x)
+        assert (expected - unchanged).abs().max() > 1e-3
+        assert_close(scaled(x), expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ('of', 'name', 'value'),
+    [
+        ('block', 'forward', lambda self, x: x),
+        ('block', 'activated', lambda self, x: x),
+        ('block', 'gain', 0.5),
+        ('', 'forward', lambda self, x: self.first(x)),
+    ],
+)
+def test_a_changed_class_is_noticed(scaled: nn.Module, of: str, name: str, value: Any) -> None:
+    """Also that of the network itself, of which an accelerated network has a subclass."""
+    dense, x = sparsify(scaled, 0.3), torch.rand(1, 3, 9, 20)
+    with torch.no_grad():
+        unchanged = scaled(x)
+        setattr(type(dense.get_submodule(of)), name, value)
+        expected = dense(x)
+        assert unchanged.shape != expected.shape or (expected - unchanged).abs().max() > 1e-3
+        for _ in range(2):
+            assert_close(scaled(x), expected)
 
 
 class Computes(nn.Module):
@@ -564,14 +671,18 @@ def test_a_network_in_a_network() -> None:
 
 
 class Notes(nn.Module):
-    """Writes down the size of each image."""
+    """Writes down the size of each image, also where the class has a default, and a function."""
+
+    height = 0
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.size = nn.Conv2d(3, 20, 3, padding=1), nn.Conv2d(20, 3, 3, padding=1), (0, 0)
+        self.again: Callable[[], torch.Tensor] = lambda: torch.ones(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.size = tuple(x.shape)
+        self.height, self.width, self.again = x.shape[-2], x.shape[-1], lambda: self.forward(x)
         return self.b(self.a(x).relu())
 
 

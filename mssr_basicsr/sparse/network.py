@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from operator import attrgetter
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -22,7 +23,10 @@ from mssr_basicsr.sparse.program import Program
 from mssr_basicsr.sparse.table import is_small
 
 _hooks_of_all_modules = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
-_FUNCTIONS = (FunctionType, BuiltinFunctionType)
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, partial)
+# What torch keeps in every module and its class: tensors, submodules and hooks, which are compared by other means.
+_OF_EVERY_MODULE = vars(nn.Module()).keys() - {'training'}
+_CLASSES_OF_EVERY_MODULE = set(nn.Module.__mro__)
 _MAX_PROGRAMS = 64  # are kept: for a few sizes of images and tiles
 
 
@@ -49,7 +53,8 @@ class _Cache:
 class _Graph(NamedTuple):
     traced: fx.GraphModule | None  # None: it cannot be traced, which is not tried again
     modules: dict[str, ref[nn.Module]]  # of the network that was traced
-    attributes: dict[tuple[str, str], Any]  # of these modules, without those that a forward changes
+    attributes: dict[tuple[Any, str], Any]  # of these modules and their classes, without those that a forward changes
+    names: set[tuple[Any, str]]  # of all these attributes: what is new may hide one of the class, or a default
 
 
 class _Local(threading.local):
@@ -138,34 +143,49 @@ def _graph_of(network: nn.Module, x: Tensor) -> fx.GraphModule | None:
         before, traced = _attributes_of(network), trace(network)
         if traced is not None and not _computes_the_same(traced, network, x):
             traced = None
-        fixed = dict(before.items() & _attributes_of(network).items())
-        _graphs[network] = _Graph(traced, _modules_of(network), fixed)
+        after = _attributes_of(network)
+        fixed = {key: value for key, value in before.items() if key in after and after[key] == value}
+        _graphs[network] = _Graph(traced, _modules_of(network), fixed, before.keys() | after.keys())
         return traced
 
 
 def _is_of(graph: _Graph, network: nn.Module) -> bool:
     """Whether the network has the modules, and the attributes, with which the graph was traced."""
-    return graph.modules == _modules_of(network) and graph.attributes.items() <= _attributes_of(network).items()
+    if graph.modules != _modules_of(network):
+        return False
+    attributes = _attributes_of(network)
+    return graph.attributes.items() <= attributes.items() and attributes.keys() <= graph.names
 
 
 def _modules_of(network: nn.Module) -> dict[str, ref[nn.Module]]:
     return {name: ref(module) for name, module in network.named_modules()}
 
 
-def _attributes_of(network: nn.Module) -> dict[tuple[str, str], Any]:
-    """What a trace sees beside modules and tensors: attributes that are plain values or functions."""
-    return {
-        (name, key): _comparable(value)
-        for name, module in network.named_modules()
-        for key, value in module.__dict__.items()
-        if _is_plain(value)
+def _attributes_of(network: nn.Module) -> dict[tuple[Any, str], Any]:
+    """What a trace sees beside modules and tensors: attributes that are plain values or functions, also of classes.
+
+    Of other attributes, those that hide one of the class are listed, but not what they are.
+    """
+    modules = dict(network.named_modules())
+    classes = {base for kind in set(map(type, modules.values())) for base in kind.__mro__} - _CLASSES_OF_EVERY_MODULE
+    found: dict[tuple[Any, str], Any] = {
+        (kind, key): _comparable(value) for kind in classes for key, value in vars(kind).items() if _is_plain(value)
     }
+    for name, module in modules.items():
+        for key, value in module.__dict__.items():
+            if key in _OF_EVERY_MODULE:
+                continue
+            if _is_plain(value):
+                found[name, key] = _comparable(value)
+            elif hasattr(type(module), key):
+                found[name, key] = ...
+    return found
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str, *_FUNCTIONS))
+    return value is None or isinstance(value, (bool, int, float, str, np.generic, *_FUNCTIONS))
 
 
 def _comparable(value: Any) -> Any:
@@ -207,6 +227,15 @@ def _computes_the_same(traced: fx.GraphModule, network: nn.Module, x: Tensor) ->
                 _local.caches.pop(layer, None)
 
 
+class _ForwardOf(NamedTuple):
+    """As an attribute of a class: the forward that ``base`` has now, which may have been replaced since."""
+
+    base: type[nn.Module]
+
+    def __get__(self, network: nn.Module | None, owner: type[nn.Module]) -> Callable[..., Any]:
+        return self.base.forward
+
+
 def _accelerated(base: type[nn.Module]) -> type[nn.Module]:
     if base in _classes:
         return _classes[base]
@@ -221,7 +250,7 @@ def _accelerated(base: type[nn.Module]) -> type[nn.Module]:
     def reduce(self: nn.Module, _: Any) -> Any:
         return _rebuild, (base,), self.__getstate__()
 
-    attributes = {'forward': forward, '__reduce_ex__': reduce, 'plain_forward': base.forward}
+    attributes = {'forward': forward, '__reduce_ex__': reduce, 'plain_forward': _ForwardOf(base)}
     _classes[base] = type(base.__name__, (base,), attributes)
     return _classes[base]
 
@@ -247,8 +276,7 @@ def _run(network: nn.Module, x: Tensor) -> Tensor | None:
     layers = list(network.modules())
     if not any(isinstance(layer, SparseConv2d) for layer in layers) or not _finite(x):
         return None
-    hooks_of_submodules = [layer._forward_hooks or layer._forward_pre_hooks for layer in layers if layer is not network]
-    if any(hooks_of_submodules) or any(_hooks_of_all_modules):
+    if any(map(_is_hooked, layers[1:])) or any(_hooks_of_all_modules):
         return None  # a graph would not call them; the network's own are called around this forward
     cache, traced = _cache_of(network), _graph_of(network, x)
     if traced is None or x.shape[1:] in cache.given_up:
@@ -262,6 +290,11 @@ def _run(network: nn.Module, x: Tensor) -> Tensor | None:
         return None
     result = images[0] if len(images) == 1 else torch.cat(images)
     return result if _finite(result) else None
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    """Whether a call of the layer does something else than its class's forward."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or 'forward' in layer.__dict__)
 
 
 def run_layer(layer: SparseConv2d, x: Any) -> Tensor | None:
