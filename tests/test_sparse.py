@@ -36,6 +36,7 @@ from torch.nn.modules import module
 
 from mssr_basicsr import ScalableModel, pack
 from mssr_basicsr.commands.main import main
+from mssr_basicsr.sparse import network as sparse_network
 from mssr_basicsr.sparse.graph import Segment, Step, plan, trace
 from mssr_basicsr.sparse.layers import ABSENT, SparseConv2d, eligible, make_sparse
 from mssr_basicsr.sparse.library import CONVOLUTION, NEAREST, SUM, kernel
@@ -221,6 +222,60 @@ def test_what_is_not_what_it_seems(kind: str) -> None:
             assert_close(found, expected)
         sparse.mean = dense.mean = torch.rand(1, 3, 1, 1)  # another tensor than the one that was traced
         assert_close(sparse(x), dense(x))
+
+
+class Mixes(nn.Module):
+    """Computes something over all images of a batch."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.norm = kind, nn.BatchNorm2d(20, track_running_stats=False)
+        self.first, self.last = nn.Conv2d(3, 20, 3, padding=1), nn.Conv2d(20, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == 'mean':
+            return x.mean() + self.last(self.first(x).relu())  # type: ignore[no-any-return]
+        y = self.first(x)
+        if self.kind == 'largest':
+            y = y / y.abs().max()
+        elif self.kind == 'of channels':
+            y = y - y.mean((0, 2, 3), keepdim=True)
+        elif self.kind == 'statistics':
+            y = self.norm(y)
+        elif self.kind == 'count':
+            y = y * x.shape[0]
+        return self.last(y.relu())  # type: ignore[no-any-return]
+
+
+@needs_kernel
+@pytest.mark.parametrize('kind', ['mean', 'largest', 'of channels', 'statistics', 'count', 'nothing'])
+def test_a_network_that_mixes_the_images_of_a_batch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch runs such batches, but the kernel single images; that is found out once, even if the first are alike."""
+    sparse, runs = Mixes(kind).eval(), []
+    dense, image = sparsify(sparse, 0.3), torch.rand(1, 3, 9, 20)
+    used, compared = sparse_network._run_parts, sparse_network._computes_the_same
+    monkeypatch.setattr(sparse_network, '_run_parts', lambda *a: runs.append('image') or used(*a))
+    monkeypatch.setattr(sparse_network, '_computes_the_same', lambda *a: runs.append('check') or compared(*a))
+    with torch.no_grad():
+        for batch in (image, torch.cat((image, image)), torch.cat((image, image * 0.3)), torch.rand(4, 3, 9, 20)):
+            assert_close(sparse(batch), dense(batch))
+    assert runs.count('check') == 2
+    checked = 1 + 3  # images
+    assert runs.count('image') == checked + (1 if kind != 'nothing' else 1 + 2 + 2 + 4)
+
+
+@needs_kernel
+def test_layers_in_train_mode_note_the_statistics_of_each_batch_once() -> None:
+    sparse = nn.Sequential(nn.Conv2d(3, 20, 3, padding=1), nn.BatchNorm2d(20), nn.Conv2d(20, 3, 3, padding=1)).eval()
+    dense = sparsify(sparse, 0.3)
+    with torch.no_grad():
+        for model in (sparse, dense):
+            model[1].train()
+        for batch in (1, 2, 1):
+            x = torch.rand(batch, 3, 9, 20)
+            assert_close(sparse(x), dense(x))
+    assert sparse[1].num_batches_tracked == dense[1].num_batches_tracked == 3
+    assert_close(sparse[1].running_mean, dense[1].running_mean)
 
 
 def steps_of(model: nn.Module) -> list[Step]:

@@ -55,6 +55,7 @@ class _Graph(NamedTuple):
     modules: dict[str, ref[nn.Module]]  # of the network that was traced
     attributes: dict[tuple[Any, str], Any]  # of these modules and their classes, without those that a forward changes
     names: set[tuple[Any, str]]  # of all these attributes: what is new may hide one of the class, or a default
+    mixes_images: bool | None = None  # of a batch, so that their results differ from those of each alone; None: unknown
 
 
 class _Local(threading.local):
@@ -133,20 +134,31 @@ def usable(module: nn.Module, x: Any) -> bool:
 
 
 def _graph_of(network: nn.Module, x: Tensor) -> fx.GraphModule | None:
-    """The network's graph, traced by whichever thread runs it first, and again when the network has been changed."""
+    """The network's graph, traced by whichever thread runs it first, and again when the network has been changed.
+
+    None if there is none, or if it does not compute the same when it gets the images of the batch ``x`` one by one.
+    """
     with _graphs_lock:
         known = _graphs.get(network)
-        if known is not None:
-            traced = known.traced
-            if traced is None or (_is_of(known, network) and _has_tensors_of(traced, network)):
-                return traced
-        before, traced = _attributes_of(network), trace(network)
-        if traced is not None and not _computes_the_same(traced, network, x):
-            traced = None
-        after = _attributes_of(network)
-        fixed = {key: value for key, value in before.items() if key in after and after[key] == value}
-        _graphs[network] = _Graph(traced, _modules_of(network), fixed, before.keys() | after.keys())
-        return traced
+        if known is None or not _is_current(known, network):
+            known = _graphs[network] = _new_graph(network, x)
+        if known.traced is not None and known.mixes_images is None and len(x) > 1:
+            mixes = not _computes_the_same(known.traced, network, _unlike_images(x[0, :, :48, :48]))
+            known = _graphs[network] = known._replace(mixes_images=mixes)
+        return None if known.mixes_images and len(x) > 1 else known.traced
+
+
+def _new_graph(network: nn.Module, x: Tensor) -> _Graph:
+    before, traced = _attributes_of(network), trace(network)
+    if traced is not None and not _computes_the_same(traced, network, x[:1]):
+        traced = None
+    after = _attributes_of(network)
+    fixed = {key: value for key, value in before.items() if key in after and after[key] == value}
+    return _Graph(traced, _modules_of(network), fixed, before.keys() | after.keys())
+
+
+def _is_current(graph: _Graph, network: nn.Module) -> bool:
+    return graph.traced is None or (_is_of(graph, network) and _has_tensors_of(graph.traced, network))
 
 
 def _is_of(graph: _Graph, network: nn.Module) -> bool:
@@ -206,16 +218,25 @@ def _has_tensors_of(traced: fx.GraphModule, network: nn.Module) -> bool:
     return True
 
 
-def _computes_the_same(traced: fx.GraphModule, network: nn.Module, x: Tensor) -> bool:
-    """Whether graph and network give the same result on a corner of the image: a trace does not see everything.
+def _unlike_images(image: Tensor) -> Tensor:
+    """The image, a dark one and a bright one: what is computed over all three is not that of each.
 
-    ``z = y; y += 1`` changes ``z`` in torch, but not in a trace.
+    The images of a user's batch may be equal.
     """
-    corner, cache = x[:1, :, :48, :48], _Cache()
+    ramp = torch.linspace(0, 1, image.numel(), dtype=image.dtype, device=image.device).view(image.shape)
+    return torch.stack((image, 0.2 * ramp + 0.11, 0.3 * ramp + 0.61))
+
+
+def _computes_the_same(traced: fx.GraphModule, network: nn.Module, x: Tensor) -> bool:
+    """Whether graph and network give the same result on corners of the images: a trace does not see everything.
+
+    ``z = y; y += 1`` changes ``z`` in torch, but not in a trace. And the graph runs each image by itself.
+    """
+    corners, cache = x[:, :, :48, :48], _Cache()
     try:
-        expected: Tensor = type(network).plain_forward(network, corner)  # type: ignore[attr-defined]
+        expected: Tensor = type(network).plain_forward(network, corners)  # type: ignore[attr-defined]
         cache.prepare(traced)
-        found = _run_parts(cache, corner)
+        found = _run_each(cache, corners)
         if (found.shape, found.dtype) != (expected.shape, expected.dtype):
             return False
         return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max()) or not _finite(expected)
@@ -276,25 +297,29 @@ def _run(network: nn.Module, x: Tensor) -> Tensor | None:
     layers = list(network.modules())
     if not any(isinstance(layer, SparseConv2d) for layer in layers) or not _finite(x):
         return None
-    if any(map(_is_hooked, layers[1:])) or any(_hooks_of_all_modules):
-        return None  # a graph would not call them; the network's own are called around this forward
+    # Hooks of the network itself are called around this forward.
+    if any(map(_needs_torch, layers[1:])) or any(_hooks_of_all_modules):
+        return None
     cache, traced = _cache_of(network), _graph_of(network, x)
     if traced is None or x.shape[1:] in cache.given_up:
         return None
     if cache.parts is None or cache.traced is not traced:
         cache.prepare(traced)
     try:
-        images = [_run_parts(cache, image[None]) for image in x]
+        result = _run_each(cache, x)
     except ValueError:
         cache.given_up.add(x.shape[1:])
         return None
-    result = images[0] if len(images) == 1 else torch.cat(images)
     return result if _finite(result) else None
 
 
-def _is_hooked(layer: nn.Module) -> bool:
-    """Whether a call of the layer does something else than its class's forward."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or 'forward' in layer.__dict__)
+def _needs_torch(layer: nn.Module) -> bool:
+    """Whether a graph would not call the layer as torch does: it has hooks, a forward of its own, or statistics.
+
+    BatchNorm in train mode adds to these at each call, also when a graph is compared with the network.
+    """
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or 'forward' in layer.__dict__
+    return bool(hooked or (layer.training and layer._buffers))
 
 
 def run_layer(layer: SparseConv2d, x: Any) -> Tensor | None:
@@ -314,6 +339,11 @@ def _finite(x: Tensor) -> bool:
             if np.isfinite(x.detach().numpy().sum()):
                 return True
     return bool(x.isfinite().all())
+
+
+def _run_each(cache: _Cache, x: Tensor) -> Any:
+    images = [_run_parts(cache, image[None]) for image in x]
+    return images[0] if len(images) == 1 else torch.cat(images)
 
 
 def _run_parts(cache: _Cache, x: Tensor) -> Any:
