@@ -663,6 +663,17 @@ def test_compiled_and_transformed_networks() -> None:
         torch.testing.assert_close(use(sparse), use(dense))
 
 
+@needs_kernel
+def test_torchs_own_traces_have_the_weights_by_their_names() -> None:
+    """Such a graph can be trained, like that of the dense network."""
+    file, x = pack(network(BACKBONES['MSRResNet']), 2), torch.rand(1, 3, 8, 8)
+    sparse, dense = (ScalableModel(io.BytesIO(file), 2, engine=engine).network for engine in ('auto', 'torch'))
+    assert any(isinstance(layer, SparseConv2d) for layer in sparse.modules())
+    traced, expected = fx.symbolic_trace(sparse), fx.symbolic_trace(dense)
+    assert set(dict(traced.named_parameters())) == set(dict(expected.named_parameters()))
+    assert_close(traced(x), expected(x))
+
+
 def tangent(net: nn.Module, x: torch.Tensor) -> Any:
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(net(forward_ad.make_dual(x, torch.ones_like(x)))).tangent

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from mssr_basicsr.sparse.library import Kernel, kernel
 
@@ -44,6 +44,8 @@ class SparseConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         from mssr_basicsr.sparse.network import run_layer
 
+        if isinstance(input, fx.Proxy):
+            return self._conv_forward(input, self.weight, self.bias)  # by its name, not as a constant of the graph
         result = run_layer(self, input)
         return self._conv_forward(input, self._created_weight(), self.bias) if result is None else result
 

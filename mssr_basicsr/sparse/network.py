@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, wraps
 from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -261,6 +261,7 @@ def _accelerated(base: type[nn.Module]) -> type[nn.Module]:
     if base in _classes:
         return _classes[base]
 
+    @wraps(base.forward)  # torch.fx looks at its parameters
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and usable(self, args[0]):
             result = _run(self, args[0])
