@@ -674,6 +674,15 @@ def test_torchs_own_traces_have_the_weights_by_their_names() -> None:
     assert_close(traced(x), expected(x))
 
 
+@needs_kernel
+def test_functional_calls_of_a_network_that_was_made_dense() -> None:
+    model, x = toy_model().network, torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        expected, state = model(x), model.state_dict()
+        model.train().eval()  # dense, since torch would not find a weight to put another in its place
+        assert_close(torch.func.functional_call(model, state, x), expected)
+
+
 def tangent(net: nn.Module, x: torch.Tensor) -> Any:
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(net(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
