@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -67,11 +67,16 @@ def test_channels_last_only_changes_the_layout_inside(precision: str) -> None:
     assert not is_channels_last(inside[-1])  # the last call was outside of the context
 
 
+class Images(NamedTuple):
+    image: Tensor
+    others: Any
+
+
 def test_outputs_of_every_kind_are_float32() -> None:
     class Several(nn.Module):
         def forward(self, x: Tensor) -> Any:
             y = torch.nn.functional.linear(x, torch.eye(2))
-            return {'images': [y, (y, None)], 'index': y.argmax(-1)}
+            return {'images': [y, (y, None)], 'index': y.argmax(-1), 'named': Images(y, [y])}
 
     network = Several()
     with computing([network], CPU, 'bf16'):
@@ -79,6 +84,8 @@ def test_outputs_of_every_kind_are_float32() -> None:
     first, (second, nothing) = output['images']
     assert first.dtype == second.dtype == torch.float32
     assert nothing is None and output['index'].dtype == torch.int64
+    named = output['named']
+    assert type(named) is Images and named.image.dtype == named.others[0].dtype == torch.float32
 
 
 def test_a_network_that_does_not_support_channels_last_is_named() -> None:

@@ -76,7 +76,8 @@ def _as_float32(output: Any) -> Any:
     if isinstance(output, Tensor):
         return output.float().contiguous() if output.is_floating_point() else output
     if isinstance(output, (list, tuple)):
-        return type(output)(_as_float32(item) for item in output)
+        make = getattr(type(output), '_make', type(output))  # a namedtuple takes its fields one by one
+        return make(_as_float32(item) for item in output)
     if isinstance(output, dict):
         return {key: _as_float32(value) for key, value in output.items()}
     return output
