@@ -574,6 +574,40 @@ def test_what_cannot_be_distilled_is_refused_at_once(
     assert 'iter:       1' not in log.read_text()
 
 
+class OfOneChannel(Unusual):
+    """It compares brightness alone."""
+
+    def loss(self) -> Tensor:
+        self.output = self.net_g(self.lq)
+        return self.cri_pix(self.output.mean(1, keepdim=True), self.gt.mean(1, keepdim=True))  # type: ignore[no-any-return]
+
+
+def test_images_that_the_model_class_changes_are_not_distilled(
+    forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch would compare each of the network's three channels with their mean; the pixel loss itself may do that."""
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Unusual', OfOneChannel)
+    save_as_forward_stage(pruned_mssr(TOY_EDSR), Path('pruned.pth'))
+    backward_opt['path']['pretrain_network_g'] = 'pruned.pth'
+    backward_opt['train']['ticket_opt'] = {'type': 'L1Loss'}
+    colour, brightness = (2, 3, 32, 32), (2, 1, 32, 32)
+    for opt, option, found in (
+        (forward_opt, 'ssd_opt', f'{colour} and {brightness}'),
+        (backward_opt, 'ticket_opt', f'{brightness} and {colour}'),
+    ):
+        opt['base_model_type'] = 'Unusual'
+        with pytest.raises(OptionError) as error:
+            run(opt)
+        assert str(error.value) == (
+            f"train.{option}: found 'images of {found}'; allowed: a model class that gives cri_pix images of the shape "
+            f'that the network returns (or no train.{option}).'
+        )
+        (log,) = Path('experiments', opt['name']).glob('*.log')
+        assert 'iter:       1' not in log.read_text()
+        del opt['train'][option]
+        run({**opt, 'name': f'without_{option}'})
+
+
 def test_a_distillation_without_effect_is_reported(
     forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

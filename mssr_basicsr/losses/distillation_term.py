@@ -112,6 +112,18 @@ class _Function(nn.Module):
         return output.sum() * 0 if self.function is None else self.function(output, gt, **kwargs)
 
 
+def require_same_shape(option: str, image: Any, target: Any) -> None:
+    """Raise OptionError for ``train.<option>`` if two images that a loss has compared differ in shape.
+
+    A loss would repeat a model class's grey ground truth for each of the network's colours, and say nothing.
+    """
+    if isinstance(image, Tensor) and isinstance(target, Tensor) and image.shape != target.shape:
+        allowed = (
+            f'a model class that gives cri_pix images of the shape that the network returns (or no train.{option})'
+        )
+        raise OptionError(f'train.{option}', f'images of {tuple(image.shape)} and {tuple(target.shape)}', allowed)
+
+
 def _sum(tensors: list[Tensor]) -> Tensor:
     total = tensors[0]
     for tensor in tensors[1:]:

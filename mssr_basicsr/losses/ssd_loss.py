@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mssr_basicsr.foundation.checks import OptionError, is_number, require_int, require_one_of
 from mssr_basicsr.losses.building import build_checked_loss
+from mssr_basicsr.losses.distillation_term import require_same_shape
 
 
 @LOSS_REGISTRY.register()
@@ -84,13 +85,18 @@ class SSDLoss(nn.Module):
             images: the finished images, one for each depth, each (N, C, H, W).
             gt: the ground truth, (N, C, H, W).
             teacher: returns the larger network's own output, (N, C, H, W); only called if ``target`` needs it.
+
+        Raises:
+            OptionError: the images differ in shape, or the criterion does not return one tensor.
         """
         targets = [] if self.target == 'teacher' else [gt]
         if self.target != 'gt':
             with torch.no_grad():
                 targets.append(teacher())
-        losses = [self.criterion(image, target) for image in images for target in targets]
-        for loss in losses:
+        pairs = [(image, target) for image in images for target in targets]
+        losses = [self.criterion(image, target) for image, target in pairs]
+        for loss, (image, target) in zip(losses, pairs):
+            require_same_shape('ssd_opt', image, target)
             if not isinstance(loss, Tensor):
                 allowed = f'a loss that returns one tensor, not a {type(loss).__name__}'
                 raise OptionError('train.ssd_opt.criterion', type(self.criterion).__name__, allowed)

@@ -17,6 +17,7 @@ from mssr_basicsr.archs.forward_pass import ForwardPass, only_pass, record_passe
 from mssr_basicsr.foundation.checkpoints import CheckpointError, loaded_strictly, read_checkpoint, state_dict_of
 from mssr_basicsr.foundation.checks import OptionError
 from mssr_basicsr.foundation.saving import write_whole
+from mssr_basicsr.losses.distillation_term import require_same_shape
 from mssr_basicsr.method.frozen_weights import FrozenWeights
 from mssr_basicsr.method.level_map import count, delta_of
 from mssr_basicsr.method.recovery import recover_weights
@@ -150,7 +151,9 @@ class BackwardStage(LevelwiseTraining):
     def _ticket_loss(self, output: Tensor, gt: Tensor) -> Tensor | None:
         if self._passes is None:  # the class also uses the loss outside its iterations
             return None
-        loss: Tensor = self.cri_ticket(output, only_pass(self._passes).repeated_by(self.ticket))
+        image = only_pass(self._passes).repeated_by(self.ticket)
+        loss: Tensor = self.cri_ticket(output, image)
+        require_same_shape('ticket_opt', output, image)
         return loss
 
     def _ticket_file(self, level: int) -> Path:
