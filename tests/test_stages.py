@@ -574,6 +574,42 @@ def test_what_cannot_be_distilled_is_refused_at_once(
     assert 'iter:       1' not in log.read_text()
 
 
+class ReturnsList(nn.Module):
+    """A toy network that returns a list of one image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 12, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [nn.functional.pixel_shuffle(self.conv(x), 2)]
+
+
+class TakesLast(Unusual):
+    def loss(self) -> Tensor:
+        self.output = self.net_g(self.lq)[-1]
+        return self.cri_pix(self.output, self.gt)  # type: ignore[no-any-return]
+
+
+def test_a_ticket_that_returns_several_images_is_refused(
+    backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of them to learn from, only the model class knows."""
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Unusual', TakesLast)
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'ReturnsList', ReturnsList)
+    save_as_forward_stage(pruned_mssr({'type': 'ReturnsList'}), Path('pruned.pth'))
+    backward_opt['network_g']['backbone'] = {'type': 'ReturnsList'}
+    backward_opt['path']['pretrain_network_g'] = 'pruned.pth'
+    backward_opt['base_model_type'] = 'Unusual'
+    backward_opt['train']['ticket_opt'] = {'type': 'L1Loss'}
+    with pytest.raises(OptionError) as error:
+        run(backward_opt)
+    assert str(error.value) == (
+        "train.ticket_opt: found {'type': 'L1Loss'}; allowed: nothing, since it cannot be computed with Unusual and "
+        "ReturnsList ('list' object has no attribute 'size')."
+    )
+
+
 class OfOneChannel(Unusual):
     """It compares brightness alone."""
 

@@ -63,7 +63,7 @@ class DistillingModel(NestedLevels):
         def checked_term(*images: Tensor) -> Tensor | None:
             try:
                 return term(*images)
-            except (RuntimeError, TypeError, ValueError) as error:
+            except (AttributeError, RuntimeError, TypeError, ValueError) as error:
                 no_memory = isinstance(error, torch.cuda.OutOfMemoryError) or 'not enough memory' in str(error)
                 if distillation.used or no_memory or isinstance(error, OptionError):
                     raise
