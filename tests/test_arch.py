@@ -17,7 +17,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from conftest import BACKBONES, SPARSITY, TOY_EDSR, assert_same, pruned_mssr
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from toy import Normalised
+from toy import Merging, Normalised
 
 from mssr_basicsr.archs.mssr_arch import MSSR, find_prunable
 from mssr_basicsr.archs.recomputation import recomputed_within
@@ -71,6 +71,38 @@ def test_an_exported_level_loads_into_the_stock_backbone_and_gives_the_same_imag
         assert kept == pytest.approx(num_kept(total, SPARSITY[level]), abs=total * 0.001)
     assert not torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[1], outputs[2])
+
+
+@pytest.mark.parametrize('kind', ['layer', 'buffer', 'weight'])
+def test_a_backbone_that_merges_weights_in_eval_mode_merges_those_of_the_level(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the stock backbone does with the level's checkpoint; what it trains with has the same bits afterwards."""
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Merging', Merging)
+    network, x = pruned_mssr({'type': 'Merging', 'kind': kind}), torch.rand(1, 3, 16, 16)
+
+    def check(level: int) -> None:
+        network.level = level
+        stock = Merging(kind)
+        stock.load_state_dict(network.export(level), strict=True)
+        with torch.no_grad():
+            assert torch.equal(network(x), stock.eval()(x))
+
+    for level in (1, 2, 0):
+        network.train()
+        before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        network.eval()
+        check(level)
+        check(1)  # in eval mode, without training in between
+        network.prunable_weights()['narrow.weight'].data.mul_(2)  # as BasicSR's EMA, after which eval() is called
+        network.eval()
+        check(level)
+        network.load_state_dict(before)
+        check(level)
+        network(x).sum().backward()
+        assert network.get_parameter('body.0.0.weight').grad is not None
+        after = network.train().prunable_weights()
+        assert_same(after, {name: before[f'backbone.{name}'] for name in after})
 
 
 class Checkpointing(nn.Module):

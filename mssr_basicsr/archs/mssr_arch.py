@@ -32,6 +32,7 @@ from mssr_basicsr.foundation.checks import (
     nearest_first,
     require_int,
 )
+from mssr_basicsr.foundation.modes import acts_on_modes
 from mssr_basicsr.method import MAX_LEVELS
 from mssr_basicsr.method.criteria import Criterion, scores_of
 from mssr_basicsr.method.level_map import LevelMap, count, mask_of, num_kept, prune
@@ -127,7 +128,8 @@ class MSSR(nn.Module):
     it is, and so do the names in ``named_parameters``, by which a model class may choose what trains; whatever else a
     class reads or sets of its network and MSSR does not have, such as ``no_weight_decay``, is the backbone's. A masked
     weight keeps its value and gets a gradient of exactly zero. In eval mode without gradients, masking is done once, in
-    the first forward pass, and again only after the weights, the level map or the level have changed.
+    the first forward pass, and again only after the weights, the level map or the level have changed. A backbone that
+    changes when it enters eval mode, such as one that merges convolutions, then does so with the masked weights, too.
 
     Args:
         backbone: the options, with ``type``, of any architecture registered with BasicSR.
@@ -189,7 +191,8 @@ class MSSR(nn.Module):
         self.keep_statistics = False
         self._num_running = 0  # forward passes, and parts of such that are computed again
         self._mask_is_current = False
-        self._masked_weights: list[Tensor] | None = None
+        self._acts_on_modes = acts_on_modes(self.backbone)
+        self._masked_weights: dict[str, Tensor] = {}  # that eval mode has in place of the backbone's own
         self._masked_from: list[tuple[int, int]] | None = None
         # Level maps and masks change with the level only, on all ranks at once: DDP need not send them each forward.
         # This is the last attribute that is set here: see __setattr__.
@@ -288,8 +291,8 @@ class MSSR(nn.Module):
 
         Most take one tensor, (N, C, H, W), and return the upscaled images.
         """
-        masked = {} if self._level == 0 else dict(zip(self.prunable_names, self._mask_weights()))
-        with recomputed_within(lambda: self._with_weights(masked), self.backbone):
+        weights = self._level_weights()
+        with recomputed_within(lambda: self._with_weights(weights), self.backbone):
             return self.backbone(*inputs, **keywords)
 
     @contextmanager
@@ -333,18 +336,46 @@ class MSSR(nn.Module):
         # By attribute, since the copies that DataParallel makes of a module have no named_parameters.
         return [attrgetter(name)(self.backbone) for name in self.prunable_names]
 
-    def _mask_weights(self) -> list[Tensor]:
+    def _level_weights(self) -> dict[str, Tensor]:
+        """The weights, by name, that a forward pass has in place of the backbone's own."""
+        acts_on_eval = self._acts_on_modes and not self.training
+        if self._level == 0 and not acts_on_eval:
+            return {}
         self.update_mask()
         weights = self._weights()
-        if self.training or torch.is_grad_enabled():
-            return list(torch._foreach_mul(weights, list(self.mask.buffers())))
+        with_gradients = self.training or torch.is_grad_enabled()
+        if with_gradients and not acts_on_eval:
+            return self._masked(weights)
         # BasicSR's EMA changes .data, which no version counter sees; but its test() calls eval() before each image,
         # which drops these weights (see train).
         source = [(weight.data_ptr(), weight._version) for weight in weights]
-        if self._masked_weights is None or self._masked_from != source:
-            self._masked_weights = list(torch._foreach_mul(weights, list(self.mask.buffers())))
-            self._masked_from = source
-        return self._masked_weights
+        if not with_gradients and self._masked_from == source:
+            return self._masked_weights
+        masked = self._masked(weights)
+        if acts_on_eval:
+            self._leave_eval_mode()
+            self._enter_eval_mode(masked)
+        else:
+            self._masked_weights = masked
+        self._masked_from = None if with_gradients else source
+        return masked
+
+    def _masked(self, weights: list[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self.prunable_names, torch._foreach_mul(weights, list(self.mask.buffers()))))
+
+    def _enter_eval_mode(self, weights: dict[str, Tensor]) -> None:
+        """Put the backbone, which acts on modes, into eval mode with ``weights``, which it may change: not its own."""
+        in_full_precision = torch.autocast(next(iter(weights.values())).device.type, enabled=False)
+        with self._with_weights(weights), torch.no_grad(), in_full_precision:
+            self.backbone.eval()
+        self._masked_weights = {name: weight.detach() for name, weight in weights.items()}
+
+    def _leave_eval_mode(self) -> None:
+        """Put the backbone into train mode; what it undoes in its weights then, it undoes where it has done it."""
+        weights = {name: weight.clone() for name, weight in self._masked_weights.items()}
+        with self._with_weights(weights), torch.no_grad():
+            self.backbone.train()
+        self._masked_weights, self._masked_from = {}, None
 
     def update_mask(self) -> None:
         """Set the mask to that of the current level; the forward pass does this too.
@@ -361,7 +392,7 @@ class MSSR(nn.Module):
             raise OptionError('network_g.level', self._level, allowed)
         for name, buffer in self.mask.named_buffers():
             buffer.copy_(masks[name])
-        self._masked_weights = None
+        self._masked_from = None
         self._mask_is_current = True
 
     def why_lacking(self, level: int) -> str | None:
@@ -379,8 +410,16 @@ class MSSR(nn.Module):
 
         With :attr:`keep_statistics` normalisation layers stay in eval mode.
         """
-        self._masked_weights = None
-        super().train(mode)
+        if self._acts_on_modes:
+            self._leave_eval_mode()
+            if not mode:
+                own = self.prunable_weights()
+                self._enter_eval_mode({name: weight.detach().clone() for name, weight in own.items()})
+            self.training = mode  # its other modules, level map and mask, have none
+        else:
+            super().train(mode)
+            self._masked_weights = {}
+        self._masked_from = None
         if self.keep_statistics:
             for module in self.backbone.modules():
                 if isinstance(module, _NormBase):
@@ -411,6 +450,6 @@ class MSSR(nn.Module):
             )
         result = super().load_state_dict(state_dict, strict, assign)
         self._mask_is_current = False
-        self._masked_weights = None
+        self._masked_from = None
         self.update_mask()
         return result

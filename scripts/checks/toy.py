@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,48 @@ class Normalised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.pixel_shuffle(self.body(x), 2)
+
+
+class Merging(nn.Module):
+    """A toy network that computes in eval mode by one convolution what it trains as two, merged when it enters it.
+
+    Args:
+        kind: where the merged weight is: in a layer that does not train, as RepVGG's; in a buffer that is not saved;
+            or in one of the two, which leaving eval mode undoes, as with LoRA.
+    """
+
+    def __init__(self, kind: str = 'layer') -> None:
+        super().__init__()
+        self.kind, self.merged = kind, False
+        self.body = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 3, 1, 1)) for _ in range(3))
+        self.wide, self.narrow = nn.Conv2d(3, 12, 3, 1, 1), nn.Conv2d(3, 12, 1)
+        self.register_buffer('mean', torch.full((3, 1, 1), 0.5))  # always the same, so that no .mssr file has it
+        if kind == 'layer':
+            self.deploy = nn.Conv2d(3, 12, 3, 1, 1, bias=False).requires_grad_(False)
+        elif kind == 'buffer':
+            self.register_buffer('kernel', torch.zeros(12, 3, 3, 3), persistent=False)
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if self.merged == mode:
+            narrow = nn.functional.pad(self.narrow.weight.data, (1, 1, 1, 1))
+            if self.kind == 'weight':
+                self.wide.weight.data += -narrow if mode else narrow
+            elif not mode:
+                merged = self.deploy.weight if self.kind == 'layer' else self.kernel
+                merged.data = self.wide.weight.data + narrow
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - self.mean
+        for block in self.body:
+            x = x + block(x)
+        if self.training:
+            return nn.functional.pixel_shuffle(self.wide(x) + self.narrow(x), 2)
+        merged = {'layer': 'deploy.weight', 'buffer': 'kernel', 'weight': 'wide.weight'}[self.kind]
+        bias = self.wide.bias + self.narrow.bias
+        return nn.functional.pixel_shuffle(nn.functional.conv2d(x, attrgetter(merged)(self), bias, padding=1), 2)
 
 
 def write_pairs(folder: Path) -> None:
