@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import toy
 from basicsr.archs import build_network
 from basicsr.losses import build_loss
 from basicsr.models.sr_model import SRModel
@@ -1317,6 +1318,76 @@ class Merging(Fusing):
             with torch.no_grad():
                 self.wide.weight.add_(-0.5 if mode else 0.5)
         return super().train(mode)
+
+
+class KeepsOutputs(SRModel):
+    """It keeps what is validated: by level, the last input and output."""
+
+    outputs: ClassVar[dict[int, tuple[Tensor, Tensor]]] = {}
+
+    def test(self) -> None:
+        super().test()
+        self.outputs[self.network.level] = self.lq, self.output.clone()  # which metrics clamp in place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['layer', 'buffer', 'weight'])
+def test_a_network_that_merges_weights_when_it_enters_eval_mode(
+    kind: str, forward_opt: dict[str, Any], backward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is validated, learned from and written is, at each level, what the stock network makes of its checkpoint."""
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Merging', toy.Merging)
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'KeepsOutputs', KeepsOutputs)
+    monkeypatch.setattr(KeepsOutputs, 'outputs', {})
+    backward_opt['train']['ticket_opt'] = {'type': 'L1Loss'}
+    for opt in (forward_opt, backward_opt):
+        opt['network_g']['backbone'] = {'type': 'Merging', 'kind': kind}
+        opt['base_model_type'] = 'KeepsOutputs'
+    forward_opt['logger']['save_checkpoint_freq'] = 2
+
+    def stock(state: dict[str, Tensor]) -> nn.Module:
+        network = toy.Merging(kind)
+        network.load_state_dict(state, strict=True)
+        return network.eval()
+
+    def ticket(level: int) -> nn.Module:
+        return stock(load(Path(f'experiments/forward/models/net_g_level{level}.pth'))['params'])
+
+    def check_outputs(models: Path) -> None:
+        assert KeepsOutputs.outputs.keys() == {0, 1, 2}
+        for level, (x, output) in KeepsOutputs.outputs.items():
+            with torch.no_grad():
+                assert torch.equal(stock(load(models / f'net_g_level{level}.pth')['params'])(x), output)
+
+    optimize, compared = LevelwiseTraining.optimize_parameters, []
+
+    def spy(model: Any, current_iter: int) -> None:
+        optimize(model, current_iter)
+        for network in model.networks_to_learn_from():
+            level = model.network.level - isinstance(model, ForwardStage)
+            if level >= 0:
+                compared.append(level)
+                with torch.no_grad():
+                    assert torch.equal(network(model.lq), ticket(level)(model.lq))
+
+    monkeypatch.setattr(LevelwiseTraining, 'optimize_parameters', spy)
+    models = run(forward_opt) / 'models'
+    assert compared == [0] * 4 + [1] * 4
+    check_outputs(models)
+    before = contents(models)
+    forget_after(models.parent, 6)
+    assert contents(run(forward_opt, '--auto_resume') / 'models') == before
+
+    compared.clear()
+    models = run(backward_opt) / 'models'
+    assert compared == [1] * 3 + [0] * 3
+    check_outputs(models)
+    with ScalableModel(models / 'net_g.mssr') as model:
+        x, _ = KeepsOutputs.outputs[0]
+        for level in (0, 1, 2):
+            model.shrink(level)
+            with torch.no_grad():
+                assert torch.equal(stock(load(models / f'net_g_level{level}.pth')['params'])(x), model.network(x))
 
 
 class StaysInEval(SRModel):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mssr_basicsr.archs.feature_taps import ImageFinisher, features_of, record_outputs
 from mssr_basicsr.archs.forward_pass import ForwardPass, only_pass, record_passes
+from mssr_basicsr.foundation.modes import weights_set
 from mssr_basicsr.losses.ssd_loss import SSDLoss
 
 
@@ -31,7 +32,8 @@ class SelfDistillation:
 
     def load_teacher(self, weights: Mapping[str, Tensor]) -> None:
         """Give the teacher the ``weights`` of the next network to learn from."""
-        self.teacher.load_state_dict(weights)
+        with weights_set(self.teacher):
+            self.teacher.load_state_dict(weights)
         self._finisher = ImageFinisher(self.teacher, self.taps)  # with other weights, other modules may be skipped
 
     @contextmanager

@@ -16,6 +16,7 @@ from mssr_basicsr.adapter.stage_options import BackwardOptions
 from mssr_basicsr.archs.forward_pass import ForwardPass, only_pass, record_passes
 from mssr_basicsr.foundation.checkpoints import CheckpointError, loaded_strictly, read_checkpoint, state_dict_of
 from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.foundation.modes import weights_set
 from mssr_basicsr.foundation.saving import write_whole
 from mssr_basicsr.losses.distillation_term import require_same_shape
 from mssr_basicsr.method.frozen_weights import FrozenWeights
@@ -169,7 +170,7 @@ class BackwardStage(LevelwiseTraining):
         path = self._ticket_file(level)
         try:
             ticket = state_dict_of(read_checkpoint(path), 'params')
-            with loaded_strictly(ticket, self.ticket):
+            with loaded_strictly(ticket, self.ticket), weights_set(self.ticket):
                 self.ticket.load_state_dict(ticket)
         except CheckpointError as error:
             allowed = f"level {level}'s ticket as the forward stage wrote it, beside its last checkpoint ({error})"

@@ -35,6 +35,7 @@ from mssr_basicsr.adapter.training_script import NUM_BATCHES, resumed_networks
 from mssr_basicsr.foundation.buffers import saved_buffers
 from mssr_basicsr.foundation.checkpoints import read_checkpoint
 from mssr_basicsr.foundation.checks import OptionError, read_options
+from mssr_basicsr.foundation.modes import weights_set
 from mssr_basicsr.foundation.patching import replaced
 from mssr_basicsr.foundation.saving import remove_leftovers, saved_whole
 from mssr_basicsr.method.frozen_weights import FrozenWeights
@@ -423,7 +424,11 @@ class LevelwiseTraining(DistillingModel):
             if key not in checkpoint:
                 allowed = f'a state whose network file has an entry {key}'
                 raise OptionError('path.resume_state', self.opt['path']['resume_state'], allowed)
-            network.load_state_dict(checkpoint[key])
+            with weights_set(network):
+                network.load_state_dict(checkpoint[key])  # for what it merges of its weights and does not save
+            network.load_state_dict(checkpoint[key])  # which has what it saves as it was in eval mode
+        if 'params_ema' in checkpoint and self.result is not self.network:  # since BasicSR put it into eval mode
+            self.result.load_state_dict(checkpoint['params_ema'])
 
     def _resume_networks_left_out(self) -> None:
         """Load the other networks that BasicSR resumes, where the class does not: HiFaceGAN's discriminator."""
