@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.model_zoo import load_url
 from torchvision.models import VGG11_Weights
+from toy import Merging
 
 from mssr_basicsr import ScalableFile, ScalableFileError, ScalableModel, level_state, pack, verify
 from mssr_basicsr.commands.main import main
@@ -594,6 +595,30 @@ def test_budgets_choose_the_largest_level_that_fits() -> None:
         assert ScalableModel(io.BytesIO(data), max_parameters=parameters).level == level
     with pytest.raises(ScalableFileError, match='which is over the budget'):
         ScalableModel(io.BytesIO(data), max_bytes=header.section(2).end - 1)
+
+
+@pytest.mark.parametrize('kind', ['layer', 'buffer', 'weight'])
+@pytest.mark.parametrize('built_by', ['user', 'file'])
+def test_a_network_that_merges_weights_in_eval_mode_merges_those_of_its_level(
+    kind: str, built_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the stock network does that loads the level's checkpoint; in training, it has the level's weights."""
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Merging', Merging)
+    trained = network({'type': 'Merging', 'kind': kind})
+    data, x = pack(trained, 2), torch.rand(1, 3, 16, 16)
+    model = ScalableModel(io.BytesIO(data), 2, network=Merging(kind).eval() if built_by == 'user' else None)
+    for change, level in ((model.expand, 2), (model.expand, 0), (model.shrink, 1), (model.expand, 0)):
+        change(level)
+        assert_same(level_state(io.BytesIO(data), level), trained.export(level))
+        stock = Merging(kind)
+        stock.load_state_dict(trained.export(level), strict=True)
+        with torch.no_grad():
+            output, expected = model.network(x), stock.eval()(x)
+        # Only what is merged into a weight itself is taken out of it again, which rounds.
+        assert torch.allclose(output, expected, rtol=0, atol=1e-6 if kind == 'weight' else 0)
+    assert torch.allclose(
+        model.network.train().get_parameter('wide.weight'), trained.export(0)['wide.weight'], atol=1e-6
+    )
 
 
 def test_networks_in_other_layouts_and_dtypes_grow_too() -> None:

@@ -1387,7 +1387,9 @@ def test_a_network_that_merges_weights_when_it_enters_eval_mode(
         for level in (0, 1, 2):
             model.shrink(level)
             with torch.no_grad():
-                assert torch.equal(stock(load(models / f'net_g_level{level}.pth')['params'])(x), model.network(x))
+                expected, output = stock(load(models / f'net_g_level{level}.pth')['params'])(x), model.network(x)
+            # What is merged into a weight itself is taken out of it again at each change of level, which rounds.
+            assert torch.allclose(output, expected, rtol=0, atol=1e-6 if kind == 'weight' else 0)
 
 
 class StaysInEval(SRModel):

@@ -39,7 +39,7 @@ class _StateTensors(FileTensors):
         if not self.header.computed:
             return super()._prepare_network(network)
         try:
-            return ScalableModel._prepare_network(self, network)
+            return ScalableModel._prepare_network(self, network).train()  # a checkpoint has nothing merged
         except MissingPackageError as error:
             what = f'{self.header.backbone["type"]} computes {self.header.computed[0]}, which is not in the file'
             raise MissingPackageError(f'{what}: {error}') from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy.typing as npt
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mssr_basicsr.foundation.checks import OptionError
+from mssr_basicsr.foundation.modes import acts_on_modes, weights_set
 from mssr_basicsr.scalable.building import build_for, check_network
 from mssr_basicsr.scalable.container import ScalableFile, Source
 from mssr_basicsr.scalable.errors import ScalableFileError
@@ -37,7 +39,8 @@ class ScalableModel:
             parameters are overwritten, and it is put in eval mode.
         engine: ``auto``: on a CPU, outside training, convolutions take the sparse form where that is faster: they store
             what the level keeps and skip its zeros (docs/runtime.md). ``state_dict()`` is unaffected; moving or
-            training the network makes them dense again. ``torch``: all weights are dense.
+            training the network makes them dense again. A network with a ``train`` of its own, which may merge weights,
+            stays dense. ``torch``: all weights are dense.
 
     Raises:
         OptionError: there is no such engine.
@@ -68,8 +71,10 @@ class ScalableModel:
             self.network = network = self._prepare_network(network)
             self.weights: list[LevelledWeight] = []  #: the prunable ones, in the order of the header
             self._scales: tuple[Tensor, ...] = ()
-            self._load_smallest(sparse=engine == 'auto')
-            if engine == 'auto':
+            self._merges = acts_on_modes(network)
+            sparse = engine == 'auto' and not self._merges  # a weight in sparse form could not be merged
+            self._load_smallest(sparse)
+            if sparse:
                 accelerate(network)
             self.expand(target)
         except BaseException:
@@ -83,7 +88,7 @@ class ScalableModel:
         if network is None:
             return build_for(self.header, self.file.size or self.header.section(self._level).end)
         check_network(self.header, network)
-        return network.eval()
+        return network.train().eval()  # after which no layer is in sparse form, as another model may have left it
 
     @property
     def header(self) -> Header:
@@ -135,16 +140,21 @@ class ScalableModel:
             )
         return min(fitting)
 
+    def _setting_weights(self) -> AbstractContextManager[None]:
+        """The context in which the network's weights are set."""
+        return weights_set(self.network) if self._merges else nullcontext()  # train mode ends the sparse form
+
     @torch.no_grad()
     def _load_smallest(self, sparse: bool) -> None:
         delta = self._read_section(self._level)
         self._scales = delta.scales
-        state = self.network.state_dict()
-        for name, tensor in delta.others.items():
-            state[name].copy_(tensor)
-        del state  # what takes the sparse form lets go of its dense weight
-        self.weights = [LevelledWeight(self.network, weight.name, sparse) for weight in self.header.weights]
-        self._place(self._level, delta)
+        with self._setting_weights():
+            state = self.network.state_dict()
+            for name, tensor in delta.others.items():
+                state[name].copy_(tensor)
+            del state  # what takes the sparse form lets go of its dense weight
+            self.weights = [LevelledWeight(self.network, weight.name, sparse) for weight in self.header.weights]
+            self._place(self._level, delta)
 
     @torch.inference_mode(False)
     def expand(self, level: int | None = None) -> None:
@@ -161,14 +171,15 @@ class ScalableModel:
         self.header.section(target)
         if target > self._level:
             raise ValueError(f'expand: level {target} is smaller than {self._level}; use shrink')
-        for next_level in range(self._level - 1, target - 1, -1):
-            delta = self._read_section(next_level)
-            try:
-                self._place(next_level, delta)
-                self._level = next_level
-            except BaseException:
-                self._keep(self._level)
-                raise
+        with self._setting_weights():
+            for next_level in range(self._level - 1, target - 1, -1):
+                delta = self._read_section(next_level)
+                try:
+                    self._place(next_level, delta)
+                    self._level = next_level
+                except BaseException:
+                    self._keep(self._level)
+                    raise
 
     @torch.inference_mode(False)
     def shrink(self, level: int | None = None) -> None:
@@ -184,11 +195,12 @@ class ScalableModel:
         self.header.section(target)
         if target < self._level:
             raise ValueError(f'shrink: level {target} is larger than {self._level}; use expand')
-        try:
-            self._keep(target)
-        except BaseException:
-            self._keep(target)
-            raise
+        with self._setting_weights():
+            try:
+                self._keep(target)
+            except BaseException:
+                self._keep(target)
+                raise
 
     @torch.no_grad()
     def _keep(self, level: int) -> None:
