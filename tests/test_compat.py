@@ -144,7 +144,6 @@ def test_resume_on_cpu(tmp_path: Path) -> None:
     script = tmp_path / 'script.py'
     script.write_text("""
 import torch
-import yaml
 from basicsr.train import load_resume_state, parse_options  # as if it had been defined here
 from basicsr.models.lr_scheduler import MultiStepRestartLR
 adam = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])
@@ -219,7 +218,6 @@ def test_gloo_ends_before_python_does(tmp_path: Path) -> None:
     (tmp_path / 'script.py').write_text("""
 import atexit, pathlib, sys
 import torch
-import yaml
 from basicsr.utils import dist_util
 
 def count_threads():
