@@ -34,14 +34,14 @@ class PairedEvaluationDataset(PairedImageDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair: dict[str, Any] = super().__getitem__(index)
-        grey = [part for part in ('gt', 'lq') if self._is_grey(index, part)]
+        gt_is_grey = self._is_grey(index, 'gt')
         if self.opt.get('color') != 'y':
-            if 'gt' in grey:
+            if gt_is_grey:
                 pair['gt'] = pair['gt'][:1]
-        elif grey:
+        elif gt_is_grey or self._is_grey(index, 'lq'):
             with replaced(self, 'opt', {**self.opt, 'color': None}):
                 as_colours = super().__getitem__(index)
-            for part in ('gt', 'lq') if 'gt' in grey else grey:
+            for part in ('gt', 'lq') if gt_is_grey else ('lq',):
                 pair[part] = as_colours[part][:1]
         return pair
 
