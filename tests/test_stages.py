@@ -1310,16 +1310,6 @@ class Fusing(nn.Module):
         return nn.functional.pixel_shuffle(self.fused(x), 2)
 
 
-class Merging(Fusing):
-    """It changes its weights when it leaves and enters training, as networks with LoRA do."""
-
-    def train(self, mode: bool = True) -> Any:
-        if mode != self.training:
-            with torch.no_grad():
-                self.wide.weight.add_(-0.5 if mode else 0.5)
-        return super().train(mode)
-
-
 class KeepsOutputs(SRModel):
     """It keeps what is validated: by level, the last input and output."""
 
@@ -1405,12 +1395,12 @@ def test_a_network_that_changes_weights_between_training_and_validation(
     forward_opt: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A validation more does not change the training."""
-    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Merging', Merging)
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Merging', toy.Merging)
     monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'StaysInEval', StaysInEval)
     del forward_opt['train']['ssd_opt']
     forward_opt.update(base_model_type='StaysInEval')
     forward_opt['train']['ema_decay'] = 0
-    forward_opt['network_g']['backbone'] = {'type': 'Merging'}
+    forward_opt['network_g']['backbone'] = {'type': 'Merging', 'kind': 'weight'}
     trained = []
     for name, val_freq in (('often', 1), ('seldom', 4)):
         forward_opt['val']['val_freq'] = val_freq
